@@ -1,0 +1,118 @@
+"""Which backends are tested, and all rules about GPUs.
+
+Every test that takes the fixture `backend` runs once per backend present on this machine:
+
+* `reference` and `cpu` (the planner's choice, and each path forced) on CPU tensors;
+* `cuda` and `triton` on CUDA tensors when a GPU is there;
+* with TRITON_INTERPRET=1 in the environment: `triton` alone, on CPU tensors, small shapes only.
+
+An absent backend is named with its reason in pytest's header.  TOKENPOOL_EXT_REQUIRE_CPU=1 and
+TOKENPOOL_EXT_REQUIRE_CUDA=1 turn absence into failure, so that a run with everything skipped cannot look green.
+TOKENPOOL_EXT_TEST_BACKENDS=name,name restricts the run.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tokenpool_ext  # noqa: E402
+from helpers import Target  # noqa: E402
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The same examples on every run and machine; the number is bounded so that the whole suite stays under minutes.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
+settings.register_profile("deep", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("TOKENPOOL_EXT_HYPOTHESIS", "ci"))
+
+
+def _targets() -> list[Target]:
+    present = tokenpool_ext.backends()
+    found = []
+    if INTERPRET:
+        if present.get("triton") == "ok":
+            found.append(Target("triton"))
+    else:
+        found.append(Target("reference"))
+        if present.get("cpu") == "ok":
+            path = "TOKENPOOL_EXT_CPU_PATH"
+            found += [Target("cpu"), Target("cpu", env=((path, "gram"),)), Target("cpu", env=((path, "direct"),))]
+        if torch.cuda.is_available():
+            found += [Target(name, "cuda") for name in ("cuda", "triton") if present.get(name) == "ok"]
+    chosen = os.environ.get("TOKENPOOL_EXT_TEST_BACKENDS")
+    if chosen:
+        found = [t for t in found if t.name in chosen.split(",")]
+    return found
+
+
+TARGETS = _targets()
+
+
+def missing() -> list[str]:
+    """Backends the environment requires but this machine lacks, with the reason."""
+    present, names = tokenpool_ext.backends(), {t.name for t in TARGETS}
+    required = []
+    if os.environ.get("TOKENPOOL_EXT_REQUIRE_CPU") == "1":
+        required.append("cpu")
+    if os.environ.get("TOKENPOOL_EXT_REQUIRE_CUDA") == "1":
+        required += ["cuda", "triton"]
+    if INTERPRET:
+        required.append("triton")
+    return [f"{name}: {present.get(name, 'unknown')}" for name in required if name not in names]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "large: shapes too large for the Triton interpreter; skipped there")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+
+
+def pytest_report_header(config):
+    lines = ["tokenpool_ext backends tested: " + (", ".join(t.id for t in TARGETS) or "none")]
+    tested = {t.name for t in TARGETS}
+    for name, state in tokenpool_ext.backends().items():
+        if name not in tested:
+            lines.append(f"  not tested: {name}: {state if state != 'ok' else 'ok, but no device for it in this run'}")
+    lines += [f"  REQUIRED BUT ABSENT: {line}" for line in missing()]
+    return lines
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if INTERPRET and item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="too large for the Triton interpreter"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", TARGETS, indirect=True, ids=[t.id for t in TARGETS])
+
+
+@pytest.fixture
+def backend(request):
+    """The `Target` under test; its environment is set while the test runs."""
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _required_backends_are_present():
+    absent = missing()
+    if absent:
+        pytest.fail("required backends are absent: " + "; ".join(absent), pytrace=False)
+
+
+@pytest.fixture
+def threads():
+    """Restores torch's thread count; call it with a number to set it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
