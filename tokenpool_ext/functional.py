@@ -1,0 +1,426 @@
+"""The public functions. All validation of arguments lives here; what is below may trust its inputs.
+
+Shapes: B images, N tokens an image, D features a token, K clusters. Statistics and sums are float32, or float64 for
+float64 tokens ("acc" below).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from . import autograd, backends
+from .init import STRATEGIES, initial
+from .reference import accumulate_dtype
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+class Clusters(NamedTuple):
+    """What `kmeans` and `kmedoids` return. For tokens of shape (N, D) the leading B is absent.
+
+    centers     (B, K, D) in x.dtype. K-Means: the weighted mean of exactly the tokens with that assignment.
+                K-Medoids: rows of x. Zeros where the cluster does not exist (per-image K, padding). Differentiable.
+    assignment  (B, N) int64 in 0..K-1; -1 for padding.
+    mass        (B, K) acc: summed weights of the members (their number, without weights).
+    medoids     (B, K) int64 token indices (-1 where the cluster does not exist) for K-Medoids; None for K-Means.
+    inertia     (B,) acc: sum_i w_i ||x_i - c_{a_i}||^2 of this assignment and these centers (before they are rounded to
+                x.dtype). Saturates at the largest finite number.
+    """
+
+    centers: Tensor
+    assignment: Tensor
+    mass: Tensor
+    medoids: Optional[Tensor]
+    inertia: Tensor
+
+
+def kmeans(
+    x: Tensor,
+    num_clusters: Union[int, Tensor],
+    *,
+    weights: Optional[Tensor] = None,
+    init: Union[str, Tensor, None] = None,
+    num_iters: int = 5,
+    mask: Optional[Tensor] = None,
+    sort: bool = False,
+    generator: Optional[torch.Generator] = None,
+    check_finite: bool = False,
+    backend: Optional[str] = None,
+) -> Clusters:
+    """Exact weighted K-Means of every image's tokens, batched and differentiable.
+
+    Minimises sum_i w_i * min_j ||x_i - c_j||^2 by at most `num_iters` Lloyd iterations from `init`. An image whose
+    assignment stops changing is done. Empty clusters are refilled with the costliest tokens, so every one of the K
+    clusters has a member, whatever the input.
+
+    Args:
+        x: tokens (B, N, D) or (N, D); float64, float32, bfloat16 or float16; any strides.
+        num_clusters: K, 1 <= K <= N; or a (B,) integer tensor of per-image K (outputs are padded to the largest; an
+            image with fewer valid tokens than its K gets as many clusters as it has tokens).
+        weights: significance of each token, (B, N), finite and >= 0. None: all ones. Only ratios matter.
+        init: where to start. "topk": the K heaviest tokens (default with weights); "strided": evenly spaced tokens
+            (default without); "random"; "kmeans++"; "farthest"; "bipartite" (the clusters of ToMe's matching, K >= N/2);
+            a (B, K) integer tensor of token indices; or a (B, K, D) tensor of centers.
+        num_iters: upper bound on iterations, >= 1. The paper: converges "usually within 5".
+        mask: (B, N) bool, True for real tokens. Padding is assigned -1 and never influences anything, even NaN.
+        sort: order clusters by their smallest token index (keeps spatial order) instead of by `init`.
+        generator: for "random" and "kmeans++".
+        check_finite: raise on NaN or infinite tokens or weights (synchronises with the device) instead of containing
+            them in their image.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses (see `backends()` and `explain`).
+
+    Returns:
+        `Clusters`; `medoids` is None.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: `backend` cannot run this, with the reason.
+
+    Gradients (the assignment is constant): dL/dx_i = w_i / W_{a_i} * dL/dc_{a_i} and
+    dL/dw_i = (x_i - c_{a_i}) . dL/dc_{a_i} / W_{a_i}. `assignment`, `mass` and `inertia` carry none.
+
+    Source: Marin et al., "Token Pooling in Vision Transformers" (arXiv 2110.03860), section 3: objective and Algorithm
+    (K-Means, weighted K-Means).
+    """
+    return _cluster("kmeans", x, num_clusters, weights, init, num_iters, mask, sort, generator, check_finite, backend)
+
+
+def kmedoids(
+    x: Tensor,
+    num_clusters: Union[int, Tensor],
+    *,
+    weights: Optional[Tensor] = None,
+    init: Union[str, Tensor, None] = None,
+    num_iters: int = 5,
+    mask: Optional[Tensor] = None,
+    sort: bool = False,
+    generator: Optional[torch.Generator] = None,
+    check_finite: bool = False,
+    backend: Optional[str] = None,
+) -> Clusters:
+    """Exact weighted K-Medoids (alternating, squared Euclidean): like `kmeans`, but centers are tokens.
+
+    The new medoid of a cluster is the member with the least weighted sum of squared distances to the others, which is
+    the member nearest to the cluster's weighted mean; ties go to the lowest index. Arguments, errors and result are those
+    of `kmeans`, except that `init` may not be a tensor of centers, and `medoids` holds the (B, K) token indices with
+    `centers[b, j] == x[b, medoids[b, j]]` bit for bit.
+
+    Gradients: dL/dx_m += dL/dc_j for the medoid m of cluster j; weights get none (zeros).
+
+    Source: Marin et al. (arXiv 2110.03860), section 3: K-Medoids and weighted K-Medoids.
+    """
+    return _cluster("kmedoids", x, num_clusters, weights, init, num_iters, mask, sort, generator, check_finite, backend)
+
+
+def pool(
+    x: Tensor, assignment: Tensor, num_clusters: int, *, weights: Optional[Tensor] = None, backend: Optional[str] = None
+) -> Tensor:
+    """Weighted mean of any per-token tensor over the clusters of an assignment.
+
+    Cluster one tensor and pool another: `pool(x, kmeans(keys, K).assignment, K)`.
+
+    Args:
+        x: (B, N, D) or (N, D), floating.
+        assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored.
+        num_clusters: K >= 1.
+        weights: (B, N) or (N,), >= 0; None: all ones. A cluster whose weights add up to zero gets its plain mean.
+
+    Returns:
+        (B, K, D) or (K, D) in x.dtype; zeros for a cluster without tokens. Gradients flow to x and weights.
+    """
+    name = "pool"
+    _check_floating(name, "x", x)
+    batched = _check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
+    x3 = x if batched else x[None]
+    assignment = _check_assignment(name, assignment, x3, batched)
+    _check_count(name, "num_clusters", num_clusters)
+    weights = _check_weights(name, weights, x3, batched)
+    chain = backends.select("pool", x3, backend)
+    centers = autograd.Pool.apply(chain, x3, assignment, weights, num_clusters)
+    return centers if batched else centers[0]
+
+
+def unpool(centers: Tensor, assignment: Tensor, *, backend: Optional[str] = None) -> Tensor:
+    """Give every token its cluster's center: the inverse of pooling, up to the reconstruction error.
+
+    Args:
+        centers: (B, K, D) or (K, D), floating.
+        assignment: (B, N) or (N,) integers in -1..K-1.
+
+    Returns:
+        (B, N, D) or (N, D) in centers.dtype; zeros where the assignment is -1. The gradient of a center is the sum over
+        its tokens.
+    """
+    name = "unpool"
+    _check_floating(name, "centers", centers)
+    batched = _check_dims(name, "centers", centers, 2, 3, "(B, K, D) or (K, D)") == 3
+    centers3 = centers if batched else centers[None]
+    assignment = _check_assignment(name, assignment, centers3, batched, same_length=False)
+    chain = backends.select("unpool", centers3, backend)
+    tokens = autograd.Unpool.apply(chain, centers3, assignment)
+    return tokens if batched else tokens[0]
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: Optional[float] = None,
+    lse: Optional[Tensor] = None,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """Significance score of every token: the softmax attention it receives, averaged over heads and queries.
+
+    score_i = mean_{h, q} softmax_i(scale * q . k_i), from queries and keys alone; no N x N matrix is in memory, so models
+    keep their fused attention.
+
+    Args:
+        q: queries (B, H, Nq, d), floating, any strides.
+        k: keys (B, H, N, d), same dtype.
+        scale: factor of the logits; 1/sqrt(d) when None.
+        lse: (B, H, Nq) natural-log log-sum-exp of the scaled logits, as flash and memory-efficient attention return it;
+            computed in an extra pass when None.
+
+    Returns:
+        (B, N), float32 (float64 for float64 input), summing to 1 over N. It carries no gradient.
+
+    Source: Goyal et al., "PoWER-BERT" (arXiv 2001.08950), section 3.2, as used for weights by Marin et al.
+    (arXiv 2110.03860), section 3.
+    """
+    name = "attention_received"
+    _check_floating(name, "q", q)
+    _check_floating(name, "k", k)
+    _check_dims(name, "q", q, 4, 4, "(B, H, Nq, d)")
+    _check_dims(name, "k", k, 4, 4, "(B, H, N, d)")
+    if k.dtype != q.dtype:
+        raise TypeError(f"{name}: k must have the dtype of q, {q.dtype}, got {k.dtype}; convert one of them")
+    _check_device(name, "k", k, q)
+    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        raise ValueError(
+            f"{name}: k must have the batch, heads and width of q, got k {tuple(k.shape)} for q {tuple(q.shape)};"
+            " repeat grouped key heads first"
+        )
+    if scale is None:
+        scale = max(q.shape[3], 1) ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
+    if lse is not None:
+        _check_tensor(name, "lse", lse)
+        if lse.shape != q.shape[:3]:
+            raise ValueError(f"{name}: lse must have shape (B, H, Nq) = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+        if lse.dtype not in FLOATING:
+            raise TypeError(f"{name}: lse must be floating, got {lse.dtype}")
+        _check_device(name, "lse", lse, q)
+        lse = lse.detach().to(accumulate_dtype(q.dtype))
+    chain = backends.select("attention_received", q, backend)
+    with torch.no_grad(), _no_autocast(q):
+        return backends.call(chain, "attention_received", q.detach(), k.detach(), float(scale), lse)
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, generator, check_finite, backend) -> Clusters:
+    _check_floating(name, "x", x)
+    batched = _check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
+    x3 = x if batched else x[None]
+    b, n, _ = x3.shape
+    mask = _check_mask(name, mask, x3, batched)
+    k, counts = _check_num_clusters(name, num_clusters, x3, batched)
+    weights = _check_weights(name, weights, x3, batched)
+    _check_count(name, "num_iters", num_iters)
+    for flag, value in (("sort", sort), ("check_finite", check_finite)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: {flag} must be a bool, got {type(value).__name__}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if check_finite:
+        _check_finite(name, x3, weights, mask)
+    chain = backends.select(name, x3, backend)
+    with torch.no_grad(), _no_autocast(x3):
+        start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched)
+    function = autograd.KMeans if name == "kmeans" else autograd.KMedoids
+    result = function.apply(chain, x3, weights, mask, counts, start, k, num_iters, sort)
+    centers, assignment, mass = result[:3]
+    medoids, inertia = (None, result[3]) if name == "kmeans" else result[3:]
+    if batched:
+        return Clusters(centers, assignment, mass, medoids, inertia)
+    return Clusters(centers[0], assignment[0], mass[0], None if medoids is None else medoids[0], inertia[0])
+
+
+def _no_autocast(x: Tensor):
+    """The dtype of the inputs rules, also under autocast."""
+    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
+
+
+def _check_tensor(name: str, argument: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}; call .to_dense() first")
+
+
+def _check_floating(name: str, argument: str, value) -> None:
+    _check_tensor(name, argument, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {value.dtype}; convert it with .float()"
+        )
+
+
+def _check_dims(name: str, argument: str, value: Tensor, least: int, most: int, shape: str) -> int:
+    if not least <= value.dim() <= most:
+        raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(value.shape)}")
+    return value.dim()
+
+
+def _check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(
+            f"{name}: {argument} must be on the device of the tokens, {x.device}, got {value.device}; move it with .to()"
+        )
+
+
+def _check_count(name: str, argument: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
+
+
+def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: bool) -> Tensor:
+    """Check the shape (B, N), or (N,) beside unbatched tokens, and return it as (B, N)."""
+    expected = x3.shape[:2] if batched else x3.shape[1:2]
+    if value.shape != expected:
+        label = "(B, N)" if batched else "(N,)"
+        raise ValueError(f"{name}: {argument} must have shape {label} = {tuple(expected)}, got {tuple(value.shape)}")
+    _check_device(name, argument, value, x3)
+    return value if batched else value[None]
+
+
+def _check_mask(name: str, mask, x3: Tensor, batched: bool) -> Optional[Tensor]:
+    if mask is None:
+        return None
+    _check_tensor(name, "mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: mask must be bool (True = real token), got {mask.dtype}; write mask != 0")
+    return _per_token(name, "mask", mask, x3, batched)
+
+
+def _check_weights(name: str, weights, x3: Tensor, batched: bool) -> Optional[Tensor]:
+    if weights is None:
+        return None
+    _check_tensor(name, "weights", weights)
+    if weights.dtype.is_complex:
+        raise TypeError(f"{name}: weights must be real, got {weights.dtype}")
+    weights = _per_token(name, "weights", weights, x3, batched).to(accumulate_dtype(x3.dtype))
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel() and weights.amin() < 0:
+        raise ValueError(f"{name}: weights must be >= 0, got a minimum of {float(weights.detach().amin()):g}")
+    return weights
+
+
+def _check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
+    """(K, counts): the number of clusters in the output, and the per-image numbers or None."""
+    b, n, _ = x3.shape
+    hint = "ask for fewer clusters" if n else "x has no tokens"
+    if not isinstance(num_clusters, Tensor):
+        if isinstance(num_clusters, bool) or not isinstance(num_clusters, (int, torch.SymInt)):
+            raise TypeError(
+                f"{name}: num_clusters must be an int or a (B,) integer tensor, got {type(num_clusters).__name__}"
+            )
+        if num_clusters < 1 or (num_clusters > n and b > 0):
+            raise ValueError(f"{name}: num_clusters must be from 1 to N = {n}, got {num_clusters}; {hint}")
+        return num_clusters, None
+    if num_clusters.dtype not in INTEGER:
+        raise TypeError(f"{name}: num_clusters must be an int or an integer tensor, got a tensor of {num_clusters.dtype}")
+    expected = (b,) if batched else ()
+    if tuple(num_clusters.shape) not in {expected, (b,)}:
+        raise ValueError(f"{name}: num_clusters must have shape (B,) = {(b,)}, got {tuple(num_clusters.shape)}")
+    _check_device(name, "num_clusters", num_clusters, x3)
+    counts = num_clusters.reshape(b).to(torch.int64)
+    if b == 0:
+        return 1, counts
+    low, high = int(counts.amin()), int(counts.amax())  # the output's shape depends on it: the one synchronisation
+    if low < 1 or high > n:
+        raise ValueError(f"{name}: num_clusters must be from 1 to N = {n}, got values from {low} to {high}; {hint}")
+    return high, counts
+
+
+def _check_init(name, init, x3, k, weights, mask, counts, generator, batched) -> Tensor:
+    b, n, d = x3.shape
+    if init is None:
+        init = "strided" if weights is None else "topk"
+    if isinstance(init, str):
+        if init not in STRATEGIES:
+            raise ValueError(f"{name}: init must be one of {', '.join(map(repr, STRATEGIES))} or a tensor, got {init!r}")
+        if init == "bipartite" and counts is None and mask is None and 2 * k < n:
+            raise ValueError(f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init")
+        weights = None if weights is None else weights.detach()
+        return initial(init, x3.detach(), k, weights, mask, counts, generator, as_indices=name == "kmedoids")
+    if not isinstance(init, Tensor):
+        raise TypeError(f"{name}: init must be a string, a tensor or None, got {type(init).__name__}")
+    _check_tensor(name, "init", init)
+    _check_device(name, "init", init, x3)
+    if init.dtype in INTEGER:
+        expected = (b, k) if batched else (k,)
+        if init.shape != expected:
+            label = "(B, K)" if batched else "(K,)"
+            raise ValueError(f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}")
+        init = init.reshape(b, k).to(torch.int64)
+        if init.device.type == "cpu" and not torch.compiler.is_compiling() and init.numel() and counts is None:
+            if init.amin() < 0 or init.amax() >= n:
+                raise ValueError(
+                    f"{name}: init must hold token indices from 0 to N-1 = {n - 1},"
+                    f" got values from {int(init.amin())} to {int(init.amax())}"
+                )
+        return init.clamp(0, max(n - 1, 0))
+    if init.dtype not in FLOATING:
+        raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")
+    if name == "kmedoids":
+        raise TypeError(f"{name}: init must be token indices (integers) or a strategy, got {init.dtype}; medoids are tokens")
+    expected = (b, k, d) if batched else (k, d)
+    if init.shape != expected:
+        label = "(B, K, D)" if batched else "(K, D)"
+        raise ValueError(f"{name}: init must hold centers of shape {label} = {expected}, got {tuple(init.shape)}")
+    return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
+
+
+def _check_finite(name: str, x3: Tensor, weights: Optional[Tensor], mask: Optional[Tensor]) -> None:
+    bad = ~torch.isfinite(x3).all(2)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        image, token = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: x must be finite, got NaN or infinity at image {image}, token {token} ({int(bad.sum())} tokens in all);"
+            " mask them or pass check_finite=False"
+        )
+    if weights is not None:
+        bad = ~torch.isfinite(weights) if mask is None else ~torch.isfinite(weights) & mask
+        if bad.any():
+            image, token = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(f"{name}: weights must be finite, got {weights[image, token]} at image {image}, token {token}")
+
+
+def _check_assignment(name: str, assignment, values: Tensor, batched: bool, same_length: bool = True) -> Tensor:
+    _check_tensor(name, "assignment", assignment)
+    if assignment.dtype not in INTEGER:
+        raise TypeError(f"{name}: assignment must hold integers, got {assignment.dtype}")
+    if assignment.dim() != (2 if batched else 1):
+        raise ValueError(
+            f"{name}: assignment must have shape {'(B, N)' if batched else '(N,)'} beside"
+            f" {'batched' if batched else 'unbatched'} tokens, got {tuple(assignment.shape)}"
+        )
+    assignment = assignment if batched else assignment[None]
+    expected = values.shape[:2] if same_length else values.shape[:1]
+    if assignment.shape[: len(expected)] != expected:
+        raise ValueError(
+            f"{name}: assignment must have shape {'(B, N) = ' if same_length else '(B, N) with B = '}{tuple(expected)},"
+            f" got {tuple(assignment.shape)}"
+        )
+    _check_device(name, "assignment", assignment, values)
+    return assignment.to(torch.int64)

@@ -1,0 +1,176 @@
+"""Where Lloyd's iteration starts: every strategy of `init=`, as token indices (B, K) or centers (B, K, D).
+
+All strategies are batched and respect the mask: padding is never chosen. Where an image has fewer valid tokens than
+clusters, the surplus entries are arbitrary (the operators ignore clusters above the image's effective K). None of them
+synchronises with the host.
+
+Sources: "kmeans++" Arthur & Vassilvitskii 2007; "farthest" Gonzalez 1985 (the farthest-first traversal that public
+Token Pooling code uses without weights); "topk" (ties to the lowest index) is what public code uses with significance
+scores; "bipartite" is the matching of Bolya et al. 2023 (ToMe, section 3). The paper does not say which it used.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .reference import accumulate_dtype, pool, power_of_two_scale
+
+STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
+
+
+def initial(
+    name: str,
+    x: Tensor,  # (B, N, D)
+    num_clusters: int,
+    weights: Optional[Tensor],  # (B, N) acc
+    mask: Optional[Tensor],  # (B, N) bool
+    counts: Optional[Tensor],  # (B,) int64
+    generator: Optional[torch.Generator],
+    as_indices: bool,  # K-Medoids needs tokens; K-Means may also start from means ("bipartite")
+) -> Tensor:
+    """Token indices (B, K) int64, or for "bipartite" with `as_indices=False` centers (B, K, D) in acc."""
+    b, n, _ = x.shape
+    if b == 0 or n == 0:
+        return torch.zeros(b, num_clusters, dtype=torch.int64, device=x.device)
+    if name == "topk":
+        return _largest(_significance(x, weights), mask, num_clusters)
+    if name == "strided":
+        return _strided(x, num_clusters, mask, counts)
+    if name == "random":
+        return _random(x, num_clusters, weights, mask, generator)
+    if name in ("kmeans++", "farthest"):
+        return _spread(x, num_clusters, weights, mask, generator, sample=name == "kmeans++")
+    return _bipartite(x, num_clusters, weights, mask, counts, as_indices)
+
+
+def _significance(x: Tensor, weights: Optional[Tensor]) -> Tensor:
+    return torch.ones(x.shape[:2], dtype=accumulate_dtype(x.dtype), device=x.device) if weights is None else weights
+
+
+def _largest(score: Tensor, mask: Optional[Tensor], k: int) -> Tensor:
+    """Indices of the K largest scores of each image, ties to the lowest index; valid tokens before padding."""
+    if mask is not None:
+        score = torch.where(mask, score, -torch.inf)
+    return score.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def _num_valid(x: Tensor, mask: Optional[Tensor]) -> Tensor:
+    b, n, _ = x.shape
+    return torch.full((b,), n, device=x.device) if mask is None else mask.sum(1)
+
+
+def _strided(x: Tensor, k: int, mask: Optional[Tensor], counts: Optional[Tensor]) -> Tensor:
+    """Evenly spaced valid tokens: number floor((j + 1/2) n / K) of n, for j < K."""
+    b, _, _ = x.shape
+    n = _num_valid(x, mask)
+    k_b = torch.minimum(torch.full_like(n, k) if counts is None else counts, n).clamp(min=1)
+    j = torch.arange(k, device=x.device)
+    rank = ((2 * j + 1) * n[:, None] // (2 * k_b[:, None])).clamp(max=x.shape[1] - 1)
+    if mask is None:
+        return rank
+    valid_first = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return valid_first.gather(1, rank)
+
+
+def _random(
+    x: Tensor, k: int, weights: Optional[Tensor], mask: Optional[Tensor], generator: Optional[torch.Generator]
+) -> Tensor:
+    """K distinct tokens, uniformly at random; tokens of zero weight only after all others."""
+    key = torch.rand(x.shape[:2], generator=generator, device=x.device)
+    if weights is not None:
+        key = torch.where(weights > 0, key + 1, key)
+    return _largest(key, mask, k)
+
+
+def _spread(
+    x: Tensor, k: int, weights: Optional[Tensor], mask: Optional[Tensor], generator: Optional[torch.Generator], sample: bool
+) -> Tensor:
+    """K tokens one by one. k-means++: drawn with probability w_i * (squared distance to the nearest chosen so far), the
+    first by weight. Farthest: the token of largest such distance, the first the heaviest. Zero weights come last."""
+    b, n, d = x.shape
+    acc = accumulate_dtype(x.dtype)
+    valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
+    tokens = torch.where(valid[:, :, None], x.to(acc), 0)
+    tokens = tokens * power_of_two_scale(tokens.abs().amax((1, 2)))[0][:, None, None] if d else tokens
+    w = torch.where(valid, _significance(x, weights), 0)
+    w = w * power_of_two_scale(w.amax(1))[0][:, None]
+    draws = torch.rand(k, b, 1, generator=generator, device=x.device, dtype=acc) if sample else None
+
+    # Preference among tokens that cost nothing (duplicates of a chosen one, zero weight): weighted before unweighted
+    # before chosen before padding, then the lowest index.
+    rank = torch.where(valid, torch.where(w > 0, 3, 2), 0)
+    distance = torch.ones(b, n, dtype=acc, device=x.device)
+    chosen = []
+    for step in range(k):
+        gain = w * distance if sample or step == 0 else torch.where(w > 0, distance, 0)
+        gain = gain.nan_to_num(0.0)
+        fallback = rank.argmax(1, keepdim=True)
+        if sample:
+            cumulative = gain.cumsum(1)
+            total = cumulative[:, -1:]
+            pick = torch.searchsorted(cumulative, draws[step] * total, right=True).clamp(max=n - 1)
+            usable = gain.gather(1, pick) > 0
+            pick = torch.where(usable, pick, gain.argmax(1, keepdim=True))
+        else:
+            pick = gain.argmax(1, keepdim=True)
+        pick = torch.where(gain.gather(1, pick) > 0, pick, fallback)
+        chosen.append(pick)
+        rank = rank.scatter(1, pick, torch.where(rank.gather(1, pick) > 0, 1, 0))
+        new = (tokens - tokens.gather(1, pick[:, :, None].expand(-1, -1, d))).square().sum(-1)
+        distance = new if step == 0 else torch.minimum(distance, new)
+        distance = distance.scatter(1, pick, 0)
+    return torch.cat(chosen, 1)
+
+
+def _bipartite(
+    x: Tensor,
+    k: int,
+    weights: Optional[Tensor],
+    mask: Optional[Tensor],
+    counts: Optional[Tensor],
+    as_indices: bool,
+) -> Tensor:
+    """The clusters of ToMe's one-shot matching at the same K: alternate tokens form sets A and B, every A token names
+    its most similar B token (cosine), and the N - K best pairs are merged. Needs K >= N/2."""
+    b, n, d = x.shape
+    acc = accumulate_dtype(x.dtype)
+    device = x.device
+    valid = torch.ones(b, n, dtype=torch.bool, device=device) if mask is None else mask
+    num_valid = valid.sum(1)
+    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # valid tokens first
+    half = (n + 1) // 2
+    tokens = torch.where(valid[:, :, None], x.to(acc), 0)
+    direction = torch.nn.functional.normalize(tokens, dim=-1)
+    direction = direction.gather(1, order[:, :, None].expand(-1, -1, d))
+    set_a, set_b = direction[:, 0::2], direction[:, 1::2]
+    rank_a = torch.arange(0, n, 2, device=device)  # position among valid tokens
+    rank_b = torch.arange(1, n, 2, device=device)
+    if n == 1:
+        return torch.zeros(b, k, dtype=torch.int64, device=device)
+    similarity = set_a @ set_b.transpose(1, 2)
+    usable = (rank_a < num_valid[:, None])[:, :, None] & (rank_b < num_valid[:, None])[:, None, :]
+    similarity = torch.where(usable & ~similarity.isnan(), similarity, -torch.inf)
+    best, partner = similarity.max(2)
+
+    k_b = torch.minimum(torch.full_like(num_valid, k) if counts is None else counts, num_valid)
+    merges = torch.minimum(num_valid - k_b, num_valid // 2)
+    by_similarity = best.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(by_similarity).scatter(1, by_similarity, torch.arange(half, device=device).expand(b, half))
+    merged = place < merges[:, None]  # (B, |A|): this A token joins its partner
+
+    # A cluster is named by the rank of its destination: an unmerged A token, or any B token. Names -> 0..K-1 by rank.
+    destination = torch.arange(n, device=device).repeat(b, 1)
+    destination[:, 0::2] = torch.where(merged, rank_b[partner], rank_a)
+    is_destination = torch.ones(b, n, dtype=torch.bool, device=device)
+    is_destination[:, 0::2] = ~merged
+    is_destination &= torch.arange(n, device=device) < num_valid[:, None]
+    if as_indices:
+        first = is_destination.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
+        return order.gather(1, first)
+    cluster_of_rank = (is_destination.cumsum(1) - 1).gather(1, destination)
+    label = torch.empty_like(order).scatter(1, order, cluster_of_rank)
+    label = torch.where(valid & (label < k), label, -1)
+    return pool(tokens, label, weights, k)[0]

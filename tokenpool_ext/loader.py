@@ -1,0 +1,57 @@
+"""Loads the two compiled libraries and keeps the reason when one is absent. Importing this never fails.
+
+`_C` holds the op schemas, the CPU kernels and the introspection module; `_cuda` the CUDA kernels. `_cuda` is loaded only
+under a CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+from typing import Optional
+
+import torch
+
+_HERE = os.path.dirname(__file__)
+MINIMUM_TORCH = (2, 11)
+
+extension = None  # the module tokenpool_ext._C, once loaded
+extension_reason: Optional[str] = None  # why not
+cuda_reason: Optional[str] = None
+
+
+def _load_extension() -> None:
+    global extension, extension_reason
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < MINIMUM_TORCH:
+        extension_reason = f"the compiled kernels need torch >= 2.11, and this is torch {torch.__version__}"
+        return
+    try:
+        extension = importlib.import_module("tokenpool_ext._C")
+    except ImportError as error:
+        extension_reason = (
+            f"the compiled extension tokenpool_ext._C did not load ({error});"
+            " build it with: pip install --no-build-isolation -e ."
+        )
+
+
+def _load_cuda() -> None:
+    global cuda_reason
+    if extension is None:
+        cuda_reason = extension_reason
+    elif torch.version.cuda is None:
+        cuda_reason = f"this torch ({torch.__version__}) was built without CUDA"
+    else:
+        found = sorted(glob.glob(os.path.join(_HERE, "_cuda*.so")))
+        if not found:
+            cuda_reason = "the CUDA kernels were not built; build them with: TOKENPOOL_EXT_CUDA=1 pip install --no-build-isolation -e ."
+            return
+        try:
+            torch.ops.load_library(found[0])
+        except OSError as error:
+            cuda_reason = f"the CUDA library {os.path.basename(found[0])} did not load ({error})"
+
+
+_load_extension()
+_load_cuda()
