@@ -149,20 +149,24 @@ def _medoids(assignment: Tensor, centers: Tensor, mass: Tensor, p: _Problem) -> 
     """Of each cluster, the member nearest to the mean, lowest index on a tie; -1 for a cluster with no member. (B, K).
 
     This is the member with the least weighted sum of squared distances to the others, since
-    sum_l w_l ||x_l - x_i||^2 = W ||x_i - mean||^2 + const. With W = 0 all sums are 0: the lowest index.
+    sum_l w_l ||x_l - x_i||^2 = W ||x_i - mean||^2 + const. With W = 0 all sums are 0: the lowest index. Two members are
+    at sums w_2 d and w_1 d, so the heavier one wins: decided on the weights, for rounding would toss a coin on every tie.
     """
     n = assignment.shape[1]
     k = p.active.shape[1]
     distance = (p.centered - _gather_rows(centers, assignment)).square().sum(-1)
     distance = torch.where(distance.isnan(), torch.inf, distance)
-    distance = torch.where(mass.gather(1, assignment.clamp(min=0)) > 0, distance, 0)
+    index = assignment.clamp(min=0)
+    count = torch.zeros_like(mass).scatter_add(1, index, p.valid.to(mass.dtype))
+    distance = torch.where(count.gather(1, index) == 2, -p.weights, distance)
+    distance = torch.where(mass.gather(1, index) > 0, distance, 0)
     least = torch.full_like(mass, torch.inf).scatter_reduce(
-        1, assignment.clamp(min=0), torch.where(p.valid, distance, torch.inf), "amin"
+        1, index, torch.where(p.valid, distance, torch.inf), "amin"
     )
-    nearest = p.valid & (distance == least.gather(1, assignment.clamp(min=0)))
+    nearest = p.valid & (distance == least.gather(1, index))
     token = torch.where(nearest, torch.arange(n, device=assignment.device), n)
     medoids = torch.full((len(mass), k), n, device=assignment.device)
-    medoids = medoids.scatter_reduce(1, assignment.clamp(min=0), token, "amin")
+    medoids = medoids.scatter_reduce(1, index, token, "amin")
     return torch.where(medoids < n, medoids, -1)
 
 
