@@ -120,10 +120,11 @@ def distance_slack(x, dtype):
     if x.size == 0:
         return 0.0
     y = x - x.mean(0) if dtype in (torch.float32, torch.float64) else x
-    # centering itself rounds each coordinate by u * max|x|: 2 |y| (sqrt(D) u max|x|)
+    # centering itself rounds each coordinate by a few u * max|x|, a vector of length e = 4 sqrt(D) u max|x|
     u = U64 if dtype == torch.float64 else U32
     norm = np.sqrt((y * y).sum(-1).max())
-    return TOLERANCES[dtype].distance * norm**2 + 4 * norm * np.sqrt(x.shape[1]) * u * np.abs(x).max()
+    e = 4 * np.sqrt(x.shape[1]) * u * np.abs(x).max()
+    return TOLERANCES[dtype].distance * norm**2 + 2 * norm * e + e * e
 
 
 def assert_nearest(x, centers, labels, dtype, *, max_flips=0.02, what=""):
