@@ -1,0 +1,254 @@
+"""The layers Token Pooling is compared with, behind the same ``forward`` (see ``modules.TokenReduction``).
+
+Selections keep K tokens as they are and drop the others: score pruning (PoWER-BERT), importance sampling, random.
+Mergers average: a regular grid (position only), and ToMe's bipartite matching. With ``return_clusters=True`` a selection
+assigns -1 to the tokens it dropped; ``Clusters.inertia`` is None, for none of them minimises it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .functional import Clusters, pool
+from .modules import TokenReduction, check_bool, check_int, take_tokens
+from .reference import accumulate_dtype
+
+__all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
+
+
+class _Selection(TokenReduction):
+    """Keep the K tokens with the largest priority, in their order of appearance."""
+
+    def priority(self, x: Tensor, scores: Optional[Tensor]) -> Tensor:
+        """(B, n) float: larger is kept first; ties go to the lower index."""
+        raise NotImplementedError
+
+    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+        priority = self.priority(x, scores)
+        if mask is not None:
+            priority = torch.where(mask, priority, -torch.inf)
+        index = priority.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+        if mask is not None:  # padding that had to be taken: zeros at the end, as after clustering
+            real = mask.gather(1, index)
+            index = torch.where(real, index, x.shape[1]).sort(dim=1).values
+            index = torch.where(index < x.shape[1], index, -1)
+        tokens = take_tokens(x, index)
+        return tokens, self._clusters(x, tokens, index, scores) if want_clusters else None
+
+    def _clusters(self, x: Tensor, tokens: Tensor, index: Tensor, scores: Optional[Tensor]) -> Clusters:
+        b, n, _ = x.shape
+        k = index.shape[1]
+        label = torch.arange(k, device=x.device).expand(b, k)
+        # Missing tokens (-1) write to an extra column that is cut off.
+        assignment = torch.full((b, n + 1), -1, dtype=torch.int64, device=x.device)
+        assignment = assignment.scatter(1, torch.where(index >= 0, index, n), label)[:, :n]
+        mass = x.new_ones(b, n, dtype=accumulate_dtype(x.dtype)) if scores is None else scores.detach()
+        mass = torch.where(index >= 0, mass.to(accumulate_dtype(x.dtype)).gather(1, index.clamp(min=0)), 0)
+        return Clusters(tokens, assignment, mass, index, None)
+
+
+class _ScoredSelection(_Selection):
+    needs_scores = True
+
+    def _scores(self, scores: Optional[Tensor]) -> Tensor:
+        if scores is None:
+            raise ValueError(
+                f"{type(self).__name__}: scores must be a (B, N) tensor, got None;"
+                " tokenpool_ext.attention_received(q, k) gives them"
+            )
+        return scores.detach().float()
+
+
+class ScorePruning(_ScoredSelection):
+    """Keep the K tokens with the highest significance score.
+
+    Source: Goyal et al., "PoWER-BERT" (arXiv 2001.08950), section 3 (hard extraction); a baseline of Token Pooling.
+    """
+
+    def priority(self, x, scores):
+        return self._scores(scores)
+
+
+class _Seeded:
+    """An optional seed: the same draw at every forward. None: torch's global generator."""
+
+    seed: Optional[int]
+
+    def _uniform(self, x: Tensor) -> Tensor:
+        shape = x.shape[:2]
+        if self.seed is None:
+            return torch.rand(shape, device=x.device)
+        generator = torch.Generator(device=x.device).manual_seed(self.seed)
+        return torch.rand(shape, device=x.device, generator=generator)
+
+    def _options(self) -> list[str]:
+        return [] if self.seed is None else [f"seed={self.seed}"]
+
+
+class ImportanceSampling(_Seeded, _ScoredSelection):
+    """Draw K tokens without replacement with probability in proportion to their score (Gumbel top-k).
+
+    ``seed``: None draws from torch's global generator; an int makes every forward draw the same.
+
+    Source: the baseline "Importance Selection" of Marin et al. (arXiv 2110.03860), Fig. 3; its definition there could not
+    be read, so the name is taken at its word.
+    """
+
+    def __init__(self, num_tokens: Optional[int] = None, *, seed: Optional[int] = None, **common) -> None:
+        super().__init__(num_tokens, **common)
+        if seed is not None:
+            check_int(type(self).__name__, "seed", seed, 0)
+        self.seed = seed
+
+    def priority(self, x, scores):
+        exponential = -torch.log1p(-self._uniform(x))
+        return self._scores(scores).log() - exponential.log()
+
+
+class RandomSelection(_Seeded, _Selection):
+    """Keep K tokens drawn uniformly at random. ``seed`` as in :class:`ImportanceSampling`."""
+
+    def __init__(self, num_tokens: Optional[int] = None, *, seed: Optional[int] = None, **common) -> None:
+        super().__init__(num_tokens, **common)
+        if seed is not None:
+            check_int(type(self).__name__, "seed", seed, 0)
+        self.seed = seed
+
+    def priority(self, x, scores):
+        return self._uniform(x)
+
+
+class GridPooling(TokenReduction):
+    """Average pooling over a regular grid of exactly K cells, whatever the tokens hold.
+
+    The image is cut into about ``sqrt(K h / w)`` horizontal bands and each band into equal cells, so K need not be a
+    product; for a 16x16 image K = 64 gives plain 2x2 average pooling. Pooling again merges the cells of the layer before.
+
+    Args:
+        grid_size: (h, w) of the image's patches. None: a square.
+    """
+
+    def __init__(self, num_tokens: Optional[int] = None, *, grid_size: Optional[tuple[int, int]] = None, **common) -> None:
+        super().__init__(num_tokens, **common)
+        if grid_size is not None:
+            name = type(self).__name__
+            if not isinstance(grid_size, (tuple, list)) or len(grid_size) != 2:
+                raise TypeError(f"{name}: grid_size must be (h, w), got {grid_size!r}")
+            for side in grid_size:
+                check_int(name, "grid_size", side, 1)
+            grid_size = tuple(grid_size)
+        self.grid_size = grid_size
+
+    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+        b, n, _ = x.shape
+        cells = grid_cells(n, k, *(self.grid_size or (1, 1)))
+        assignment = torch.tensor(cells, device=x.device).expand(b, n)
+        if mask is not None:
+            assignment = torch.where(mask, assignment, -1)
+        return _merge(self, x, assignment.contiguous(), k, sizes, want_clusters)
+
+    def _options(self) -> list[str]:
+        return [] if self.grid_size is None else [f"grid_size={self.grid_size}"]
+
+
+@lru_cache(maxsize=256)
+def grid_cells(n: int, k: int, height: int, width: int) -> tuple[int, ...]:
+    """The cell of each of n raster-ordered tokens when an image of that aspect is cut into k <= n cells, none empty."""
+    rows = _bands(n, height, width)
+    ideal = (k * height / width) ** 0.5
+    for bands in sorted(range(1, min(len(rows), k) + 1), key=lambda a: (abs(a - ideal), a)):
+        target = _split(k, bands)
+        first = [sum(target[:band]) for band in range(bands)]
+        cells = []
+        for i, length in enumerate(rows):
+            band = i * bands // len(rows)
+            cells += [first[band] + j * target[band] // length for j in range(length)]
+        if len(set(cells)) == k:
+            return tuple(cells)
+    return tuple(i * k // n for i in range(n))
+
+
+def _bands(n: int, height: int, width: int) -> list[int]:
+    """How n cells of an image are laid out: the number of cells in each band."""
+    if n == height * width:
+        return [width] * height
+    return _split(n, max(1, min(n, round((n * height / width) ** 0.5))))
+
+
+def _split(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+class BipartiteMatching(TokenReduction):
+    """ToMe's merging: tokens are dealt alternately into sets A and B, every token of A points to its most similar one in B
+    (cosine), and the strongest pairs are merged into their size-weighted mean.
+
+    One round can remove at most half of the tokens; for a smaller K further rounds follow (ToMe merges a little in every
+    layer instead). Give attention keys as ``features``, as its authors do. ``sort`` orders the result by each cluster's
+    first token.
+
+    Source: Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461), section 3, written from the paper.
+    """
+
+    def __init__(self, num_tokens: Optional[int] = None, *, sort: bool = True, **common) -> None:
+        super().__init__(num_tokens, **common)
+        check_bool(type(self).__name__, "sort", sort)
+        self.sort = sort
+
+    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+        if mask is not None:
+            raise ValueError("BipartiteMatching: mask must be None, got a tensor; the matching has no notion of padding")
+        metric = (x if features is None else features).detach()
+        weights = sizes
+        assignment = None
+        n = x.shape[1]
+        while n > k:
+            kept = max(k, n - n // 2)
+            with torch.no_grad():
+                labels = bipartite_labels(metric, kept, self.sort)
+                assignment = labels if assignment is None else labels.gather(1, assignment)
+                if kept > k:
+                    ones = metric.new_ones(metric.shape[:2], dtype=torch.float32) if weights is None else weights
+                    metric = pool(metric, labels, kept, weights=weights, backend=self.backend)
+                    weights = ones.new_zeros(ones.shape[0], kept).scatter_add(1, labels, ones)
+            n = kept
+        return _merge(self, x, assignment, k, sizes, want_clusters)
+
+    def _options(self) -> list[str]:
+        return [] if self.sort else ["sort=False"]
+
+
+def bipartite_labels(metric: Tensor, k: int, sort: bool = True) -> Tensor:
+    """Labels (B, N) in 0..k-1 of one round of bipartite matching on (B, N, E), N - N // 2 <= k <= N."""
+    b, n, _ = metric.shape
+    device = metric.device
+    metric = metric.float() if metric.dtype in (torch.float16, torch.bfloat16) else metric
+    metric = metric / metric.norm(dim=2, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
+    # A holds the odd positions, so that A is never the larger set and B always keeps the first token.
+    similarity = metric[:, 1::2] @ metric[:, 0::2].transpose(1, 2)
+    best, partner = similarity.max(dim=2)
+    strongest = best.argsort(dim=1, descending=True, stable=True)[:, : n - k]
+    source, target = 2 * strongest + 1, 2 * partner.gather(1, strongest)
+    index = torch.arange(n, device=device).expand(b, n)
+    parent = index.scatter(1, source, target)
+    if sort:  # the first token of every cluster names it
+        first = index.scatter_reduce(1, parent, index, "amin")
+        parent = first.gather(1, parent)
+    alive = torch.zeros(b, n, dtype=torch.int64, device=device).scatter(1, parent, 1)
+    return (alive.cumsum(1) - 1).gather(1, parent)
+
+
+def _merge(module: TokenReduction, x, assignment, k, sizes, want_clusters):
+    """Size-weighted means of an assignment, and its Clusters when wanted."""
+    tokens = pool(x, assignment, k, weights=sizes, backend=module.backend)
+    if not want_clusters:
+        return tokens, None
+    acc = accumulate_dtype(x.dtype)
+    ones = x.new_ones(x.shape[:2], dtype=acc) if sizes is None else sizes.detach().to(acc)
+    ones = torch.where(assignment >= 0, ones, 0)
+    mass = ones.new_zeros(x.shape[0], k).scatter_add(1, assignment.clamp(min=0), ones)
+    return tokens, Clusters(tokens, assignment, mass, None, None)

@@ -1,0 +1,322 @@
+"""``nn.Module`` layers that replace the N patch tokens of an image by K tokens.
+
+:class:`TokenPooling` is the layer of Marin et al., "Token Pooling in Vision Transformers" (arXiv 2110.03860), section 3:
+it has no parameters and no buffers, so it adds nothing to a checkpoint, and it keeps nothing between forwards.
+:class:`TokenReduction` holds what every such layer shares; the baselines of ``baselines.py`` build on it.
+
+Shapes: B images, N tokens an image of which the first P are prefix tokens (class, distillation, registers), n = N - P patch
+tokens, D features a token, K patch tokens kept.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from .functional import Clusters, kmeans, kmedoids, pool
+from .reference import accumulate_dtype
+
+__all__ = ["TokenPooling", "TokenReduction"]
+
+
+class TokenReduction(nn.Module):
+    """Base of all layers here: how many tokens to keep, the prefix, sizes, and one ``forward``.
+
+    A subclass implements :meth:`reduce`. ``needs_scores`` tells a model adapter whether ``scores`` make a difference.
+
+    Args:
+        num_tokens: K, the number of *patch* tokens kept (prefix tokens come on top).
+        keep_ratio: instead of ``num_tokens``: K = max(1, round(keep_ratio * n)), 0 < keep_ratio <= 1.
+        num_prefix_tokens: P, tokens in front that pass through unchanged.
+        return_clusters: whether ``forward`` also returns :class:`~tokenpool_ext.Clusters`.
+        backend: passed to the functions of ``tokenpool_ext.functional``; None chooses.
+    """
+
+    needs_scores = False
+
+    def __init__(
+        self,
+        num_tokens: Optional[int] = None,
+        *,
+        keep_ratio: Optional[float] = None,
+        num_prefix_tokens: int = 1,
+        return_clusters: bool = False,
+        backend: Optional[str] = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if (num_tokens is None) == (keep_ratio is None):
+            raise ValueError(
+                f"{name}: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r},"
+                f" keep_ratio={keep_ratio!r}"
+            )
+        if num_tokens is not None:
+            check_int(name, "num_tokens", num_tokens, 1)
+        if keep_ratio is not None:
+            check_ratio(name, "keep_ratio", keep_ratio)
+        check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
+        check_bool(name, "return_clusters", return_clusters)
+        if backend is not None and not isinstance(backend, str):
+            raise TypeError(f"{name}: backend must be a str or None, got {type(backend).__name__}")
+        self.num_tokens = num_tokens
+        self.keep_ratio = None if keep_ratio is None else float(keep_ratio)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.return_clusters = return_clusters
+        self.backend = backend
+
+    def tokens_kept(self, num_patches: int) -> int:
+        """K for an image of ``num_patches`` patch tokens (never more than it has)."""
+        if self.num_tokens is not None:
+            return min(self.num_tokens, num_patches)
+        return min(max(1, round(self.keep_ratio * num_patches)), num_patches)
+
+    def reduce(
+        self,
+        x: Tensor,
+        k: int,
+        scores: Optional[Tensor],
+        features: Optional[Tensor],
+        mask: Optional[Tensor],
+        sizes: Optional[Tensor],
+        want_clusters: bool,
+    ) -> tuple[Tensor, Optional[Clusters]]:
+        """Patch tokens (B, n, D) to (B, k, D), k < n; and the clusters when wanted. All arguments: patch tokens only."""
+        raise NotImplementedError(f"{type(self).__name__} must implement reduce(...)")
+
+    def forward(
+        self,
+        x: Tensor,
+        scores: Optional[Tensor] = None,
+        *,
+        features: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        sizes: Optional[Tensor] = None,
+    ):
+        """Pool the patch tokens of ``x``; prefix tokens stay in front, unchanged.
+
+        Args:
+            x: (B, N, D) tokens, floating.
+            scores: (B, N) or (B, n) significance of the tokens, >= 0 (see ``functional.attention_received``).
+                None: every token counts the same.
+            features: (B, N, E) or (B, n, E): decide on this tensor (attention keys, say) and pool ``x``. None: ``x``.
+            mask: (B, N) or (B, n) bool, True = real token. Padding is never pooled. Where an image has fewer real
+                patch tokens than K, its last tokens are zeros (their ``mass`` is 0).
+            sizes: (B, N) or (B, n): how many image patches each token stands for. Without scores they are the weights.
+
+        Returns:
+            The pooled tokens (B, P + K, D) in x.dtype. ``x`` itself, the same object, when it has no more than K patch
+            tokens. With ``return_clusters=True``: ``(tokens, clusters)``, where ``clusters.assignment`` is (B, n), over
+            the patch tokens. When ``sizes`` is given, the new sizes (B, P + K) or (B, K) come last in the tuple.
+        """
+        name = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 3:
+            raise ValueError(f"{name}: x must have shape (B, N, D), got {tuple(x.shape)}; add a batch with x[None]")
+        prefix = self.num_prefix_tokens
+        n = x.shape[1] - prefix
+        if n < 0:
+            raise ValueError(
+                f"{name}: x must have at least num_prefix_tokens = {prefix} tokens, got {x.shape[1]};"
+                " lower num_prefix_tokens"
+            )
+        scores = self._patches("scores", scores, x, 2)
+        features = self._patches("features", features, x, 3)
+        mask = self._patches("mask", mask, x, 2)
+        patch_sizes = self._patches("sizes", sizes, x, 2)
+        k = self.tokens_kept(n)
+        want = self.return_clusters or sizes is not None
+        if k >= n:
+            tokens, clusters, new_sizes = x, None, sizes
+            if self.return_clusters:
+                clusters = _identity(x[:, prefix:], scores, mask)
+        else:
+            pooled, clusters = self.reduce(x[:, prefix:], k, scores, features, mask, patch_sizes, want)
+            tokens = torch.cat([x[:, :prefix], pooled], dim=1) if prefix else pooled
+            new_sizes = None
+            if sizes is not None:
+                new_sizes = _cluster_sums(patch_sizes, clusters.assignment, k)
+                if sizes.shape[1] == x.shape[1] and prefix:
+                    new_sizes = torch.cat([sizes[:, :prefix], new_sizes], dim=1)
+        if not want:
+            return tokens
+        out = (tokens,)
+        if self.return_clusters:
+            out += (clusters,)
+        if sizes is not None:
+            out += (new_sizes,)
+        return out
+
+    def extra_repr(self) -> str:
+        kept = f"num_tokens={self.num_tokens}" if self.num_tokens is not None else f"keep_ratio={self.keep_ratio:g}"
+        parts = [kept, *self._options(), f"num_prefix_tokens={self.num_prefix_tokens}"]
+        if self.backend is not None:
+            parts.append(f"backend={self.backend!r}")
+        return ", ".join(parts)
+
+    def _options(self) -> list[str]:
+        return []
+
+    def _patches(self, argument: str, value: Optional[Tensor], x: Tensor, dims: int) -> Optional[Tensor]:
+        """The part of a per-token tensor that belongs to the patch tokens; it may or may not include the prefix."""
+        if value is None:
+            return None
+        name = type(self).__name__
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} must be a torch.Tensor or None, got {type(value).__name__}")
+        b, total = x.shape[:2]
+        n = total - self.num_prefix_tokens
+        if value.dim() != dims or value.shape[0] != b or value.shape[1] not in (total, n):
+            tail = ", E" if dims == 3 else ""
+            raise ValueError(
+                f"{name}: {argument} must have shape ({b}, {total}{tail}), all tokens, or ({b}, {n}{tail}), patch tokens"
+                f" only, for x of shape {tuple(x.shape)}, got {tuple(value.shape)}"
+            )
+        if argument == "mask" and value.dtype != torch.bool:
+            raise TypeError(f"{name}: mask must be bool (True = real token), got {value.dtype}; write mask != 0")
+        return value[:, self.num_prefix_tokens :] if value.shape[1] == total and self.num_prefix_tokens else value
+
+
+class TokenPooling(TokenReduction):
+    """Replace the patch tokens by K that reconstruct them best: exact (weighted) K-Means or K-Medoids.
+
+    Minimises ``sum_i w_i min_j ||x_i - c_j||^2`` with w the significance scores. K is the same for every image. Gradients
+    flow through the means (or the medoids' rows), the assignment is constant.
+
+    Args:
+        num_tokens, keep_ratio, num_prefix_tokens, return_clusters, backend: see :class:`TokenReduction`.
+        algorithm: ``"kmeans"`` or ``"kmedoids"``.
+        weighted: use ``scores`` as weights (the paper's WK-Means, WK-Medoids). False ignores them.
+        num_iters: upper bound on iterations; the paper: converges "usually within 5".
+        init: how to start, see :func:`~tokenpool_ext.kmeans`; a name or None. None: the K heaviest tokens with scores,
+            evenly spaced ones without.
+        emit: what stands for a cluster: ``"mean"`` (weighted), or ``"medoid"``, a token of the input; the default is the
+            medoid for K-Medoids and the mean for K-Means. ``"medoid"`` needs ``algorithm="kmedoids"``.
+        sort: order the pooled tokens by their cluster's first token (keeps the spatial order).
+
+    Source: Marin et al. (arXiv 2110.03860), section 3.
+    """
+
+    def __init__(
+        self,
+        num_tokens: Optional[int] = None,
+        *,
+        keep_ratio: Optional[float] = None,
+        algorithm: str = "kmeans",
+        weighted: bool = True,
+        num_iters: int = 5,
+        num_prefix_tokens: int = 1,
+        init: Optional[str] = None,
+        emit: Optional[str] = None,
+        sort: bool = True,
+        return_clusters: bool = False,
+        backend: Optional[str] = None,
+    ) -> None:
+        super().__init__(
+            num_tokens, keep_ratio=keep_ratio, num_prefix_tokens=num_prefix_tokens, return_clusters=return_clusters,
+            backend=backend,
+        )
+        name = type(self).__name__
+        check_choice(name, "algorithm", algorithm, ("kmeans", "kmedoids"))
+        check_bool(name, "weighted", weighted)
+        check_bool(name, "sort", sort)
+        check_int(name, "num_iters", num_iters, 1)
+        if init is not None and not isinstance(init, str):
+            raise TypeError(
+                f"{name}: init must be the name of a strategy or None, got {type(init).__name__}; call"
+                " tokenpool_ext.kmeans for a start given as a tensor"
+            )
+        if emit is None:
+            emit = "medoid" if algorithm == "kmedoids" else "mean"
+        check_choice(name, "emit", emit, ("mean", "medoid"))
+        if emit == "medoid" and algorithm == "kmeans":
+            raise ValueError(f"{name}: emit='medoid' needs algorithm='kmedoids', got {algorithm!r}; K-Means has no medoids")
+        self.algorithm = algorithm
+        self.weighted = weighted
+        self.num_iters = num_iters
+        self.init = init
+        self.emit = emit
+        self.sort = sort
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.weighted
+
+    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+        scores = scores if self.weighted else None
+        init = self.init
+        if init is None and scores is None:
+            init = "strided"
+        weights = sizes if scores is None else scores
+        cluster = kmeans if self.algorithm == "kmeans" else kmedoids
+        on = x if features is None else features.detach()
+        clusters = cluster(
+            on, k, weights=weights, init=init, num_iters=self.num_iters, mask=mask, sort=self.sort, backend=self.backend
+        )
+        if self.emit == "mean":
+            if features is None and self.algorithm == "kmeans":
+                return clusters.centers, clusters
+            return pool(x, clusters.assignment, k, weights=weights, backend=self.backend), clusters
+        if features is None:
+            return clusters.centers, clusters
+        return take_tokens(x, clusters.medoids), clusters
+
+    def _options(self) -> list[str]:
+        options = [
+            f"algorithm={self.algorithm!r}", f"weighted={self.weighted}", f"num_iters={self.num_iters}",
+            f"emit={self.emit!r}",
+        ]
+        if self.init is not None:
+            options.append(f"init={self.init!r}")
+        if not self.sort:
+            options.append("sort=False")
+        return options
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, K) of ``x`` (B, N, D); zeros where the index is -1."""
+    rows = x.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
+    return torch.where(index[:, :, None] >= 0, rows, 0)
+
+
+def _cluster_sums(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """(B, K) sums of the sizes in every cluster; tokens assigned -1 vanish. Sums of integers: exact in any order."""
+    sizes = torch.where(assignment >= 0, sizes, 0)
+    return sizes.new_zeros(sizes.shape[0], k).scatter_add(1, assignment.clamp(min=0), sizes)
+
+
+def _identity(x: Tensor, scores: Optional[Tensor], mask: Optional[Tensor]) -> Clusters:
+    """The clusters of a sequence that was short enough: one a token."""
+    acc = accumulate_dtype(x.dtype)
+    b, n, _ = x.shape
+    index = torch.arange(n, device=x.device).expand(b, n).contiguous()
+    mass = torch.ones(b, n, dtype=acc, device=x.device) if scores is None else scores.detach().to(acc)
+    if mask is not None:
+        index, mass = torch.where(mask, index, -1), torch.where(mask, mass, 0)
+    return Clusters(x, index, mass, index, torch.zeros(b, dtype=acc, device=x.device))
+
+
+def check_int(name: str, argument: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: {argument} must be at least {least}, got {value}")
+
+
+def check_ratio(name: str, argument: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: {argument} must be in (0, 1], got {value}")
+
+
+def check_bool(name: str, argument: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
+
+
+def check_choice(name: str, argument: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
