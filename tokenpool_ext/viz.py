@@ -86,8 +86,8 @@ def edges(labels: torch.Tensor, cell: int, width: int) -> torch.Tensor:
     return line
 
 
-def draw_clusters(image, labels: torch.Tensor, *, size: int = 448, fill: float = 1.0, outline=(255, 255, 255),
-                  line: int | None = None, line_opacity: float = 0.9, dropped: float = 0.18):
+def draw_clusters(image, labels: torch.Tensor, *, size: int = 448, fill: float = 1.0, outline="auto",
+                  line: int | None = None, line_opacity: float = 0.85, dropped: float = 0.18):
     """One photo with its clusters over it.
 
     Args:
@@ -95,7 +95,8 @@ def draw_clusters(image, labels: torch.Tensor, *, size: int = 448, fill: float =
         labels: ``(rows, cols)`` integers; equal labels are one cluster (it need not be connected); -1 dropped.
         size: width of the result in pixels, rounded to a whole number of pixels a patch.
         fill: 0 shows the photo, 1 the cluster's mean colour, between: a mixture.
-        outline, line, line_opacity: colour, width in pixels and opacity of cluster outlines; ``outline=None``: none.
+        outline: colour of the cluster outlines, ``"auto"`` (white, but dark where the picture is nearly white), or None.
+        line, line_opacity: their width in pixels (default: a twelfth of a patch) and opacity.
         dropped: brightness that is left of dropped patches.
 
     Returns a ``PIL.Image`` (RGB).
@@ -110,24 +111,32 @@ def draw_clusters(image, labels: torch.Tensor, *, size: int = 448, fill: float =
     gone = colours.isnan()
     pixels = torch.where(gone, photo * dropped, photo * (1 - fill) + colours.nan_to_num() * fill)
     if outline is not None and line > 0:
-        ink = torch.tensor(outline, dtype=torch.float32)
+        ink = _ink(pixels, line) if outline == "auto" else torch.tensor(outline, dtype=torch.float32)
         on = edges(labels, cell, line).unsqueeze(-1)
         pixels = torch.where(on, pixels * (1 - line_opacity) + ink * line_opacity, pixels)
     return _image(pixels)
 
 
-def draw_grid(image, rows: int, cols: int, *, size: int = 448, opacity: float = 0.35):
+def _ink(pixels: torch.Tensor, line: int) -> torch.Tensor:
+    """(H, W, 3) white, or dark grey where the surroundings are too bright for white lines to be seen."""
+    reach = 2 * line + 1
+    light = (pixels @ torch.tensor([0.299, 0.587, 0.114])).unsqueeze(0)
+    light = torch.nn.functional.avg_pool2d(light, reach, stride=1, padding=line, count_include_pad=False)[0]
+    return torch.where((light > 212).unsqueeze(-1), torch.tensor([96.0, 100.0, 108.0]), torch.tensor(255.0))
+
+
+def draw_grid(image, rows: int, cols: int, *, size: int = 448, opacity: float = 0.2):
     """The photo with every patch outlined: what the model sees before pooling (one token a patch)."""
     every = torch.arange(rows * cols).view(rows, cols)
     return draw_clusters(image, every, size=size, fill=0.0, line=1, line_opacity=opacity)
 
 
 def sheet(rows: Sequence[Sequence], columns: Sequence[tuple[str, str]], *, title: str = "", note: str = "",
-          gap: int = 14, margin: int = 24):
+          group: int = 0, gap: int = 12, margin: int = 20):
     """Arrange images in a labelled grid.
 
     ``rows``: rows of ``PIL.Image`` of one size, ``None`` for a hole; ``columns``: a (heading, small print) pair for
-    each column; ``title`` above, ``note`` below. Returns a ``PIL.Image``.
+    each column; ``title`` above, ``note`` below; a wider gap after every ``group`` columns (0: none). Returns a ``PIL.Image``.
     """
     Image, ImageDraw, ImageFont = _pillow()
     if not rows or any(len(row) != len(columns) for row in rows):
@@ -145,14 +154,15 @@ def sheet(rows: Sequence[Sequence], columns: Sequence[tuple[str, str]], *, title
     big, normal, small = font(1.25), font(1.0), font(0.72)
     top = margin + (round(unit * 2.1) if title else 0)
     head = round(unit * 2.5)
-    total = (2 * margin + len(columns) * width + (len(columns) - 1) * gap,
+    left = [margin + c * (width + gap) + (c // group * 2 * gap if group else 0) for c in range(len(columns))]
+    total = (left[-1] + width + margin,
              top + head + len(rows) * height + (len(rows) - 1) * gap + (round(unit * 1.5) if note else 0) + margin)
     page = Image.new("RGB", total, PAPER)
     pen = ImageDraw.Draw(page)
     if title:
         pen.text((margin, margin - 4), title, fill=INK, font=big)
     for c, (heading, small_print) in enumerate(columns):
-        x = margin + c * (width + gap)
+        x = left[c]
         pen.text((x, top), heading, fill=INK, font=normal)
         pen.text((x, top + round(unit * 1.25)), small_print, fill=GREY, font=small)
         for r, row in enumerate(rows):
