@@ -1,0 +1,189 @@
+"""What the patcher needs to know of one transformer block, whatever library wrote it.
+
+A :class:`Block` view names the parts of a pre-norm block and runs its two residual halves,
+
+    x = x + after_attention(attention(norm1(x)))        attend
+    x = x + after_mlp(mlp(norm2(x)))                    feed_forward
+
+through the block's *own* submodules, so that something can happen in between. Nothing of a library's attention is
+reimplemented: queries and keys are recorded as the model's own projections produce them, by a forward hook that writes to
+a dict carried by the very tensor that is being projected. That dict lives for one call, so no state is left on the model
+and threads do not meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, Optional
+
+import torch
+from torch import Tensor, nn
+
+RECORD = "_tokenpool_record"
+
+
+def record_query(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook of a query projection."""
+    _record("query", args, output)
+
+
+def record_key(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook of a key projection."""
+    _record("key", args, output)
+
+
+def record_qkv(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Forward hook of a fused query-key-value projection."""
+    _record("qkv", args, output)
+
+
+HOOKS = {"query": record_query, "key": record_key, "qkv": record_qkv}
+
+
+def _record(name: str, args: tuple, output: Tensor) -> None:
+    record = getattr(args[0], RECORD, None) if args else None
+    if record is not None:
+        record[name] = output
+
+
+class Block:
+    """View of one block; subclasses fill in the parts.
+
+    Attributes:
+        block: the block itself.
+        norm1, attention, norm2: its submodules.
+        after_attention, after_mlp: modules applied to the branch before the residual sum (layer scale, drop path, dropout).
+        projections: {"query": module, "key": module} or {"qkv": module}.
+        num_heads: attention heads; ``head_dim`` their width; ``scale`` of the logits.
+        mask_argument: the attention's parameter that takes an additive key bias, or None if it has none.
+    """
+
+    block: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+    attention: nn.Module
+    after_attention: tuple[nn.Module, ...]
+    after_mlp: tuple[nn.Module, ...]
+    projections: dict[str, nn.Module]
+    num_heads: int
+    head_dim: int
+    scale: float
+    mask_argument: Optional[str]
+
+    def attend(
+        self, x: Tensor, args: tuple, kwargs: dict, bias: Optional[Tensor] = None, record: Optional[dict] = None
+    ) -> tuple[Tensor, tuple]:
+        """First half: (B, N, M) -> (B, N, M), and whatever else the attention returned.
+
+        ``record`` is filled with the outputs of the projections. ``bias`` (B, 1, 1, N) is added to the logits.
+        """
+        if bias is not None:
+            args, kwargs = args[1:], {**kwargs, self.mask_argument: bias}
+        normed = self.norm1(x)
+        if record is not None:
+            setattr(normed, RECORD, record)
+        out = self.attention(normed, *args, **kwargs)
+        if record is not None:
+            setattr(normed, RECORD, None)
+            for name, module in self.projections.items():
+                if name not in record:  # the attention projected another tensor object: project again
+                    record[name] = module(normed)
+        rest: tuple[Any, ...] = ()
+        if isinstance(out, tuple):
+            out, rest = out[0], out[1:]
+        for module in self.after_attention:
+            out = module(out)
+        return x + out, rest
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Second half: (B, N, M) -> (B, N, M)."""
+        out = self.mlp(self.norm2(x))
+        for module in self.after_mlp:
+            out = module(out)
+        return x + out
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.block.mlp(x)
+
+    def mlp_modules(self) -> tuple[nn.Module, ...]:
+        return (self.block.mlp,)
+
+    def queries_and_keys(self, record: dict) -> tuple[Tensor, Tensor]:
+        """(B, H, N, d) queries and keys as they enter the attention product."""
+        return self._heads(record["query"]), self._heads(record["key"])
+
+    def given_mask(self, args: tuple, kwargs: dict) -> Any:
+        """The attention mask the caller passed to the block, or None."""
+        if args and args[0] is not None:
+            return args[0]
+        masks = (kwargs.get(name) for name in ("attention_mask", "attn_mask", "head_mask"))
+        return next((mask for mask in masks if mask is not None), None)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+def modules_named(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, ...]:
+    """The submodules of ``owner`` among ``names``, in that order."""
+    found = (getattr(owner, name, None) for name in names)
+    return tuple(module for module in found if isinstance(module, nn.Module))
+
+
+def first_named(owner: nn.Module, *names: str) -> Optional[nn.Module]:
+    return next(iter(modules_named(owner, names)), None)
+
+
+class Family:
+    """One library's Vision Transformer.
+
+    Attributes:
+        model: the module that holds the blocks.
+        blocks: a view of each block, in order.
+        num_prefix_tokens: class, distillation and register tokens.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[Block], num_prefix_tokens: int) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.num_prefix_tokens = num_prefix_tokens
+
+
+def unknown_block(model: nn.Module, block: nn.Module) -> TypeError:
+    return TypeError(
+        f"patch: {type(model).__name__} looks like a Vision Transformer, but its block {type(block).__name__} has parts that"
+        " are not known here (expected a pre-norm block with separate attention and MLP and absolute positions)"
+    )
+
+
+def probe(view: Block, num_prefix_tokens: int) -> bool:
+    """Check that the halves reproduce the class's own forward on made-up tokens; returns whether it gives a tuple.
+
+    Runs the block once each way on one image of a few tokens, in evaluation mode, without touching the random state.
+
+    Raises:
+        ValueError: they differ, naming the block's class.
+    """
+    block = view.block
+    weight = next(block.parameters())
+    if weight.device.type == "meta":
+        return False
+    n, width = num_prefix_tokens + 3, next(iter(view.projections.values())).in_features
+    ramp = torch.arange(n * width, dtype=torch.float32, device=weight.device)
+    x = (3 * (ramp * 0.7310585).sin()).reshape(1, n, width).to(weight.dtype)
+    modes = [(module, module.training) for module in block.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            own = type(block).forward(block, x)
+            ours = view.feed_forward(view.attend(x, (), {})[0])
+    finally:
+        for module, training in modes:
+            module.training = training
+    is_tuple = isinstance(own, tuple)
+    own = own[0] if is_tuple else own
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-5, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"patch: the forward of {type(block).__name__} computes something else than x + attention, x + MLP with the"
+            " parts found by name; this block is not supported"
+        )
+    return is_tuple

@@ -1,0 +1,112 @@
+"""How many patch tokens are left after which block: plain dicts ``{block index: count or ratio}`` for ``patch``.
+
+An int is a number of patch tokens; a float in (0, 1] is a ratio of the tokens that enter the pooling.
+"""
+
+from __future__ import annotations
+
+from typing import Mapping, Optional, Sequence, Union
+
+Schedule = dict[int, Union[int, float]]
+
+__all__ = ["Schedule", "constant", "default_layers", "explicit", "geometric", "normalise", "tokens_after"]
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """The blocks at 1/4, 1/2 and 3/4 of the depth: 3, 6, 9 of 12 ("Which Tokens to Use?", arXiv 2308.04657)."""
+    _check_depth(depth)
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+
+def constant(depth: int, keep_ratio: float, layers: Optional[Sequence[int]] = None) -> Schedule:
+    """The same ratio at each of ``layers``. 196 tokens at 0.7: 137, 96, 67, as published for TokenReduction."""
+    layers = default_layers(depth) if layers is None else layers
+    return normalise(depth, {layer: float(_ratio(keep_ratio)) for layer in layers})
+
+
+def geometric(
+    depth: int, num_patches: int, last: int, layers: Optional[Sequence[int]] = None
+) -> Schedule:
+    """Counts that fall by a constant factor to ``last`` patch tokens, over ``layers`` (default: every block).
+
+    The paper's own K = [K_1 .. K_L] come from PoWER-BERT's search and were not published; pooling a little after every
+    block, as in its Fig. 1a, is the same in kind.
+    """
+    _check_depth(depth)
+    for name, value in (("num_patches", num_patches), ("last", last)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"schedule: {name} must be an int, got {type(value).__name__}")
+    if not 1 <= last <= num_patches:
+        raise ValueError(f"schedule: last must be from 1 to num_patches = {num_patches}, got {last}")
+    layers = sorted(range(depth) if layers is None else layers)
+    factor = (last / num_patches) ** (1 / max(len(layers), 1))
+    return normalise(depth, {layer: max(last, round(num_patches * factor ** (i + 1))) for i, layer in enumerate(layers)})
+
+
+def explicit(counts: Sequence[int]) -> Schedule:
+    """One count per block, the paper's ``K``; blocks that repeat the count before them do not pool."""
+    schedule: Schedule = {}
+    for layer, count in enumerate(counts):
+        if layer == 0 or count != counts[layer - 1]:
+            schedule[layer] = count
+    return normalise(len(counts), schedule)
+
+
+def normalise(depth: int, schedule: Mapping[int, Union[int, float]]) -> Schedule:
+    """Check a schedule against the number of blocks and sort it.
+
+    Raises:
+        TypeError, ValueError: naming the layer and its value.
+    """
+    if not schedule:
+        raise ValueError("schedule: num_tokens must name at least one block, got none; write {block: count}")
+    checked: Schedule = {}
+    before = None
+    for layer, value in schedule.items():
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"schedule: block indices must be ints, got {layer!r}")
+        if not 0 <= layer < depth:
+            raise ValueError(f"schedule: block index must be from 0 to {depth - 1} for {depth} blocks, got {layer}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"schedule: block {layer} needs an int (tokens) or a float (ratio), got {value!r}")
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError(f"schedule: block {layer}: a float is a ratio in (0, 1], got {value}; write an int for a count")
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"schedule: block {layer} must keep at least 1 token, got {value}")
+    for layer in sorted(schedule):
+        value = schedule[layer]
+        if isinstance(value, int):
+            if before is not None and value > before:
+                raise ValueError(f"schedule: counts must not rise with depth, got {value} at block {layer} after {before}")
+            before = value
+        checked[layer] = value
+    return checked
+
+
+def tokens_after(depth: int, num_patches: int, schedule: Mapping[int, Union[int, float]]) -> list[int]:
+    """Patch tokens left after each of ``depth`` blocks."""
+    left, out = num_patches, []
+    for layer in range(depth):
+        left = kept(left, schedule.get(layer))
+        out.append(left)
+    return out
+
+
+def kept(num_patches: int, value: Union[int, float, None]) -> int:
+    """What one entry of a schedule leaves of ``num_patches`` tokens."""
+    if value is None:
+        return num_patches
+    if isinstance(value, int):
+        return min(value, num_patches)
+    return min(max(1, round(value * num_patches)), num_patches)
+
+
+def _check_depth(depth: int) -> None:
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"schedule: depth must be a positive int, got {depth!r}")
+
+
+def _ratio(keep_ratio: float) -> float:
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
+        raise ValueError(f"schedule: keep_ratio must be in (0, 1], got {keep_ratio!r}")
+    return keep_ratio
