@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"left out: {message}")
     context = {"machine": machine.machine(args.device), "versions": machine.versions(), "threads": args.threads,
                "commit": machine.commit(), "command": machine.command(), "date": machine.now()}
+    if (machine.load() or 0) > 0.5 and args.device == "cpu":
+        print(f"note: load average is {machine.load()} before the start: others use the cores, times will be noisy")
     rates = None
     if args.floor:
         rates = floor.measure(args.device, args.threads)

@@ -55,6 +55,14 @@ def machine(device: str = "cpu") -> dict:
     return facts
 
 
+def load() -> float | None:
+    """One-minute load average before anything of ours ran on this problem; high means shared cores and noise."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
+
+
 def package_version(name: str | None) -> str | None:
     if not name:
         return None

@@ -90,7 +90,27 @@ def summary(records: list[dict]) -> str:
                      f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}] over {peer['provider']}")
         groups.setdefault((op, B, iters, dtype, mode, device), []).append(ratio["p50"])
     if not lines:
-        return "Speed over the best peer: nothing to compare (no peer and ours on the same problem)"
+        return "\n".join(["Speed over the best peer: nothing to compare (no peer and ours on the same problem)",
+                          *within_ours(records)])
     means = [f"  geometric mean of {len(v)} shapes, {op} batch {B} T={T} {dtype} {mode} {device}: "
              f"{geometric_mean(v):.2f}x (lowest {min(v):.2f}x)" for (op, B, T, dtype, mode, device), v in groups.items()]
-    return "\n".join(["Speed over the best peer that does the same job [p20, p80]:", *lines, *means])
+    return "\n".join(["Speed over the best peer that does the same job [p20, p80]:", *lines, *means,
+                      *within_ours(records)])
+
+
+def within_ours(records: list[dict]) -> list[str]:
+    """Our own time against itself: more iterations over the fewest, other dtypes over float32 (medians, one run)."""
+    times = {}
+    for r in records:
+        if r["ours"] and r["status"] == "ok":
+            times[r["provider"], r["op"], r["shape"], r["B"], r["mode"], r["dtype"], r["iters"]] = r
+    lines = []
+    for (provider, op, shape, B, mode, dtype, T), r in times.items():
+        fewest = min(k[6] for k in times if k[:6] == (provider, op, shape, B, mode, dtype))
+        for other, word in (((dtype, fewest), f"T={T} over T={fewest}, {dtype}"),
+                            (("float32", T), f"{dtype} over float32, T={T}")):
+            base = times.get((provider, op, shape, B, mode, *other))
+            if base and base is not r:
+                ratio = r["ms_per_image"]["p50"] / base["ms_per_image"]["p50"]
+                lines.append(f"  {provider} {op} {shape} batch {B}: {word}: {ratio:.2f} of the time")
+    return lines

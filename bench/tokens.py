@@ -52,23 +52,29 @@ class Data:
 
 def real_base(images: int = BASE_IMAGES) -> tuple[torch.Tensor | None, str]:
     """(images, 256, 384) float32 real tokens from the cache or the demo's pretrained model, or (None, reason)."""
+    found, words = real_with_scores(images)
+    return (None, words) if found is None else (found["tokens"], words)
+
+
+def real_with_scores(images: int = BASE_IMAGES) -> tuple[dict | None, str]:
+    """{"tokens": (images, 256, 384), "scores": (images, 256) attention received}, or (None, reason)."""
     path = CACHE / f"real_{images}x{GRID * GRID}x{FEATURES}.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)["tokens"], "real"
+        return torch.load(path, weights_only=True), "real"
     try:
         from tokenpool_ext.demo.pretrained import real_tokens
     except ImportError as error:
         return None, f"no cache at bench/.cache and no tokenpool_ext.demo ({error})"
     try:
-        tokens = real_tokens(images)
+        tokens, scores = real_tokens(images, with_scores=True)
     except Exception as error:  # download, licence or shape trouble: the reason goes into the record
         return None, f"tokenpool_ext.demo could not make them ({type(error).__name__}: {error})"
-    tokens = (tokens[0] if isinstance(tokens, tuple) else tokens).detach().float().contiguous()
+    tokens, scores = tokens.detach().float().contiguous(), scores.detach().float().contiguous()
     if tuple(tokens.shape[1:]) != (GRID * GRID, FEATURES):
         return None, f"tokenpool_ext.demo gave shape {tuple(tokens.shape)}, expected (*, {GRID * GRID}, {FEATURES})"
     CACHE.mkdir(exist_ok=True)
-    torch.save({"tokens": tokens}, path)
-    return tokens, "real"
+    torch.save({"tokens": tokens, "scores": scores}, path)
+    return {"tokens": tokens, "scores": scores}, "real"
 
 
 def derive(base: torch.Tensor, B: int, N: int, D: int, seed: int = 0) -> tuple[torch.Tensor, str]:

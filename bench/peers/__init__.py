@@ -15,8 +15,8 @@ import importlib
 
 from ..machine import package_version
 
-NAMES = ("scikit_learn", "faiss_cpu", "torch_eager", "torch_compile", "flash_kmeans", "fast_pytorch_kmeans",
-         "fastkmeans", "superkmeans", "torch_kmeans", "kmedoids_alternating", "kmedoids_fasterpam",
+NAMES = ("scikit_learn", "faiss_cpu", "torch_eager", "torch_eager_gram", "torch_compile", "flash_kmeans",
+         "fast_pytorch_kmeans", "fastkmeans", "superkmeans", "torch_kmeans", "kmedoids_alternating", "kmedoids_fasterpam",
          "cluster_loop", "ward", "bipartite", "attention_matrix", "pool_backward_eager")
 
 

@@ -1,9 +1,8 @@
-"""PyTorch eager, batched: the fastest of four formulations on this shape.
+"""PyTorch eager, batched: the fastest of three formulations on this shape (a fourth: torch_eager_gram.py).
 
 - one_hot: products and squared norms by baddbmm, argmin, sums as bmm(one_hot^T, x);
 - index_add: the same assignment, sums by index_add_ on the flattened batch;
-- scatter_add: the same assignment, sums by batched scatter_add_;
-- gram: x x^T once, then cluster rows of it by index_add_ (no features until the last mean).
+- scatter_add: the same assignment, sums by batched scatter_add_.
 K-Medoids: distances once, cost of every member by bmm(one_hot^T, distances), masked argmin.
 """
 
@@ -18,7 +17,7 @@ PACKAGE = "torch"
 OPS = ("kmeans", "kmedoids")
 DEVICES = ("cpu", "cuda")
 OBJECTIVE = "same"
-NOTE = "batched PyTorch, fastest of: " + "one_hot, index_add, scatter_add, gram"
+NOTE = "batched PyTorch, fastest of one_hot, index_add, scatter_add; K-Medoids: cdist + one-hot bmm"
 
 _picked: dict = {}
 
@@ -67,29 +66,6 @@ def run_steps(step, x, c, iters):
     return c
 
 
-def run_gram(x, c, iters, init):
-    """Initial centers are the tokens `init`; centers appear only after the last iteration."""
-    (B, N, D), K = x.shape, c.shape[1]
-    x0 = x - x.mean(1, keepdim=True)
-    G = torch.bmm(x0, x0.transpose(1, 2))
-    rows = G.gather(1, init[..., None].expand(-1, -1, N))  # (B, K, N): c_j . x_i
-    square = G.diagonal(dim1=1, dim2=2).gather(1, init)
-    offset = torch.arange(B, device=x.device)[:, None] * K
-    for index in range(iters):
-        a = (square[..., None] - 2 * rows).argmin(1)
-        flat = (a + offset).reshape(-1)
-        counts = torch.bincount(flat, minlength=B * K).view(B, K, 1).clamp(min=1).to(x.dtype)
-        if index == iters - 1:
-            sums = torch.zeros(B * K, D, dtype=x.dtype, device=x.device).index_add_(0, flat, x.reshape(B * N, D))
-            return sums.view(B, K, D) / counts
-        sums = torch.zeros(B * K, N, dtype=x.dtype, device=x.device).index_add_(0, flat, G.view(B * N, N))
-        rows = sums.view(B, K, N) / counts
-        own = rows.gather(1, a[:, None, :]).squeeze(1)  # c_{a_i} . x_i
-        square = torch.zeros(B * K, dtype=x.dtype, device=x.device).index_add_(0, flat, own.reshape(-1)).view(B, K)
-        square = square / counts.squeeze(-1)
-    return c
-
-
 def kmedoids(x, init, iters):
     K = init.shape[1]
     distances = torch.cdist(x, x).square_()
@@ -112,8 +88,6 @@ def formulations(data):
                                 ("scatter_add", step_scatter_add))}
     if 4 * p.N * p.K * min(p.B, 4) > 1 << 30:
         del found["one_hot"]
-    if p.N <= 4096:
-        found["gram"] = lambda n=data.images: run_gram(x[:n], c[:n], p.iters, data.init[:n])
     return found
 
 
