@@ -270,6 +270,17 @@ def assert_identical(a, b, *, what=""):
         assert_identical(p, q, what=f"{what}.{getattr(a, '_fields', range(len(a)))[i]}")
 
 
+def assert_same_bits(backend, a, b, *, what=""):
+    """Bit for bit on a backend with kernels; within rounding on the reference, whose library products may sum in
+    another order for another layout or batch size (its documentation says so)."""
+    if backend.name != "reference":
+        return assert_identical(a, b, what=what)
+    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b)
+    for p, q in pairs:
+        if p is not None:
+            torch.testing.assert_close(p, q, msg=lambda m: f"{what} {m}")
+
+
 def take(result, index):
     """`Clusters` (or any tuple of tensors) restricted to some images."""
     items = [None if t is None else t[index] for t in result]

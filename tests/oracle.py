@@ -49,6 +49,12 @@ def _nearest(x, centers):
     return label
 
 
+def _nearest_all(x, centers):
+    """The same for every token at once, in float64."""
+    d = ((x[:, None] - centers[None]) ** 2).sum(-1)
+    return np.where(np.isnan(d), np.inf, d).argmin(1)
+
+
 def _repair(labels, cost, k):
     """Contract 2.2, one empty cluster after the other."""
     for j in range(k):
@@ -82,11 +88,12 @@ def cluster(x, k, *, init, weights=None, mask=None, num_iters=5, algorithm="kmea
     labels, previous, ran = np.zeros(n, int), None, 0
     for _ in range(num_iters if k else 0):
         ran += 1
-        labels = np.array([_nearest(row, centers) for row in x])
+        labels = np.array([_nearest(row, centers) for row in x]) if exact else _nearest_all(x, centers)
         if algorithm == "kmedoids":
             for j in range(k - 1, -1, -1):  # descending: the lowest cluster that names a token keeps it
                 labels[medoids[j]] = j
-        labels = _repair(labels, [w[i] * _distance(x[i], centers[labels[i]]) for i in range(n)], k)
+        if len(np.unique(labels)) < k:
+            labels = _repair(labels, [w[i] * _distance(x[i], centers[labels[i]]) for i in range(n)], k)
         if previous is not None and (labels == previous).all():
             break
         previous = labels.copy()

@@ -106,7 +106,7 @@ def tiny():
 def test_table_on_a_tiny_model(tiny):
     rows = compare.variants(tiny, 64, [0.5], layers=(1,))
     pixels = torch.randn(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    compare.costs(rows, 64)
+    compare.costs(rows)
     compare.quality(rows, pixels, batch=2)
     compare.throughput(rows, pixels, repeats=1)
     assert [v.row.failed for v in rows] == [None] * (1 + len(compare.METHODS))
