@@ -1,0 +1,128 @@
+// The attention every token receives: column sums of softmax(scale * q k^T), a few rows at a time.
+//
+// For each image and head: the keys are packed once; for kRows queries the logits of all keys are made in a row buffer,
+// turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Heads are summed
+// in order at the end.
+
+// exp of every lane, for x <= 0 (relative error about 2e-7): 2^n * p(r), with x = n ln 2 + r.
+TP_INLINE Vec<float> exp_lanes(Vec<float> x) {
+  const Vec<float> low = splat(-87.0f);
+  x = x < low ? low : x;
+  const Vec<float> shifted = x * 1.44269504088896f + 12582912.0f;  // rounds to an integer in the low bits
+  const Vec<float> n = shifted - 12582912.0f;
+  const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec<int32_t> exponent = (Vec<int32_t>)shifted << 23;  // the low bits of `shifted` are n
+  return (Vec<float>)((Vec<int32_t>)p + exponent);
+}
+
+TP_INLINE Vec<double> exp_lanes(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class C>
+inline C row_maximum(const C* row, int64_t n) {  // n a multiple of the lanes
+  Vec<C> most = load(row);
+  for (int64_t i = kLanes<C>; i < n; i += kLanes<C>) {
+    const Vec<C> v = load(row + i);
+    most = v > most ? v : most;
+  }
+  C m = most[0];
+  for (int i = 1; i < kLanes<C>; ++i) m = most[i] > m ? most[i] : m;
+  return m;
+}
+
+// Adds the head's mean-to-be (the plain sum over queries) to sum [padded N], zeroed here.
+template <class In>
+inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typename AccOf<In>::Type* received) {
+  using C = typename AccOf<In>::Type;
+  constexpr int L = kLanes<C>, P = kPanel<C>;
+  const int64_t d = a.width, padded = round_up(a.keys, P);
+  const In* q = static_cast<const In*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1];
+  const In* k = static_cast<const In*>(a.k) + b * a.k_strides[0] + h * a.k_strides[1];
+  const C* lse = a.lse ? static_cast<const C*>(a.lse) + (b * a.heads + h) * a.queries : nullptr;
+  Buffer<C> packed(padded * d), rows(std::max<int64_t>(P, kRows) * d), logits(kRows * padded), sum(padded);
+
+  for (int64_t i = 0; i < padded; ++i) sum[i] = 0;
+  for (int64_t p = 0; p < padded; p += P) {
+    for (int64_t r = 0; r < P; ++r) {
+      if (p + r < a.keys)
+        widen(k + (p + r) * a.k_strides[2], rows + r * d, d);
+      else
+        std::memset(static_cast<void*>(rows + r * d), 0, size_t(d) * sizeof(C));
+    }
+    pack_panel<C>(rows, d, packed + p * d);
+  }
+
+  for (int64_t first = 0; first < a.queries; first += kRows) {
+    const int64_t count = std::min<int64_t>(kRows, a.queries - first);
+    const C* left[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      C* out = rows + std::min(r, count - 1) * d;
+      if (r < count) {
+        widen(q + (first + r) * a.q_strides[2], out, d);
+        for (int64_t i = 0; i < d; ++i) out[i] *= C(a.scale);
+      }
+      left[r] = out;
+    }
+    for (int64_t p = 0; p < padded; p += P) {
+      Tile<C> tile;
+      multiply<C>(left, 1, packed + p * d, d, tile);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < TP_VECTORS; ++v) store(logits + r * padded + p + v * L, tile.v[r][v]);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      C* row = logits + r * padded;
+      for (int64_t i = a.keys; i < padded; ++i) row[i] = -std::numeric_limits<C>::infinity();
+      if (lse) {  // exp(x - lse) directly; logits never exceed their log-sum-exp
+        const Vec<C> shift = splat(lse[first + r]);
+        for (int64_t i = 0; i < padded; i += L) store(sum + i, load(sum + i) + exp_lanes(load(row + i) - shift));
+        continue;
+      }
+      const Vec<C> shift = splat(row_maximum(row, padded));
+      Vec<C> total = {};
+      for (int64_t i = 0; i < padded; i += L) {
+        const Vec<C> e = exp_lanes(load(row + i) - shift);
+        store(row + i, e);
+        total += e;
+      }
+      for (int64_t i = a.keys; i < padded; ++i) row[i] = 0;
+      const Vec<C> share = splat(C(1) / lane_sum<C>(total));
+      for (int64_t i = 0; i < padded; i += L) store(sum + i, load(sum + i) + load(row + i) * share);
+    }
+  }
+  std::memcpy(received, sum, size_t(a.keys) * sizeof(C));
+}
+
+template <class In>
+inline void attention_all(const AttentionArgs& a) {
+  using C = typename AccOf<In>::Type;
+  C* partial = static_cast<C*>(a.partial);
+  split(a.parallel_for, a.threads > 1, a.images * a.heads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) attention_head<In>(a, i / a.heads, i % a.heads, partial + i * a.keys);
+  });
+  const C factor = C(1) / C(std::max<int64_t>(a.heads * a.queries, 1));
+  for (int64_t b = 0; b < a.images; ++b)
+    for (int64_t i = 0; i < a.keys; ++i) {
+      C sum = 0;
+      for (int64_t h = 0; h < a.heads; ++h) sum += partial[(b * a.heads + h) * a.keys + i];
+      static_cast<C*>(a.received)[b * a.keys + i] = sum * factor;
+    }
+}
+
+static void attention_received(const AttentionArgs& a) {
+  switch (a.dtype) {
+    case DType::Float32: return attention_all<float>(a);
+    case DType::Float64: return attention_all<double>(a);
+    case DType::BFloat16: return attention_all<BF16>(a);
+    case DType::Float16: return attention_all<FP16>(a);
+  }
+}

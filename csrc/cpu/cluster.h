@@ -1,0 +1,559 @@
+// K-Means and K-Medoids of one image: preparation, the two ways of assigning tokens, the update, the final means.
+
+template <class In>
+class Clustering {
+  using C = typename AccOf<In>::Type;
+  using I = typename Lane<C>::Int;
+  static constexpr int L = kLanes<C>, P = kPanel<C>;
+
+ public:
+  Clustering(const ClusterArgs& args, bool parallel) : a(args), parallel_(parallel) {}
+
+  void run(int64_t b) {
+    arena_.reset();
+    image_ = b;
+    x_ = static_cast<const In*>(a.x) + b * a.x_image_stride;
+    find_valid();
+    k_ = std::min(a.counts ? std::min(a.counts[b], a.clusters) : a.clusters, n_);
+    if (k_ < 0) k_ = 0;
+    take_buffers();
+    if (k_ > 0) {
+      measure();
+      gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
+      if (gram_path_) build_gram();
+      start();
+      iterate();
+    }
+    finish();
+  }
+
+ private:
+  // ---------------------------------------------------------------------------------------------- preparation
+
+  void find_valid() {
+    valid_ = nullptr;
+    n_ = a.tokens;
+    if (!a.mask) return;
+    const bool* mask = a.mask + image_ * a.tokens;
+    valid_ = arena_.take<int32_t>(a.tokens);
+    n_ = 0;
+    for (int64_t i = 0; i < a.tokens; ++i)
+      if (mask[i]) valid_[n_++] = int32_t(i);
+  }
+
+  bool plan() const {
+    CpuProblem problem;
+    problem.tokens = n_;
+    problem.clusters = k_;
+    problem.features = a.features;
+    problem.iterations = a.iterations;
+    problem.acc_bytes = sizeof(C);
+    problem.centers_given = a.init_centers != nullptr;
+    problem.medoids = a.medoids;
+    return plan_cpu(problem).gram;
+  }
+
+  void take_buffers() {
+    padded_ = round_up(std::max<int64_t>(n_, 1), P);
+    row_stride_ = padded_ + ((padded_ * int64_t(sizeof(C))) % 1024 == 0 ? L : 0);  // rows not a power of two apart
+    label_ = arena_.take<I>(padded_);
+    previous_ = arena_.take<I>(padded_);
+    best_ = arena_.take<C>(padded_);
+    norm_ = arena_.take<C>(padded_);
+    member_ = arena_.take<int32_t>(padded_);
+    share_ = arena_.take<C>(padded_);
+    start_ = arena_.take<int32_t>(a.clusters + 1);
+    count_ = arena_.take<int32_t>(a.clusters + 1);
+    medoid_ = arena_.take<int32_t>(a.clusters);
+    center_norm_ = arena_.take<C>(a.clusters);
+    total_ = arena_.take<C>(a.clusters);
+    error_ = arena_.take<double>(a.clusters);
+    changed_ = arena_.take<uint8_t>(a.clusters);
+    mean_ = arena_.take<C>(a.features);
+  }
+
+  int64_t token(int64_t i) const { return valid_ ? valid_[i] : i; }
+  const In* row(int64_t i) const { return x_ + token(i) * a.x_token_stride; }
+
+  // Scale, mean token and weights.
+  void measure() {
+    const int64_t D = a.features;
+    C* most = arena_.take<C>(D);
+    C* scratch = arena_.take<C>(D);
+    for (int64_t d = 0; d < D; ++d) mean_[d] = most[d] = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      const C* x = as_acc(row(i), scratch, D);
+      for (int64_t d = 0; d < D; ++d) {
+        const C size = std::fabs(x[d]);
+        mean_[d] += x[d];
+        most[d] = size > most[d] ? size : most[d];
+      }
+    }
+    C largest = 0;
+    for (int64_t d = 0; d < D; ++d) largest = most[d] > largest ? most[d] : largest;
+    scale_ = safe_scale(largest);
+    if (scale_ != C(1)) {
+      for (int64_t d = 0; d < D; ++d) mean_[d] = 0;
+      for (int64_t i = 0; i < n_; ++i) {
+        const C* x = as_acc(row(i), scratch, D);
+        for (int64_t d = 0; d < D; ++d) mean_[d] += x[d] * scale_;
+      }
+    }
+    for (int64_t d = 0; d < D; ++d) mean_[d] /= C(n_);
+
+    weight_ = nullptr;
+    weight_scale_ = 1;
+    if (a.weights) {
+      const C* given = static_cast<const C*>(a.weights) + image_ * a.tokens;
+      C* weight = arena_.take<C>(n_);
+      C heaviest = 0;
+      for (int64_t i = 0; i < n_; ++i) heaviest = given[token(i)] > heaviest ? given[token(i)] : heaviest;
+      weight_scale_ = safe_scale(heaviest);
+      for (int64_t i = 0; i < n_; ++i) weight[i] = given[token(i)] * weight_scale_;
+      weight_ = weight;
+    }
+  }
+
+  // Centered, scaled tokens [first, first + P) as a packed panel; zeros past the end. Fills their squared norms.
+  void pack(int64_t first, C* panel, C* rows) {
+    const int64_t D = a.features;
+    for (int64_t r = 0; r < P; ++r) {
+      C* out = rows + r * D;
+      if (first + r < n_) {
+        const C* x = as_acc(row(first + r), out, D);
+        for (int64_t d = 0; d < D; ++d) out[d] = x[d] * scale_ - mean_[d];
+      } else {
+        std::memset(out, 0, size_t(D) * sizeof(C));
+      }
+    }
+    pack_panel(rows, D, panel);
+  }
+
+  void build_gram() {
+    const int64_t D = a.features, panels = padded_ / P;
+    packed_ = arena_.take<C>(padded_ * D);
+    gram_ = arena_.take<C>(padded_ * row_stride_);
+    split(a.parallel_for, parallel_, panels, [&](int64_t begin, int64_t end) {
+      Buffer<C> rows(P * D);
+      for (int64_t p = begin; p < end; ++p) pack(p * P, packed_ + p * P * D, rows);
+    });
+    split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {
+      gram_tiles(packed_, D, panels, begin, end, gram_, row_stride_);
+    });
+    mirror_panels(0, panels, gram_, row_stride_);
+    for (int64_t i = 0; i < n_; ++i) norm_[i] = gram_[i * row_stride_ + i];
+  }
+
+  // -------------------------------------------------------------------------------------------------- centers
+
+  // The gram path keeps, for every center, its products with all tokens (a row as long as a Gram row); the direct path
+  // keeps the centers themselves. A center that is a token has its products in the Gram matrix already.
+  void start() {
+    const int64_t D = a.features;
+    if (gram_path_) {
+      product_ = arena_.take<C>(k_ * row_stride_);
+      row_of_ = arena_.take<const C*>(k_);
+    } else {
+      center_ = arena_.take<C>(round_up(k_, kRows) * D);
+    }
+    if (a.init_index) {
+      for (int64_t j = 0; j < k_; ++j) {
+        const int64_t asked = a.init_index[image_ * a.clusters + j];
+        medoid_[j] = int32_t(local_index(std::min(std::max<int64_t>(asked, 0), a.tokens - 1)));
+      }
+      use_medoids();
+      return;
+    }
+    C* center = gram_path_ ? arena_.take<C>(round_up(k_, kRows) * D) : center_;
+    const C* given = static_cast<const C*>(a.init_centers) + image_ * a.clusters * D;
+    for (int64_t j = 0; j < k_; ++j)
+      for (int64_t d = 0; d < D; ++d) center[j * D + d] = given[j * D + d] * scale_ - mean_[d];
+    measure_centers(center);
+    if (!gram_path_) return;
+    split(a.parallel_for, parallel_, padded_ / P, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        for (int64_t j = 0; j < k_; j += kRows) {
+          Tile<C> tile;
+          multiply_centers(center, j, packed_ + p * P * D, tile);
+          for (int r = 0; r < kRows && j + r < k_; ++r)
+            for (int v = 0; v < TP_VECTORS; ++v) store(product_ + (j + r) * row_stride_ + p * P + v * L, tile.v[r][v]);
+        }
+    });
+    for (int64_t j = 0; j < k_; ++j) row_of_[j] = product_ + j * row_stride_;
+  }
+
+  int64_t local_index(int64_t token) const {  // its place among the valid tokens (the next valid one, for padding)
+    if (!valid_) return token;
+    return std::min<int64_t>(std::lower_bound(valid_, valid_ + n_, int32_t(token)) - valid_, n_ - 1);
+  }
+
+  void measure_centers(const C* center) {
+    const int64_t D = a.features;
+    for (int64_t j = 0; j < k_; ++j) {
+      C norm = 0;
+      for (int64_t d = 0; d < D; ++d) norm += center[j * D + d] * center[j * D + d];
+      center_norm_[j] = norm;
+    }
+  }
+
+  TP_INLINE void multiply_centers(const C* center, int64_t j, const C* panel, Tile<C>& tile) const {
+    const C* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = center + std::min(j + r, k_ - 1) * a.features;
+    multiply<C>(rows, 1, panel, a.features, tile);
+  }
+
+  void use_medoids() {  // the centers are the tokens medoid_[j]
+    const int64_t D = a.features;
+    if (gram_path_) {
+      for (int64_t j = 0; j < k_; ++j) {
+        row_of_[j] = gram_ + medoid_[j] * row_stride_;
+        center_norm_[j] = norm_[medoid_[j]];
+      }
+      return;
+    }
+    for (int64_t j = 0; j < k_; ++j) {
+      C* out = center_ + j * D;
+      const C* x = as_acc(row(medoid_[j]), out, D);
+      for (int64_t d = 0; d < D; ++d) out[d] = x[d] * scale_ - mean_[d];
+    }
+    measure_centers(center_);
+  }
+
+  // ------------------------------------------------------------------------------------------------ iteration
+
+  void iterate() {
+    for (int64_t t = 0;; ++t) {
+      if (gram_path_)
+        assign_gram();
+      else
+        assign_direct();
+      if (a.medoids)  // a medoid belongs to its own cluster, the lowest if several name it
+        for (int64_t j = k_; j-- > 0;) {
+          label_[medoid_[j]] = I(j);
+          best_[medoid_[j]] = -norm_[medoid_[j]];
+        }
+      for (int64_t i = 0; i < n_; ++i) {  // from here on: squared distances, a NaN stays NaN
+        const C distance = best_[i] + norm_[i];
+        best_[i] = distance < 0 ? C(0) : distance;
+      }
+      repair_empty(n_, k_, weight_, best_, label_, count_);
+      const bool same = t > 0 && !std::memcmp(label_, previous_, size_t(n_) * sizeof(I));
+      if (same) break;
+      mark_changes(t);
+      group(label_, n_, k_, start_, member_);
+      for (int64_t j = 0; j < k_; ++j)
+        total_[j] = shares(member_ + start_[j], start_[j + 1] - start_[j], weight_, share_ + start_[j]);
+      if (a.medoids) {
+        update_medoids();
+        if (t + 1 == a.iterations) break;
+        use_medoids();
+      } else {
+        if (t + 1 == a.iterations) break;
+        update_means();
+      }
+      std::swap(label_, previous_);
+    }
+  }
+
+  void mark_changes(int64_t t) {
+    std::memset(changed_, t == 0, size_t(k_));
+    if (t == 0) return;
+    for (int64_t i = 0; i < n_; ++i)
+      if (label_[i] != previous_[i]) changed_[label_[i]] = changed_[previous_[i]] = 1;
+  }
+
+  // Worth waking the other threads for `operations` element operations?
+  bool worth(int64_t operations) const { return parallel_ && operations > 200000; }
+
+  void assign_gram() {
+    split(a.parallel_for, worth(n_ * k_), padded_ / P, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * P; i < end * P; i += P) {
+        Vec<C> best[TP_VECTORS];
+        Vec<I> label[TP_VECTORS];
+        for (int v = 0; v < TP_VECTORS; ++v) {
+          best[v] = splat(std::numeric_limits<C>::infinity());
+          label[v] = Vec<I>{};
+        }
+        for (int64_t j = 0; j < k_; ++j) {
+          const C* products = row_of_[j] + i;
+          const Vec<C> norm = splat(center_norm_[j]);
+          const Vec<I> index = splat(I(j));
+#pragma GCC unroll 4
+          for (int v = 0; v < TP_VECTORS; ++v) keep_nearer(norm - C(2) * load(products + v * L), index, best[v], label[v]);
+        }
+        for (int v = 0; v < TP_VECTORS; ++v) {
+          store(best_ + i + v * L, best[v]);
+          store(label_ + i + v * L, label[v]);
+        }
+      }
+    });
+  }
+
+  void assign_direct() {
+    const int64_t D = a.features;
+    split(a.parallel_for, worth(n_ * k_ * D / 8), padded_ / P, [&](int64_t begin, int64_t end) {
+      Buffer<C> rows(P * D), panel(P * D);
+      for (int64_t i = begin * P; i < end * P; i += P) {
+        pack(i, panel, rows);
+        for (int64_t r = i; r < i + P && r < n_; ++r) norm_[r] = squared_norm(rows + (r - i) * D);
+        Vec<C> best[TP_VECTORS];
+        Vec<I> label[TP_VECTORS];
+        for (int v = 0; v < TP_VECTORS; ++v) {
+          best[v] = splat(std::numeric_limits<C>::infinity());
+          label[v] = Vec<I>{};
+        }
+        for (int64_t j = 0; j < k_; j += kRows) {
+          Tile<C> tile;
+          multiply_centers(center_, j, panel, tile);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            if (j + r >= k_) break;
+            const Vec<C> norm = splat(center_norm_[j + r]);
+            const Vec<I> index = splat(I(j + r));
+#pragma GCC unroll 4
+            for (int v = 0; v < TP_VECTORS; ++v) keep_nearer(norm - C(2) * tile.v[r][v], index, best[v], label[v]);
+          }
+        }
+        for (int v = 0; v < TP_VECTORS; ++v) {
+          store(best_ + i + v * L, best[v]);
+          store(label_ + i + v * L, label[v]);
+        }
+      }
+    });
+  }
+
+  static TP_INLINE void keep_nearer(Vec<C> score, Vec<I> index, Vec<C>& best, Vec<I>& label) {
+    const auto nearer = score < best;
+    best = nearer ? score : best;
+    label = nearer ? index : label;
+  }
+
+  C squared_norm(const C* x) const {
+    Vec<C> sum = {};
+    C rest = 0;
+    int64_t d = 0;
+    for (; d + L <= a.features; d += L) sum += load(x + d) * load(x + d);
+    for (; d < a.features; ++d) rest += x[d] * x[d];
+    return lane_sum<C>(sum) + rest;
+  }
+
+  // ---------------------------------------------------------------------------------------------------- update
+
+  void update_means() {
+    if (gram_path_) {
+      split(a.parallel_for, worth(n_ * n_), k_, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j)
+          if (changed_[j]) mean_products(j);
+      });
+      return;
+    }
+    split(a.parallel_for, worth(n_ * a.features), k_, [&](int64_t begin, int64_t end) {
+      Buffer<C> scratch(a.features);
+      for (int64_t j = begin; j < end; ++j)
+        if (changed_[j]) {
+          mean_row(j, true, scratch, center_ + j * a.features);
+          center_norm_[j] = squared_norm(center_ + j * a.features);
+        }
+    });
+  }
+
+  // Products of cluster j's mean with all tokens, from the Gram rows of its members; and its squared norm.
+  void mean_products(int64_t j) {
+    const int32_t* member = member_ + start_[j];
+    const C* share = share_ + start_[j];
+    const int64_t count = start_[j + 1] - start_[j];
+    if (count == 1) {
+      row_of_[j] = gram_ + member[0] * row_stride_;
+      center_norm_[j] = norm_[member[0]];
+      return;
+    }
+    C* out = product_ + j * row_stride_;
+    sum_gram_rows(member, share, count, out);
+    row_of_[j] = out;
+    C norm = 0;
+    for (int64_t m = 0; m < count; ++m) norm += share[m] * out[member[m]];
+    center_norm_[j] = norm;
+  }
+
+  void sum_gram_rows(const int32_t* member, const C* share, int64_t count, C* out) const {
+    constexpr int W = 4;  // vectors of columns at a time
+    int64_t i = 0;
+    for (; i + W * L <= padded_; i += W * L) {
+      Vec<C> sum[W] = {};
+      for (int64_t m = 0; m < count; ++m) {
+        const C* g = gram_ + member[m] * row_stride_ + i;
+        const Vec<C> s = splat(share[m]);
+#pragma GCC unroll 4
+        for (int v = 0; v < W; ++v) sum[v] += s * load(g + v * L);
+      }
+      for (int v = 0; v < W; ++v) store(out + i + v * L, sum[v]);
+    }
+    for (; i < padded_; i += L) {
+      Vec<C> sum = {};
+      for (int64_t m = 0; m < count; ++m) sum += splat(share[m]) * load(gram_ + member[m] * row_stride_ + i);
+      store(out + i, sum);
+    }
+  }
+
+  // The weighted mean of cluster j's tokens, scaled; minus the image's mean token when `centered`.
+  void mean_row(int64_t j, bool centered, C* scratch, C* out) const {
+    const int64_t D = a.features;
+    for (int64_t d = 0; d < D; ++d) out[d] = 0;
+    for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
+      const C* x = as_acc(row(member_[m]), scratch, D);
+      const C share = share_[m];
+      if (centered)
+        for (int64_t d = 0; d < D; ++d) out[d] += share * (x[d] * scale_ - mean_[d]);
+      else
+        for (int64_t d = 0; d < D; ++d) out[d] += share * (x[d] * scale_);
+    }
+  }
+
+  // The member nearest to the mean of its cluster; the lowest index on a tie. Of two members the heavier one.
+  void update_medoids() {
+    split(a.parallel_for, worth(n_ * (gram_path_ ? n_ : a.features)), k_, [&](int64_t begin, int64_t end) {
+      Buffer<C> mean(gram_path_ ? padded_ : a.features), scratch(a.features);
+      for (int64_t j = begin; j < end; ++j)
+        if (changed_[j]) medoid_[j] = nearest_member(j, mean, scratch);
+    });
+  }
+
+  int32_t nearest_member(int64_t j, C* mean, C* scratch) const {
+    const int32_t* member = member_ + start_[j];
+    const int64_t count = start_[j + 1] - start_[j], D = a.features;
+    if (count == 1 || !(total_[j] > 0)) return member[0];
+    if (count == 2) return weight_ && weight_[member[1]] > weight_[member[0]] ? member[1] : member[0];
+    if (gram_path_)
+      sum_gram_rows(member, share_ + start_[j], count, mean);
+    else
+      mean_row(j, true, scratch, mean);
+    int32_t nearest = member[0];
+    C least = std::numeric_limits<C>::infinity();
+    for (int64_t m = 0; m < count; ++m) {
+      C distance;
+      if (gram_path_) {
+        distance = norm_[member[m]] - C(2) * mean[member[m]];
+      } else {
+        const C* x = as_acc(row(member[m]), scratch, D);
+        distance = 0;
+        for (int64_t d = 0; d < D; ++d) {
+          const C difference = x[d] * scale_ - mean_[d] - mean[d];
+          distance += difference * difference;
+        }
+      }
+      if (distance < least) {
+        least = distance;
+        nearest = member[m];
+      }
+    }
+    return nearest;
+  }
+
+  // ---------------------------------------------------------------------------------------------------- result
+
+  void finish() {
+    const int64_t K = a.clusters, D = a.features;
+    int64_t* assignment = a.assignment + image_ * a.tokens;
+    C* mass = static_cast<C*>(a.mass) + image_ * K;
+    In* centers = static_cast<In*>(a.centers) + image_ * K * D;
+    int64_t* medoids = a.medoid_index ? a.medoid_index + image_ * K : nullptr;
+    const C most = std::numeric_limits<C>::max();
+
+    for (int64_t i = 0; i < a.tokens; ++i) assignment[i] = -1;
+    int32_t* place = count_;  // cluster j is returned as place[j]
+    for (int64_t j = 0; j < k_; ++j) place[j] = int32_t(j);
+    if (a.sort && k_ > 0) order_by_first_token(place);
+    for (int64_t i = 0; i < (k_ > 0 ? n_ : 0); ++i) assignment[token(i)] = place[label_[i]];
+    for (int64_t j = k_; j < K; ++j) {
+      mass[j] = 0;
+      std::memset(static_cast<void*>(centers + j * D), 0, size_t(D) * sizeof(In));
+      if (medoids) medoids[j] = -1;
+    }
+    split(a.parallel_for, worth(2 * n_ * D), k_, [&](int64_t begin, int64_t end) {
+      Buffer<C> mean(D), scratch(D);
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t out = place[j];
+        mass[out] = std::min(total_[j] / weight_scale_, most);
+        if (a.medoids) {
+          const C* x = as_acc(row(medoid_[j]), scratch, D);
+          for (int64_t d = 0; d < D; ++d) mean[d] = x[d] * scale_;
+          std::memcpy(static_cast<void*>(centers + out * D), row(medoid_[j]), size_t(D) * sizeof(In));
+          if (medoids) medoids[out] = token(medoid_[j]);
+        } else {
+          mean_row(j, false, scratch, mean);
+          narrow(mean, C(1) / scale_, centers + out * D, D);
+        }
+        error_[j] = cluster_error(j, mean, scratch);
+      }
+    });
+    double inertia = 0;
+    for (int64_t j = 0; j < k_; ++j) inertia += error_[j];
+    inertia = k_ > 0 ? inertia / double(scale_) / double(scale_) / double(weight_scale_) : 0;
+    static_cast<C*>(a.inertia)[image_] = inertia > double(most) ? most : C(inertia);
+  }
+
+  double cluster_error(int64_t j, const C* mean, C* scratch) const {
+    const int64_t D = a.features;
+    double error = 0;
+    for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
+      const C* x = as_acc(row(member_[m]), scratch, D);
+      Vec<C> sum = {};
+      C rest = 0;
+      int64_t d = 0;
+      for (; d + L <= D; d += L) {
+        const Vec<C> difference = load(x + d) * scale_ - load(mean + d);
+        sum += difference * difference;
+      }
+      for (; d < D; ++d) rest += (x[d] * scale_ - mean[d]) * (x[d] * scale_ - mean[d]);
+      error += double(weight_ ? weight_[member_[m]] : C(1)) * double(lane_sum<C>(sum) + rest);
+    }
+    return error;
+  }
+
+  void order_by_first_token(int32_t* place) {
+    int64_t next = 0;
+    for (int64_t j = 0; j < k_; ++j) place[j] = -1;
+    for (int64_t i = 0; i < n_; ++i)
+      if (place[label_[i]] < 0) place[label_[i]] = int32_t(next++);
+  }
+
+  const ClusterArgs& a;
+  const bool parallel_;
+  Arena arena_;
+  int64_t image_ = 0, n_ = 0, k_ = 0, padded_ = 0, row_stride_ = 0;
+  bool gram_path_ = false;
+  const In* x_ = nullptr;
+  int32_t* valid_ = nullptr;    // [n] token indices, or null: all
+  const C* weight_ = nullptr;   // [n] scaled, or null
+  C scale_ = 1, weight_scale_ = 1;
+  C* mean_ = nullptr;           // [D] the image's mean token, scaled
+  C *packed_ = nullptr, *gram_ = nullptr;     // gram path: [panels][D][P], [padded][row_stride]
+  C* product_ = nullptr;        // gram path: [k][row_stride]
+  const C** row_of_ = nullptr;  // gram path: where center j's products are
+  C* center_ = nullptr;         // direct path: [k][D] scaled, centered
+  C* center_norm_ = nullptr;    // [k] squared norms
+  C *best_ = nullptr, *norm_ = nullptr;       // [n] squared distance to its center; squared norm
+  I *label_ = nullptr, *previous_ = nullptr;  // [n]
+  int32_t *member_ = nullptr, *start_ = nullptr, *count_ = nullptr, *medoid_ = nullptr;
+  C *share_ = nullptr, *total_ = nullptr;     // [n] by place in member_; [k] summed weights
+  double* error_ = nullptr;     // [k]
+  uint8_t* changed_ = nullptr;  // [k] members differ from the last iteration's
+};
+
+template <class In>
+inline void cluster_all(const ClusterArgs& a) {
+  const bool over_images = a.images >= a.threads && a.threads > 1;
+  split(a.parallel_for, over_images, a.images, [&](int64_t begin, int64_t end) {
+    Clustering<In> clustering(a, !over_images && a.threads > 1);
+    for (int64_t b = begin; b < end; ++b) clustering.run(b);
+  });
+}
+
+static void cluster(const ClusterArgs& a) {
+  switch (a.dtype) {
+    case DType::Float32: return cluster_all<float>(a);
+    case DType::Float64: return cluster_all<double>(a);
+    case DType::BFloat16: return cluster_all<BF16>(a);
+    case DType::Float16: return cluster_all<FP16>(a);
+  }
+}

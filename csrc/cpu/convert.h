@@ -1,0 +1,105 @@
+// Rows of any dtype to and from the accumulation type, a vector at a time.
+
+struct BF16 { uint16_t bits; };
+struct FP16 { uint16_t bits; };
+
+template <class In>
+struct AccOf { using Type = float; };
+template <>
+struct AccOf<double> { using Type = double; };
+
+TP_INLINE float to_float(BF16 v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+TP_INLINE BF16 to_bf16(float f) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return BF16{uint16_t(f != f ? 0x7fc0 : rounded)};
+}
+
+inline float to_float(FP16 v) {
+#if defined(TP_F16C)
+  return _cvtsh_ss(v.bits);
+#else
+  uint32_t sign = uint32_t(v.bits & 0x8000) << 16, exponent = (v.bits >> 10) & 31, fraction = v.bits & 0x3ff;
+  float f;
+  if (exponent == 0) {
+    f = float(fraction) * 5.9604644775390625e-8f;  // 2^-24
+    return sign ? -f : f;
+  }
+  uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+  std::memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+inline FP16 to_fp16(float f) {  // round to nearest even
+#if defined(TP_F16C)
+  return FP16{uint16_t(_cvtss_sh(f, 0))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return FP16{uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return FP16{uint16_t(sign | 0x7c00)};  // rounds to infinity
+  if (magnitude < 0x38800000) {  // subnormal: let the addition round
+    float a;
+    std::memcpy(&a, &magnitude, 4);
+    a += 0.5f;
+    uint32_t r;
+    std::memcpy(&r, &a, 4);
+    return FP16{uint16_t(sign | (r - 0x3f000000))};
+  }
+  uint32_t r = magnitude - 0x38000000;
+  return FP16{uint16_t(sign | ((r + 0xfff + ((r >> 13) & 1)) >> 13))};
+#endif
+}
+
+// out[i] = in[i] as acc.
+inline void widen(const float* in, float* out, int64_t n) { std::memcpy(out, in, size_t(n) * sizeof(float)); }
+inline void widen(const double* in, double* out, int64_t n) { std::memcpy(out, in, size_t(n) * sizeof(double)); }
+inline void widen(const BF16* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
+}
+inline void widen(const FP16* in, float* out, int64_t n) {
+  int64_t i = 0;
+#if defined(TP_F16C)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+#endif
+  for (; i < n; ++i) out[i] = to_float(in[i]);
+}
+
+// out[i] = in[i] * factor, rounded to the output's dtype.
+inline void narrow(const float* in, float factor, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
+}
+inline void narrow(const double* in, double factor, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
+}
+inline void narrow(const float* in, float factor, BF16* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(in[i] * factor);
+}
+inline void narrow(const float* in, float factor, FP16* out, int64_t n) {
+  int64_t i = 0;
+#if defined(TP_F16C)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(in + i), _mm256_set1_ps(factor)), 0));
+#endif
+  for (; i < n; ++i) out[i] = to_fp16(in[i] * factor);
+}
+
+// A row as acc: the row itself when it already is, else converted into `scratch`.
+TP_INLINE const float* as_acc(const float* row, float*, int64_t) { return row; }
+TP_INLINE const double* as_acc(const double* row, double*, int64_t) { return row; }
+template <class In>
+TP_INLINE const float* as_acc(const In* row, float* scratch, int64_t n) {
+  widen(row, scratch, n);
+  return scratch;
+}

@@ -1,0 +1,100 @@
+// Packed panels of tokens and the register tile: products of kRows rows with kPanel tokens.
+//
+// A panel holds kPanel tokens feature by feature: panel[d * kPanel + lane]. It serves as the right operand (vectors of
+// tokens) and, one lane at a time, as the left one. Every product is summed in the same order wherever its tile lies, so
+// results depend neither on the batch nor on the number of threads.
+
+template <class C>
+struct Tile {
+  Vec<C> v[kRows][TP_VECTORS];
+};
+
+// tile[r][:] = sum over d < depth of left[r][d * left_step] * panel[d][:]
+template <class C>
+TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const C* panel, int64_t depth, Tile<C>& tile) {
+  Vec<C> acc[kRows][TP_VECTORS] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec<C> b[TP_VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < TP_VECTORS; ++v) b[v] = load(panel + d * kPanel<C> + v * kLanes<C>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<C> a = splat(left[r][d * left_step]);
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v) acc[r][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < TP_VECTORS; ++v) tile.v[r][v] = acc[r][v];
+}
+
+// rows [kPanel][features] (row stride `features`) -> panel [features][kPanel]
+template <class C>
+inline void pack_panel(const C* rows, int64_t features, C* panel) {
+  constexpr int L = kLanes<C>;
+  int64_t d = 0;
+  for (; d + L <= features; d += L) {
+    for (int g = 0; g < TP_VECTORS; ++g) {
+      Vec<C> r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) r[i] = load(rows + (g * L + i) * features + d);
+      transpose<C>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(panel + (d + i) * kPanel<C> + g * L, r[i]);
+    }
+  }
+  for (; d < features; ++d)
+    for (int i = 0; i < kPanel<C>; ++i) panel[d * kPanel<C> + i] = rows[i * features + d];
+}
+
+constexpr int64_t kDepthBlock = 192;  // features a pass: the panel's block stays in the first-level cache
+
+// The Gram matrix of packed tokens, tiles first..last of the lower triangle (column panel by column panel).
+// gram: [panels * kPanel][stride]
+template <class C>
+inline void gram_tiles(const C* packed, int64_t features, int64_t panels, int64_t first, int64_t last, C* gram, int64_t stride) {
+  constexpr int P = kPanel<C>;
+  for (int64_t d0 = 0; d0 == 0 || d0 < features; d0 += kDepthBlock) {
+    const int64_t depth = std::min(kDepthBlock, features - d0);
+    int64_t column = 0, tile = 0;
+    while (tile + (panels - column) <= first) tile += panels - column++;
+    int64_t row = column + (first - tile);
+    for (int64_t t = first; t < last; ++t) {
+      const C* right = packed + (column * features + d0) * P;
+      const C* left = packed + (row * features + d0) * P;
+      for (int g = 0; g < P; g += kRows) {
+        const C* rows[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) rows[r] = left + g + r;
+        Tile<C> acc;
+        multiply<C>(rows, P, right, depth, acc);
+        C* out = gram + (row * P + g) * stride + column * P;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < TP_VECTORS; ++v) {
+            C* at = out + r * stride + v * kLanes<C>;
+            store(at, d0 ? load(at) + acc.v[r][v] : acc.v[r][v]);
+          }
+      }
+      if (++row == panels) row = ++column;
+    }
+  }
+}
+
+// Copy the lower triangle above the diagonal, for rows of panels first..last.
+template <class C>
+inline void mirror_panels(int64_t first, int64_t last, C* gram, int64_t stride) {
+  constexpr int P = kPanel<C>, L = kLanes<C>;
+  for (int64_t row = first * P; row < last * P; row += L)
+    for (int64_t column = 0; column < row / P * P; column += L) {
+      Vec<C> r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) r[i] = load(gram + (row + i) * stride + column);
+      transpose<C>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(gram + (column + i) * stride + row, r[i]);
+    }
+}

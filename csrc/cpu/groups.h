@@ -1,0 +1,92 @@
+// Member lists of clusters, shares of means, and the repair of empty clusters.
+
+// Memory handed out in pieces and taken back all at once; blocks are kept from image to image.
+class Arena {
+ public:
+  void reset() {
+    block_ = 0;
+    used_ = 0;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = round_up(std::max<int64_t>(count, 1) * int64_t(sizeof(T)), 64);
+    while (block_ < int64_t(blocks_.size()) && used_ + bytes > sizes_[size_t(block_)]) {
+      ++block_;
+      used_ = 0;
+    }
+    if (block_ == int64_t(blocks_.size())) {
+      const int64_t size = std::max<int64_t>(bytes, 1 << 18);
+      blocks_.emplace_back(new Buffer<char>(size));
+      sizes_.push_back(size);
+      used_ = 0;
+    }
+    T* p = reinterpret_cast<T*>(static_cast<char*>(*blocks_[size_t(block_)]) + used_);
+    used_ += bytes;
+    return p;
+  }
+
+ private:
+  std::vector<std::unique_ptr<Buffer<char>>> blocks_;
+  std::vector<int64_t> sizes_;
+  int64_t block_ = 0, used_ = 0;
+};
+
+// The largest power of two not above `largest`, as a factor that brings it into [1, 2). 1 inside the range where no square
+// can overflow or vanish (the factor is exact, so it changes no bit of a result there), and 1 for zero or non-finite.
+template <class C>
+inline C safe_scale(C largest) {
+  const int ordinary = std::is_same<C, float>::value ? 40 : 300, limit = std::is_same<C, float>::value ? 126 : 1022;
+  if (!(largest > 0) || largest > std::numeric_limits<C>::max()) return C(1);
+  int exponent;
+  std::frexp(largest, &exponent);
+  if (exponent > -ordinary && exponent < ordinary) return C(1);
+  return std::ldexp(C(1), std::min(std::max(1 - exponent, -limit), limit));
+}
+
+// Members of every cluster in token order: member[start[j]] .. member[start[j + 1]]. Labels outside 0..k-1 are left out.
+template <class Label>
+inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int32_t* member) {
+  std::memset(start, 0, size_t(k + 1) * sizeof(int32_t));
+  for (int64_t i = 0; i < n; ++i)
+    if (label[i] >= 0 && label[i] < k) ++start[label[i] + 1];
+  for (int64_t j = 0; j < k; ++j) start[j + 1] += start[j];
+  for (int64_t i = 0; i < n; ++i)
+    if (label[i] >= 0 && label[i] < k) member[start[label[i]]++] = int32_t(i);
+  for (int64_t j = k; j > 0; --j) start[j] = start[j - 1];
+  start[0] = 0;
+}
+
+// Each member's share of its cluster's mean: w/W, or 1/count where W = 0. Returns W.
+template <class C>
+inline C shares(const int32_t* member, int64_t count, const C* weight, C* share) {
+  C total = 0;
+  for (int64_t m = 0; m < count; ++m) total += weight ? weight[member[m]] : C(1);
+  for (int64_t m = 0; m < count; ++m)
+    share[m] = total > 0 ? (weight ? weight[member[m]] : C(1)) / total : C(1) / C(count);
+  return total;
+}
+
+// Fill every empty cluster below k, in ascending order, with the token of the largest cost whose cluster has at least two
+// members (tie: lowest index). Needs n >= k.
+template <class C, class Label>
+inline void repair_empty(int64_t n, int64_t k, const C* weight, const C* distance, Label* label, int32_t* count) {
+  std::memset(count, 0, size_t(k) * sizeof(int32_t));
+  for (int64_t i = 0; i < n; ++i) ++count[label[i]];
+  for (int64_t j = 0; j < k; ++j) {
+    if (count[j]) continue;
+    int64_t donor = -1;
+    C most = -1;
+    for (int64_t i = 0; i < n; ++i) {
+      if (count[label[i]] < 2) continue;
+      C cost = (weight ? weight[i] : C(1)) * distance[i];
+      if (!(cost == cost)) cost = 0;
+      if (cost > most) {
+        most = cost;
+        donor = i;
+      }
+    }
+    --count[label[donor]];
+    label[donor] = Label(j);
+    count[j] = 1;
+  }
+}

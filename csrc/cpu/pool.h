@@ -1,0 +1,126 @@
+// Means of an assignment, their backward, and the way back to tokens.
+
+// Weighted mean (or plain sum) of the tokens of each cluster, in token order.
+template <class In>
+inline void pool_image(const PoolArgs& a, int64_t b, bool parallel) {
+  using C = typename AccOf<In>::Type;
+  const int64_t N = a.tokens, D = a.features, K = a.clusters;
+  const int64_t* label = a.assignment + b * N;
+  const C* weight = a.weights ? static_cast<const C*>(a.weights) + b * N : nullptr;
+  const In* x = static_cast<const In*>(a.x) + b * a.x_image_stride;
+  In* centers = static_cast<In*>(a.centers) + b * K * D;
+  C* mass = a.mass ? static_cast<C*>(a.mass) + b * K : nullptr;
+  Buffer<int32_t> start(K + 1), member(N);
+  Buffer<C> share(N);
+  group(label, N, K, start, member);
+  split(a.parallel_for, parallel && N * D > 200000, K, [&](int64_t begin, int64_t end) {
+    Buffer<C> mean(D), scratch(D);
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t count = start[j + 1] - start[j];
+      const C total = shares<C>(member + start[j], count, weight, share + start[j]);
+      if (mass) mass[j] = total;
+      for (int64_t d = 0; d < D; ++d) mean[d] = 0;
+      for (int64_t m = start[j]; m < start[j + 1]; ++m) {
+        const C* row = as_acc(x + member[m] * a.x_token_stride, scratch, D);
+        const C s = a.plain_sum ? C(1) : share[m];
+        for (int64_t d = 0; d < D; ++d) mean[d] += s * row[d];
+      }
+      narrow(mean, C(1), centers + j * D, D);
+    }
+  });
+}
+
+// grad_x_i = w_i/W * g[a_i] (1/count where W = 0); grad_w_i = (x_i - c_{a_i}) . g[a_i] / W (0 where W = 0).
+template <class In>
+inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
+  using C = typename AccOf<In>::Type;
+  constexpr int L = kLanes<C>;
+  const int64_t N = a.tokens, D = a.features, K = a.clusters;
+  const int64_t* label = a.assignment + b * N;
+  const C* weight = a.weights ? static_cast<const C*>(a.weights) + b * N : nullptr;
+  const C* mass = static_cast<const C*>(a.mass) + b * K;
+  const In* x = static_cast<const In*>(a.x) + b * a.x_image_stride;
+  const In* centers = static_cast<const In*>(a.centers) + b * a.centers_image_stride;
+  const In* grad = static_cast<const In*>(a.grad_centers) + b * a.grad_image_stride;
+  In* grad_x = static_cast<In*>(a.grad_x) + b * N * D;
+  C* grad_weights = a.grad_weights ? static_cast<C*>(a.grad_weights) + b * N : nullptr;
+  Buffer<int32_t> count(K);
+  std::memset(static_cast<void*>(count), 0, size_t(K) * sizeof(int32_t));
+  for (int64_t i = 0; i < N; ++i)
+    if (label[i] >= 0 && label[i] < K) ++count[label[i]];
+  split(a.parallel_for, parallel && N * D > 200000, N, [&](int64_t begin, int64_t end) {
+    Buffer<C> x_row(D), center_row(D), grad_row(D);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t j = label[i];
+      if (j < 0 || j >= K) {
+        std::memset(static_cast<void*>(grad_x + i * D), 0, size_t(D) * sizeof(In));
+        if (grad_weights) grad_weights[i] = 0;
+        continue;
+      }
+      const C total = mass[j];
+      const C share = total > 0 ? (weight ? weight[i] : C(1)) / total : C(1) / C(count[j]);
+      const C* g = as_acc(grad + j * a.grad_row_stride, static_cast<C*>(grad_row), D);
+      narrow(g, share, grad_x + i * D, D);
+      if (!grad_weights) continue;
+      const C* v = as_acc(x + i * a.x_token_stride, static_cast<C*>(x_row), D);
+      const C* c = as_acc(centers + j * a.centers_row_stride, static_cast<C*>(center_row), D);
+      Vec<C> sum = {};
+      C rest = 0;
+      int64_t d = 0;
+      for (; d + L <= D; d += L) sum += (load(v + d) - load(c + d)) * load(g + d);
+      for (; d < D; ++d) rest += (v[d] - c[d]) * g[d];
+      grad_weights[i] = total > 0 ? (lane_sum<C>(sum) + rest) / total : C(0);
+    }
+  });
+}
+
+// out_i = centers[a_i], zeros where there is none. Moves bytes only.
+inline void unpool_image(const PoolArgs& a, int64_t element, int64_t b, bool parallel) {
+  const int64_t N = a.tokens, K = a.clusters, bytes = a.features * element;
+  const int64_t* label = a.assignment + b * N;
+  const char* centers = static_cast<const char*>(a.centers) + b * a.centers_image_stride * element;
+  char* out = static_cast<char*>(a.grad_x) + b * N * bytes;
+  split(a.parallel_for, parallel && N * bytes > 800000, N, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (label[i] >= 0 && label[i] < K)
+        std::memcpy(out + i * bytes, centers + label[i] * a.centers_row_stride * element, size_t(bytes));
+      else
+        std::memset(out + i * bytes, 0, size_t(bytes));
+    }
+  });
+}
+
+template <class F>
+inline void each_image(const PoolArgs& a, const F& f) {
+  const bool over_images = a.images >= a.threads && a.threads > 1;
+  split(a.parallel_for, over_images, a.images, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b, !over_images && a.threads > 1);
+  });
+}
+
+static void pool(const PoolArgs& a) {
+  each_image(a, [&](int64_t b, bool parallel) {
+    switch (a.dtype) {
+      case DType::Float32: return pool_image<float>(a, b, parallel);
+      case DType::Float64: return pool_image<double>(a, b, parallel);
+      case DType::BFloat16: return pool_image<BF16>(a, b, parallel);
+      case DType::Float16: return pool_image<FP16>(a, b, parallel);
+    }
+  });
+}
+
+static void pool_backward(const PoolArgs& a) {
+  each_image(a, [&](int64_t b, bool parallel) {
+    switch (a.dtype) {
+      case DType::Float32: return pool_backward_image<float>(a, b, parallel);
+      case DType::Float64: return pool_backward_image<double>(a, b, parallel);
+      case DType::BFloat16: return pool_backward_image<BF16>(a, b, parallel);
+      case DType::Float16: return pool_backward_image<FP16>(a, b, parallel);
+    }
+  });
+}
+
+static void unpool(const PoolArgs& a) {
+  const int64_t element = a.dtype == DType::Float64 ? 8 : a.dtype == DType::Float32 ? 4 : 2;
+  each_image(a, [&](int64_t b, bool parallel) { unpool_image(a, element, b, parallel); });
+}

@@ -1,0 +1,310 @@
+// Schemas of torch.ops.tokenpool_ext.* and their CPU implementations, on torch's stable ABI (one binary for every torch
+// from 2.11 on). Arguments were validated in Python (functional.py); here only what memory safety needs is checked again.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/macros/Macros.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/api.h"
+
+namespace tokenpool {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& x, const char* op) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::Double: return DType::Float64;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Half: return DType::Float16;
+    default: STD_TORCH_CHECK(false, op, ": tokens must be float32, float64, bfloat16 or float16");
+  }
+  return DType::Float32;
+}
+
+ScalarType acc_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType type, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), op, ": ", name, " must have ", shape.size(),
+                  " dimensions, got ", t.dim());
+  int64_t axis = 0;
+  for (int64_t size : shape) {
+    STD_TORCH_CHECK(t.size(axis) == size, op, ": ", name, " must have size ", size, " along axis ", axis, ", got ",
+                    t.size(axis));
+    ++axis;
+  }
+}
+
+// The tensor with features side by side (batch and token strides are free).
+Tensor feature_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) <= 1 || t.stride(last) == 1) return t;
+  return torch::stable::contiguous(t);
+}
+
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  return torch::stable::contiguous(*t);
+}
+
+void run_parallel(int64_t count, Body body, void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+int forced_path() {
+  const char* path = std::getenv("TOKENPOOL_EXT_CPU_PATH");
+  if (!path || !*path) return -1;
+  const std::string name = path;
+  STD_TORCH_CHECK(name == "gram" || name == "direct", "TOKENPOOL_EXT_CPU_PATH must be gram or direct, got ", name);
+  return static_cast<int>(name == "gram" ? Path::Gram : Path::Direct);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
+    const char* op, bool medoids, const Tensor& tokens, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& counts, const Tensor& start, int64_t num_clusters,
+    int64_t num_iters, bool sort) {
+  STD_TORCH_CHECK(tokens.is_cpu() && tokens.dim() == 3, op, ": x must be a CPU tensor of shape (B, N, D)");
+  const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), K = num_clusters;
+  STD_TORCH_CHECK(K >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", K, " and ", num_iters);
+  STD_TORCH_CHECK(N < (int64_t(1) << 31) && K < (int64_t(1) << 31), op, ": more than 2^31 tokens or clusters an image");
+  const Tensor x = feature_rows(tokens), init = torch::stable::contiguous(start);
+  const ScalarType acc = acc_of(x);
+  if (weights) check(*weights, {B, N}, acc, op, "weights");
+  if (mask) check(*mask, {B, N}, ScalarType::Bool, op, "mask");
+  if (counts) check(*counts, {B}, ScalarType::Long, op, "counts");
+  const bool by_index = init.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(by_index || !medoids, op, ": init must be token indices");
+  if (by_index)
+    check(init, {B, K}, ScalarType::Long, op, "init");
+  else
+    check(init, {B, K, D}, acc, op, "init");
+  const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
+
+  Tensor centers = torch::stable::new_empty(x, {B, K, D});
+  Tensor assignment = torch::stable::new_empty(x, {B, N}, ScalarType::Long);
+  Tensor mass = torch::stable::new_empty(x, {B, K}, acc);
+  Tensor medoid_index = torch::stable::new_empty(x, {medoids ? B : 0, K}, ScalarType::Long);
+  Tensor inertia = torch::stable::new_empty(x, {B}, acc);
+
+  ClusterArgs a{};
+  a.dtype = dtype_of(x, op);
+  a.images = B;
+  a.tokens = N;
+  a.features = D;
+  a.clusters = K;
+  a.iterations = num_iters;
+  a.x = x.data_ptr();
+  a.x_image_stride = x.stride(0);
+  a.x_token_stride = x.stride(1);
+  a.weights = pointer<void>(weights_dense);
+  a.mask = pointer<bool>(mask_dense);
+  a.counts = pointer<int64_t>(counts_dense);
+  a.init_index = by_index ? static_cast<const int64_t*>(init.data_ptr()) : nullptr;
+  a.init_centers = by_index ? nullptr : init.data_ptr();
+  a.medoids = medoids;
+  a.sort = sort;
+  a.path = forced_path();
+  a.threads = num_threads();
+  a.parallel_for = run_parallel;
+  a.centers = centers.data_ptr();
+  a.assignment = static_cast<int64_t*>(assignment.data_ptr());
+  a.mass = mass.data_ptr();
+  a.medoid_index = medoids ? static_cast<int64_t*>(medoid_index.data_ptr()) : nullptr;
+  a.inertia = inertia.data_ptr();
+  if (B > 0) kernels().cluster(a);
+  return {centers, assignment, mass, medoid_index, inertia};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_cpu(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask,
+                                                      std::optional<Tensor> counts, Tensor init, int64_t num_clusters,
+                                                      int64_t num_iters, bool sort) {
+  auto [centers, assignment, mass, medoids, inertia] =
+      run_cluster("kmeans", false, x, weights, mask, counts, init, num_clusters, num_iters, sort);
+  return {centers, assignment, mass, inertia};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmedoids_cpu(Tensor x, std::optional<Tensor> weights,
+                                                                std::optional<Tensor> mask, std::optional<Tensor> counts,
+                                                                Tensor init, int64_t num_clusters, int64_t num_iters,
+                                                                bool sort) {
+  return run_cluster("kmedoids", true, x, weights, mask, counts, init, num_clusters, num_iters, sort);
+}
+
+PoolArgs pool_args(const Tensor& x, const Tensor& assignment, const std::optional<Tensor>& weights, int64_t clusters,
+                   const char* op) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, op, ": x must be a CPU tensor of shape (B, N, D)");
+  STD_TORCH_CHECK(clusters >= 0 && x.size(1) < (int64_t(1) << 31) && clusters < (int64_t(1) << 31), op,
+                  ": more than 2^31 tokens or clusters an image");
+  check(assignment, {x.size(0), x.size(1)}, ScalarType::Long, op, "assignment");
+  if (weights) check(*weights, {x.size(0), x.size(1)}, acc_of(x), op, "weights");
+  PoolArgs a{};
+  a.dtype = dtype_of(x, op);
+  a.images = x.size(0);
+  a.tokens = x.size(1);
+  a.features = x.size(2);
+  a.clusters = clusters;
+  a.x = x.data_ptr();
+  a.x_image_stride = x.stride(0);
+  a.x_token_stride = x.stride(1);
+  a.assignment = static_cast<const int64_t*>(assignment.data_ptr());
+  a.weights = pointer<void>(weights);
+  a.threads = num_threads();
+  a.parallel_for = run_parallel;
+  return a;
+}
+
+std::tuple<Tensor, Tensor> pool_cpu(Tensor tokens, Tensor labels, std::optional<Tensor> weights, int64_t num_clusters) {
+  const Tensor x = feature_rows(tokens), assignment = torch::stable::contiguous(labels);
+  const auto weights_dense = dense(weights);
+  PoolArgs a = pool_args(x, assignment, weights_dense, num_clusters, "pool");
+  Tensor centers = torch::stable::new_empty(x, {a.images, num_clusters, a.features});
+  Tensor mass = torch::stable::new_empty(x, {a.images, num_clusters}, acc_of(x));
+  a.centers = centers.data_ptr();
+  a.mass = mass.data_ptr();
+  if (a.images > 0) kernels().pool(a);
+  return {centers, mass};
+}
+
+std::tuple<Tensor, Tensor> pool_backward_cpu(Tensor grad, Tensor tokens, Tensor means, Tensor labels,
+                                             std::optional<Tensor> weights, Tensor masses) {
+  const char* op = "pool_backward";
+  const Tensor x = feature_rows(tokens), assignment = torch::stable::contiguous(labels), centers = feature_rows(means),
+               grad_centers = feature_rows(grad), mass = torch::stable::contiguous(masses);
+  const auto weights_dense = dense(weights);
+  const int64_t K = centers.dim() == 3 ? centers.size(1) : 0;
+  PoolArgs a = pool_args(x, assignment, weights_dense, K, op);
+  check(centers, {a.images, K, a.features}, x.scalar_type(), op, "centers");
+  check(grad_centers, {a.images, K, a.features}, x.scalar_type(), op, "grad_centers");
+  check(mass, {a.images, K}, acc_of(x), op, "mass");
+  Tensor grad_x = torch::stable::new_empty(x, {a.images, a.tokens, a.features});
+  Tensor grad_weights = weights_dense ? torch::stable::new_empty(x, {a.images, a.tokens}, acc_of(x))
+                                      : torch::stable::new_zeros(x, {a.images, a.tokens}, acc_of(x));
+  a.centers = centers.data_ptr();
+  a.centers_image_stride = centers.stride(0);
+  a.centers_row_stride = centers.stride(1);
+  a.mass = mass.data_ptr();
+  a.grad_centers = grad_centers.data_ptr();
+  a.grad_image_stride = grad_centers.stride(0);
+  a.grad_row_stride = grad_centers.stride(1);
+  a.grad_x = grad_x.data_ptr();
+  a.grad_weights = weights_dense ? grad_weights.data_ptr() : nullptr;
+  if (a.images > 0) kernels().pool_backward(a);
+  return {grad_x, grad_weights};
+}
+
+Tensor unpool_cpu(Tensor means, Tensor labels) {
+  const char* op = "unpool";
+  STD_TORCH_CHECK(means.is_cpu() && means.dim() == 3 && labels.dim() == 2, op,
+                  ": centers must be a CPU tensor of shape (B, K, D), assignment of shape (B, N)");
+  const Tensor centers = feature_rows(means), assignment = torch::stable::contiguous(labels);
+  const int64_t B = centers.size(0), N = assignment.size(1), D = centers.size(2);
+  check(assignment, {B, N}, ScalarType::Long, op, "assignment");
+  Tensor out = torch::stable::new_empty(centers, {B, N, D});
+  PoolArgs a{};
+  a.dtype = dtype_of(centers, op);
+  a.images = B;
+  a.tokens = N;
+  a.features = D;
+  a.clusters = centers.size(1);
+  a.assignment = static_cast<const int64_t*>(assignment.data_ptr());
+  a.threads = num_threads();
+  a.parallel_for = run_parallel;
+  a.centers = centers.data_ptr();
+  a.centers_image_stride = centers.stride(0);
+  a.centers_row_stride = centers.stride(1);
+  a.grad_x = out.data_ptr();
+  if (B > 0) kernels().unpool(a);
+  return out;
+}
+
+Tensor unpool_backward_cpu(Tensor grad, Tensor labels, int64_t num_clusters) {
+  const Tensor g = feature_rows(grad), assignment = torch::stable::contiguous(labels);
+  PoolArgs a = pool_args(g, assignment, std::nullopt, num_clusters, "unpool_backward");
+  Tensor out = torch::stable::new_empty(g, {a.images, num_clusters, a.features});
+  a.plain_sum = true;
+  a.centers = out.data_ptr();
+  if (a.images > 0) kernels().pool(a);
+  return out;
+}
+
+Tensor attention_received_cpu(Tensor queries, Tensor keys, double scale, std::optional<Tensor> lse) {
+  const char* op = "attention_received";
+  STD_TORCH_CHECK(queries.is_cpu() && queries.dim() == 4 && keys.dim() == 4, op,
+                  ": q and k must be CPU tensors of shape (B, H, N, d)");
+  const Tensor q = feature_rows(queries), k = feature_rows(keys);
+  check(k, {q.size(0), q.size(1), k.size(2), q.size(3)}, q.scalar_type(), op, "k");
+  if (lse) check(*lse, {q.size(0), q.size(1), q.size(2)}, acc_of(q), op, "lse");
+  const auto lse_dense = dense(lse);
+  AttentionArgs a{};
+  a.dtype = dtype_of(q, op);
+  a.images = q.size(0);
+  a.heads = q.size(1);
+  a.queries = q.size(2);
+  a.keys = k.size(2);
+  a.width = q.size(3);
+  a.q = q.data_ptr();
+  a.k = k.data_ptr();
+  for (int axis = 0; axis < 3; ++axis) {
+    a.q_strides[axis] = q.stride(axis);
+    a.k_strides[axis] = k.stride(axis);
+  }
+  a.lse = pointer<void>(lse_dense);
+  a.scale = scale;
+  a.threads = num_threads();
+  a.parallel_for = run_parallel;
+  Tensor partial = torch::stable::new_empty(q, {a.images, a.heads, a.keys}, acc_of(q));
+  Tensor received = torch::stable::new_empty(q, {a.images, a.keys}, acc_of(q));
+  a.partial = partial.data_ptr();
+  a.received = received.data_ptr();
+  if (a.images > 0 && a.keys > 0) kernels().attention_received(a);
+  return received;
+}
+
+}  // namespace
+}  // namespace tokenpool
+
+STABLE_TORCH_LIBRARY(tokenpool_ext, m) {
+  m.def(
+      "kmeans(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters,"
+      " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor inertia)");
+  m.def(
+      "kmedoids(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters,"
+      " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor medoids, Tensor inertia)");
+  m.def("pool(Tensor x, Tensor assignment, Tensor? weights, int num_clusters) -> (Tensor centers, Tensor mass)");
+  m.def(
+      "pool_backward(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
+      " -> (Tensor grad_x, Tensor grad_weights)");
+  m.def("unpool(Tensor centers, Tensor assignment) -> Tensor");
+  m.def("unpool_backward(Tensor grad, Tensor assignment, int num_clusters) -> Tensor");
+  m.def("attention_received(Tensor q, Tensor k, float scale, Tensor? lse) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tokenpool_ext, CPU, m) {
+  m.impl("kmeans", TORCH_BOX(&tokenpool::kmeans_cpu));
+  m.impl("kmedoids", TORCH_BOX(&tokenpool::kmedoids_cpu));
+  m.impl("pool", TORCH_BOX(&tokenpool::pool_cpu));
+  m.impl("pool_backward", TORCH_BOX(&tokenpool::pool_backward_cpu));
+  m.impl("unpool", TORCH_BOX(&tokenpool::unpool_cpu));
+  m.impl("unpool_backward", TORCH_BOX(&tokenpool::unpool_backward_cpu));
+  m.impl("attention_received", TORCH_BOX(&tokenpool::attention_received_cpu));
+}

@@ -1,0 +1,44 @@
+#include "planner.h"
+
+#include <cstdio>
+
+namespace tokenpool {
+
+namespace {
+// Nanoseconds per element operation on one core, float32. Fitted by `python -m bench.crossover` (AMD EPYC, AVX2, 2026-11).
+// Only their ratios matter here: they are the price of a path against the other.
+constexpr double kMultiplyAdd = 0.0195;  // one multiply-add inside a register tile
+constexpr double kRowAdd = 0.05;         // one element of a Gram row added to its cluster's row
+constexpr double kCompare = 0.06;        // one token compared with one center
+constexpr double kToken = 0.12;          // one feature of one token converted, centered and packed
+constexpr double kMaximumGramBytes = 16 << 20;
+}  // namespace
+
+CpuPlan plan_cpu(const CpuProblem& p) {
+  const double n = double(p.tokens), k = double(p.clusters), d = double(p.features), t = double(p.iterations);
+  const double width = p.acc_bytes / 4.0;  // a double counts twice
+  const double gram_bytes = n * n * p.acc_bytes;
+  const double gram_product = 0.5 * n * n * d + (p.centers_given ? n * k * d : 0);
+  const double direct_product = t * n * k * d;
+
+  CpuPlan plan;
+  plan.gram_ns = width * (gram_product * kMultiplyAdd + n * d * kToken + t * (n * n * kRowAdd + n * k * kCompare));
+  plan.direct_ns = width * (direct_product * kMultiplyAdd + t * (2 * n * d * kToken + n * k * kCompare));
+  const bool fits = gram_bytes <= kMaximumGramBytes;
+  plan.gram = fits && plan.gram_ns <= plan.direct_ns;
+  plan.flops = 2 * (plan.gram ? gram_product + t * n * n : direct_product + t * n * d);
+  plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : 2 * k * d + 64 * d);
+
+  char text[256];
+  if (!fits)
+    std::snprintf(text, sizeof text, "the Gram matrix would need %.0f MB, more than the %.0f MB allowed", gram_bytes / 1048576,
+                  kMaximumGramBytes / 1048576);
+  else
+    std::snprintf(text, sizeof text, "one Gram product and %lld cheap iterations (%.0f us) against %lld products with the centers (%.0f us)",
+                  static_cast<long long>(p.iterations), plan.gram_ns / 1000, static_cast<long long>(p.iterations),
+                  plan.direct_ns / 1000);
+  plan.reason = text;
+  return plan;
+}
+
+}  // namespace tokenpool

@@ -1,0 +1,45 @@
+// The module tokenpool_ext._C: loading it registers the ops; its functions say what was built and what would be done.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/api.h"
+#include "planner.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels, op schemas and introspection of tokenpool_ext";
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["compiler"] = __VERSION__;
+        info["built"] = __DATE__ " " __TIME__;
+        info["torch_target"] = "2.11";
+        info["cpu_isa"] = std::string(tokenpool::kernels().name);
+        return info;
+      },
+      "What was compiled, and which instruction set the CPU kernels use here.");
+  m.def(
+      "plan_cpu",
+      [](int64_t tokens, int64_t clusters, int64_t features, int64_t iterations, int acc_bytes, bool centers_given) {
+        tokenpool::CpuProblem problem;
+        problem.tokens = tokens;
+        problem.clusters = clusters;
+        problem.features = features;
+        problem.iterations = iterations;
+        problem.acc_bytes = acc_bytes;
+        problem.centers_given = centers_given;
+        const tokenpool::CpuPlan plan = tokenpool::plan_cpu(problem);
+        py::dict result;
+        result["path"] = plan.gram ? "gram" : "direct";
+        result["flops"] = plan.flops;
+        result["workspace_bytes"] = plan.workspace_bytes;
+        result["gram_ns"] = plan.gram_ns;
+        result["direct_ns"] = plan.direct_ns;
+        result["reason"] = plan.reason;
+        return result;
+      },
+      py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"), py::arg("acc_bytes") = 4,
+      py::arg("centers_given") = false, "How the CPU backend would compute one image, and why.");
+}
