@@ -1,0 +1,227 @@
+"""The Triton backend: the same operators as every backend, as torch.library ops in namespace `tokenpool_ext_triton`.
+
+Importing this package does not import Triton; the kernels are imported by the first call.  Map of the package:
+heuristics.py (paths, tiles, plans) -> launch.py (faults) -> clustering.py, segments.py (host side) -> kernels in
+prepare.py, gram.py, direct.py, finish.py, pooling.py, attention.py, with their shared functions in device.py.
+"""
+from __future__ import annotations
+
+import os
+from typing import Iterable
+
+import torch
+
+from .errors import KernelUnavailable
+
+__all__ = ["KernelUnavailable", "attention_received", "can_run", "kmeans", "kmedoids", "plan", "pool", "pool_backward",
+           "unavailable", "unpool", "unpool_backward", "warmup"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICES = ("cuda", "xpu")  # torch device types with a Triton backend; "cuda" covers ROCm
+
+
+def interpreting() -> bool:
+    """True when kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unavailable() -> str | None:
+    """None, or why this backend cannot run in this process."""
+    try:
+        import triton
+    except Exception as error:
+        return f"triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
+    if not hasattr(triton, "jit"):
+        return f"the module 'triton' at {getattr(triton, '__file__', '?')} is not the Triton compiler"
+    if interpreting():
+        return None
+    for kind in DEVICES:
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            return None
+    return "no CUDA, ROCm or XPU device is visible (set TRITON_INTERPRET=1 to run the kernels on the CPU, for tests)"
+
+
+def can_run(op: str, x: torch.Tensor, *args, **kwargs) -> str | None:
+    """None, or why `op` cannot run on tensors like `x` (a token tensor, centers, or q)."""
+    if op not in _SCHEMAS:
+        return f"triton has no operator {op!r}; it has {', '.join(_SCHEMAS)}"
+    if x.dtype not in DTYPES:
+        return f"triton computes float32, float16 and bfloat16, got {x.dtype}"
+    if x.device.type not in DEVICES and not (interpreting() and x.device.type == "cpu"):
+        return f"triton needs a tensor on {' or '.join(DEVICES)}, got one on {x.device}"
+    return unavailable()
+
+
+def plan(B: int, N: int, K: int, D: int, *, dtype=torch.float32, device="cuda", num_iters: int = 5):
+    """What kmeans would do for this problem: a heuristics.Plan, printable, with path, launches, bytes and tiles."""
+    from . import heuristics
+    device = torch.device(device)
+    where = heuristics.UNKNOWN
+    if device.type == "cuda" and torch.cuda.is_available():
+        where = heuristics.device_of(torch.empty(0, device=device))
+    return heuristics.plan(B, N, K, D, dtype, num_iters, where)
+
+
+# ---- operators ---------------------------------------------------------------------------------------------------
+
+_CLUSTER = "(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters, bool sort)"
+_SCHEMAS = {
+    "kmeans": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor)",
+    "kmedoids": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pool": "(Tensor x, Tensor assignment, Tensor? weights, int num_clusters) -> (Tensor, Tensor)",
+    "pool_backward": "(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
+                     " -> (Tensor, Tensor)",
+    "unpool": "(Tensor centers, Tensor assignment) -> Tensor",
+    "unpool_backward": "(Tensor grad, Tensor assignment, int num_clusters) -> Tensor",
+    "attention_received": "(Tensor q, Tensor k, float scale, Tensor? lse) -> Tensor",
+}
+
+
+def _check(op: str, x: torch.Tensor, **others) -> None:
+    """Memory-safety checks: device, dtype and shape of everything a kernel dereferences."""
+    reason = can_run(op, x)
+    if reason is not None:
+        raise ValueError(f"{op}: {reason}")
+    for name, (tensor, shape, dtypes) in others.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}; move it there")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{op}: {name} must be one of {dtypes}, got {tensor.dtype}; convert it")
+
+
+_F32, _I64 = (torch.float32,), (torch.int64,)
+
+
+def _check_cluster(op, x, weights, mask, counts, init, K, num_iters):
+    if x.dim() != 3 or K < 1 or num_iters < 1:
+        raise ValueError(f"{op}: expected x (B, N, D), num_clusters >= 1 and num_iters >= 1, got "
+                         f"{tuple(x.shape)=}, {K=}, {num_iters=}")
+    B, N, D = x.shape
+    centers = init.is_floating_point() and op == "kmeans"
+    _check(op, x, weights=(weights, (B, N), _F32), mask=(mask, (B, N), (torch.bool,)), counts=(counts, (B,), _I64),
+           init=(init, (B, K, D) if centers else (B, K), _F32 if centers else _I64))
+
+
+def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
+    _check_cluster("kmeans", x, weights, mask, counts, init, num_clusters, num_iters)
+    from .clustering import cluster
+    centers, assignment, mass, _, inertia = cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
+    return centers, assignment, mass, inertia
+
+
+def _kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
+    _check_cluster("kmedoids", x, weights, mask, counts, init, num_clusters, num_iters)
+    from .clustering import cluster
+    return cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, True)
+
+
+def _pool(x, assignment, weights, num_clusters):
+    _check("pool", x, assignment=(assignment, tuple(x.shape[:2]), _I64), weights=(weights, tuple(x.shape[:2]), _F32))
+    from .segments import segment
+    return segment(x, assignment, weights, num_clusters, True)
+
+
+def _pool_backward(grad_centers, x, centers, assignment, weights, mass):
+    B, N, D = x.shape
+    K = centers.shape[1]
+    _check("pool_backward", x, grad_centers=(grad_centers, (B, K, D), DTYPES), centers=(centers, (B, K, D), DTYPES),
+           assignment=(assignment, (B, N), _I64), weights=(weights, (B, N), _F32), mass=(mass, (B, K), _F32))
+    from .segments import pool_backward as run
+    return run(grad_centers, x, centers, assignment, weights, mass)
+
+
+def _unpool(centers, assignment):
+    _check("unpool", centers, assignment=(assignment, (centers.shape[0], assignment.shape[-1]), _I64))
+    from .segments import unpool as run
+    return run(centers, assignment)
+
+
+def _unpool_backward(grad, assignment, num_clusters):
+    _check("unpool_backward", grad, assignment=(assignment, tuple(grad.shape[:2]), _I64))
+    from .segments import segment
+    return segment(grad, assignment, None, num_clusters, False)[0]
+
+
+def _attention_received(q, k, scale, lse):
+    B, H, Nq, d = q.shape
+    _check("attention_received", q, k=(k, (B, H, k.shape[-2], d), DTYPES), lse=(lse, (B, H, Nq), _F32))
+    from .segments import attention_received as run
+    return run(q, k, scale, lse)
+
+
+def _fake_cluster(x, K):
+    B, N, D = x.shape
+    return (x.new_empty((B, K, D)), x.new_empty((B, N), dtype=torch.int64), x.new_empty((B, K), dtype=torch.float32),
+            x.new_empty((B, K), dtype=torch.int64), x.new_empty((B,), dtype=torch.float32))
+
+
+def _fake_kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
+    centers, assignment, mass, _, inertia = _fake_cluster(x, num_clusters)
+    return centers, assignment, mass, inertia
+
+
+def _fake_kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
+    return _fake_cluster(x, num_clusters)
+
+
+def _fake_pool(x, assignment, weights, num_clusters):
+    B, _, D = x.shape
+    return x.new_empty((B, num_clusters, D)), x.new_empty((B, num_clusters), dtype=torch.float32)
+
+
+def _fake_pool_backward(grad_centers, x, centers, assignment, weights, mass):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def _fake_unpool(centers, assignment):
+    return centers.new_empty((centers.shape[0], assignment.shape[1], centers.shape[2]))
+
+
+def _fake_unpool_backward(grad, assignment, num_clusters):
+    return grad.new_empty((grad.shape[0], num_clusters, grad.shape[2]))
+
+
+def _fake_attention_received(q, k, scale, lse):
+    return q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("tokenpool_ext_triton", "DEF")
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tokenpool_ext_triton::{name}", globals()[f"_fake_{name}"], lib=library)
+    return library
+
+
+_LIBRARY = _register()
+kmeans = torch.ops.tokenpool_ext_triton.kmeans
+kmedoids = torch.ops.tokenpool_ext_triton.kmedoids
+pool = torch.ops.tokenpool_ext_triton.pool
+pool_backward = torch.ops.tokenpool_ext_triton.pool_backward
+unpool = torch.ops.tokenpool_ext_triton.unpool
+unpool_backward = torch.ops.tokenpool_ext_triton.unpool_backward
+attention_received = torch.ops.tokenpool_ext_triton.attention_received
+
+
+def warmup(shapes: Iterable[tuple[int, int, int]], *, dtypes=(torch.bfloat16,), num_iters: int = 5, device="cuda",
+           weighted: bool = True) -> None:
+    """Compile every kernel that kmeans and kmedoids need for `shapes`, so that the first real call compiles nothing.
+
+    shapes: (N, K, D) triples; a leading batch size (B, N, K, D) is accepted and ignored, for no kernel depends on it.
+    Runs each once on one image of `device`.  Sizes are runtime values, so shapes of the same feature bucket
+    (16, 32, 64, 128 and above) and path share their kernels.  Raises KernelUnavailable when a kernel cannot run.
+    """
+    for shape in shapes:
+        N, K, D = tuple(shape)[-3:]
+        for dtype in dtypes:
+            x = torch.randn((1, N, D), device=device, dtype=torch.float32).to(dtype)
+            init = torch.arange(K, device=device).remainder(N)[None]
+            weights = torch.ones((1, N), device=device) if weighted else None
+            for run in (kmeans, kmedoids):
+                run(x, weights, None, None, init, K, num_iters, False)

@@ -1,0 +1,145 @@
+"""Device functions shared by the kernels.  All arrays named here are per batch chunk and contiguous unless a stride
+is passed; `b` is the image, already int64, so that every offset is 64 bits wide.
+
+Token values enter every product through `load_rows`: scaled by the image's power of two, and, for float32, relative
+to the image's centering vector (prepare.py).  Weights are read from `wn`: normalised, and -1 marks padding.
+"""
+import inspect
+
+import triton
+import triton.language as tl
+
+SIZES = ("N", "D", "K", "H", "factor")
+
+
+def kernel(fn):
+    """`triton.jit` for a kernel: of its runtime arguments only pointers are specialised (for alignment).
+
+    Sizes, strides and flags are not: Triton would compile a new kernel for every value that is 1 or a multiple of 16.
+    By convention pointers come first, and the first size is named N, D or K (scale: a float, see attention.py).
+    """
+    names = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is inspect.Parameter.empty]
+    first = next(i for i, n in enumerate(names) if n in SIZES)
+    return triton.jit(fn, do_not_specialize=names[first:])
+
+
+@triton.jit
+def load_rows(x, m, scale, tok, live, offs_d, D, stride_n, stride_d, CENTER: tl.constexpr, SCALE: tl.constexpr,
+              CONTIG: tl.constexpr):
+    """float32 tile (len(tok), len(offs_d)) of scaled, centered tokens; rows that are not live and columns >= D are 0.
+
+    x: pointer to the image; m: pointer to its centering vector (D,); tok int32 token indices; live bool.
+    CONTIG: the feature stride is 1 and rows are 16-byte aligned (so loads may be vectorised).
+    """
+    if CONTIG:
+        stride_n = tl.multiple_of(stride_n, 8)
+        D = tl.multiple_of(D, 8)
+        cols = offs_d.to(tl.int64)
+    else:
+        cols = offs_d.to(tl.int64) * stride_d
+    inside = live[:, None] & (offs_d < D)[None, :]
+    y = tl.load(x + tok.to(tl.int64)[:, None] * stride_n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SCALE:
+        y = y * scale
+    if CENTER:
+        y = tl.where(inside, y - tl.load(m + offs_d, mask=offs_d < D, other=0.0)[None, :], 0.0)
+    return y
+
+
+@triton.jit
+def exponent_scales(peak, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """(scale, 1/scale): the power of two that brings `peak` (> 0, float32) into [1, 2); 1 for 0, inf and NaN.
+
+    LOW and HIGH bound the biased exponent, so that both numbers stay normal.
+    """
+    exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    regular = (peak > 0) & (exponent < 255)
+    exponent = tl.where(regular, tl.minimum(tl.maximum(exponent, LOW), HIGH), 127)
+    down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    up = (exponent << 23).to(tl.float32, bitcast=True)
+    return down, up
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32.  Triton's interpreter has no bfloat16 product: there the operands are widened, which
+    changes no product."""
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def no_nan(v, other):
+    return tl.where(v == v, v, other)
+
+
+@triton.jit
+def repair_image(lab, cost, counts, keff, N, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Give every empty cluster j < keff a token (contract 2.2): ascending j, the token with the largest cost among
+    clusters of at least two members, ties to the lowest index.  All pointers are the image's.
+
+    lab int32 (N,), -1 = padding; cost float32 (N,) >= 0 or NaN (counts as 0); counts int32 (K,), kept up to date.
+    Bounded: at most keff passes over the tokens, none when no cluster is empty.
+    """
+    offs = tl.arange(0, BLOCK)
+    offs_k = tl.arange(0, BLOCK_K)
+    empty = 0
+    for k0 in range(0, keff, BLOCK_K):
+        j = k0 + offs_k
+        c = tl.load(counts + j, mask=j < keff, other=1)
+        empty += tl.sum((c == 0).to(tl.int32), axis=0)
+    if empty > 0:
+        for j in range(0, keff):
+            if tl.load(counts + j) == 0:
+                best = -1.0
+                token = 0
+                for n0 in range(0, N, BLOCK):
+                    i = n0 + offs
+                    label = tl.load(lab + i, mask=i < N, other=-1)
+                    members = tl.load(counts + tl.maximum(label, 0), mask=label >= 0, other=0)
+                    key = tl.load(cost + i, mask=i < N, other=0.0)
+                    key = tl.where((label >= 0) & (members >= 2), tl.maximum(no_nan(key, 0.0), 0.0), -1.0)
+                    value, at = tl.max(key, axis=0, return_indices=True)
+                    at = n0 + at
+                    token = tl.where(value > best, at, token)
+                    best = tl.maximum(value, best)
+                if best >= 0:
+                    donor = tl.load(lab + token)
+                    size = tl.load(counts + donor)
+                    tl.debug_barrier()  # everyone has read before anyone writes
+                    tl.store(lab + token, j)
+                    tl.store(counts + donor, size - 1)
+                    tl.store(counts + j, 1)
+                tl.debug_barrier()
+
+
+@triton.jit
+def settle_image(lab, prev, N, BLOCK: tl.constexpr):
+    """Number of labels that differ from the previous iteration's; then prev = lab.  Pointers are the image's."""
+    offs = tl.arange(0, BLOCK)
+    changed = 0
+    for n0 in range(0, N, BLOCK):
+        i = n0 + offs
+        new = tl.load(lab + i, mask=i < N, other=-1)
+        old = tl.load(prev + i, mask=i < N, other=-1)
+        changed += tl.sum((new != old).to(tl.int32), axis=0)
+    tl.debug_barrier()
+    for n0 in range(0, N, BLOCK):
+        i = n0 + offs
+        tl.store(prev + i, tl.load(lab + i, mask=i < N, other=-1), mask=i < N)
+    return changed
+
+
+@triton.jit
+def better(value, label, best, arg):
+    """Running argmin: strictly smaller wins, so earlier (lower) labels keep ties; inf never wins over label 0."""
+    win = value < best
+    return tl.where(win, value, best), tl.where(win, label, arg)
+
+
+@triton.jit
+def coefficient(w, total, count):
+    """Share of a token of weight w in its cluster's mean: w / total, or 1 / count when the weights add up to zero."""
+    zero = total == 0
+    return tl.div_rn(tl.where(zero, 1.0, w), tl.where(zero, tl.maximum(count, 1).to(tl.float32), total))

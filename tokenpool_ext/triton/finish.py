@@ -1,0 +1,109 @@
+"""From member lists to results: centers in the input's dtype, masses, labels (sorted or not), inertia."""
+import triton
+import triton.language as tl
+
+from .device import kernel, load_rows
+
+
+@kernel
+def finish_kernel(x, scale, unscale, center, wn, w_unscale, keff, lst, coef, start, cnt, mass, medoids, centers_out,
+                  label_out, mass_out, medoid_out, part, N, D, K, x_b, x_n, x_d, CENTER: tl.constexpr,
+                  SCALE: tl.constexpr, CONTIG: tl.constexpr, MEDOIDS: tl.constexpr, SORT: tl.constexpr,
+                  R: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per (image, cluster).  Outputs, all contiguous: centers_out (B, K, D) x.dtype; label_out int64
+    (B, N), already -1 for padding; mass_out float32 (B, K); medoid_out int64 (B, K); part float32 (B, K): the
+    cluster's share of the inertia, in scaled units.  Reads every member's row (from L2 the second time).
+
+    The returned mean is that of the raw tokens (so a lone token is returned bit for bit); the distances are taken
+    by differences from the mean of the centered ones.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // K
+    j = (pid % K).to(tl.int32)
+    live_cluster = j < tl.load(keff + b)
+    size = tl.load(cnt + pid, mask=live_cluster, other=0)
+    first = tl.load(start + pid, mask=live_cluster, other=0)
+    lst += b * N
+    coef += b * N
+    x += b * x_b
+    s = tl.load(scale + b)
+    back = tl.load(unscale + b)
+    offs = tl.arange(0, BLOCK)
+    rank = j
+    if SORT:
+        if size > 0:
+            mine = tl.load(lst + first)
+            rank = 0
+            for k0 in range(0, K, BLOCK):
+                k = k0 + offs
+                other_size = tl.load(cnt + b * K + k, mask=k < K, other=0)
+                other = tl.load(lst + tl.load(start + b * K + k, mask=other_size > 0, other=0), mask=other_size > 0,
+                                other=2147483647)
+                rank += tl.sum((other < mine).to(tl.int32), axis=0)
+    for e0 in range(0, size, BLOCK):
+        e = e0 + offs
+        token = tl.load(lst + first + e, mask=e < size, other=0)
+        tl.store(label_out + b * N + token, rank + tl.zeros([BLOCK], tl.int64), mask=e < size)
+    out = b * K + rank
+    total_mass = tl.load(mass + pid, mask=size > 0, other=0.0)
+    tl.store(mass_out + out, total_mass * tl.load(w_unscale + b))
+    medoid = 0
+    if MEDOIDS:
+        medoid = tl.load(medoids + pid, mask=size > 0, other=0)
+        tl.store(medoid_out + out, tl.where(size > 0, medoid, -1).to(tl.int64))
+    loss = 0.0
+    for d0 in range(0, D, BD):
+        offs_d = d0 + tl.arange(0, BD)
+        inside = offs_d < D
+        m = tl.zeros([BD], tl.float32)
+        if CENTER:
+            m = tl.load(center + b * D + offs_d, mask=inside, other=0.0)
+        if MEDOIDS:
+            row = tl.load(x + medoid.to(tl.int64) * x_n + offs_d.to(tl.int64) * x_d,
+                          mask=offs_d < tl.where(size > 0, D, 0), other=0.0)
+            tl.store(centers_out + out * D + offs_d, row, mask=inside)
+            mean = row.to(tl.float32)
+            if SCALE:
+                mean = mean * s
+            mean = mean - m
+        else:
+            raw = tl.zeros([R, BD], tl.float32)
+            acc = tl.zeros([R, BD], tl.float32)
+            for e0 in range(0, size, R):
+                e = e0 + tl.arange(0, R)
+                live = e < size
+                token = tl.load(lst + first + e, mask=live, other=0)
+                p = tl.load(coef + first + e, mask=live, other=0.0)
+                rows = load_rows(x, center, s, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
+                raw += tl.where(live[:, None], p[:, None] * rows, 0.0)
+                acc += tl.where(live[:, None], p[:, None] * (rows - m[None, :]), 0.0)
+            mean = tl.sum(acc, axis=0)
+            tl.store(centers_out + out * D + offs_d,
+                     (tl.sum(raw, axis=0) * back).to(centers_out.dtype.element_ty), mask=inside)
+        for e0 in range(0, size, R):
+            e = e0 + tl.arange(0, R)
+            live = e < size
+            token = tl.load(lst + first + e, mask=live, other=0)
+            w = tl.load(wn + b * N + token, mask=live, other=0.0)
+            rows = load_rows(x, center, s, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
+            gap = tl.where(live[:, None] & inside[None, :], rows - m[None, :] - mean[None, :], 0.0)
+            loss += tl.sum(tl.sum(gap * gap, axis=1) * w, axis=0)
+    tl.store(part + pid, loss)
+
+
+@kernel
+def inertia_kernel(part, unscale, w_unscale, inertia, K, BLOCK: tl.constexpr):
+    """One program per image: inertia (B,) float32 = the sum of part (B, K) in a fixed order, in the input's units,
+    saturated at the largest float32 (NaN and Inf of the input show as NaN)."""
+    b = tl.program_id(0).to(tl.int64)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for k0 in range(0, K, BLOCK):
+        k = k0 + tl.arange(0, BLOCK)
+        acc += tl.load(part + b * K + k, mask=k < K, other=0.0)
+    total = tl.sum(acc, axis=0)
+    back = tl.load(unscale + b)
+    # All three factors are powers of two; the smaller product first, so that no step leaves the range before the last.
+    factor = tl.minimum(tl.load(w_unscale + b) * back, 1.7014118e38)
+    wide = total * tl.minimum(factor, back)
+    wide = wide * tl.maximum(factor, back)
+    tl.store(inertia + b, tl.where(wide > 3.4028234e38, 3.4028234e38, wide))
