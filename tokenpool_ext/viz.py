@@ -102,8 +102,8 @@ def draw_clusters(image, labels: torch.Tensor, *, size: int = 448, fill: float =
     Returns a ``PIL.Image`` (RGB).
     """
     Image, _, _ = _pillow()
-    labels = torch.as_tensor(labels).cpu().long()
     rows, cols = _check(image, labels)
+    labels = torch.as_tensor(labels).cpu().long()
     cell = max(1, round(size / cols))
     line = max(1, round(cell / 12)) if line is None else line
     photo = _array(image.convert("RGB").resize((cols * cell, rows * cell), Image.Resampling.LANCZOS)).float()

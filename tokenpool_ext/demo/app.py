@@ -59,13 +59,12 @@ def machine() -> dict:
     except OSError:
         pass
     from .. import __version__
-    from ..registry import backends
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": cpu, "cores": usable, "threads": torch.get_num_threads(), "system": platform.system(),
             "python": platform.python_version(), "torch": torch.__version__, "tokenpool_ext": __version__,
             "dtype": "float32", "device": "cpu", "date": time.strftime("%Y-%m-%d"),
-            "backends": {name: str(state) for name, state in backends().items()}}
+            "backend": backend_used()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,11 +73,11 @@ def parser() -> argparse.ArgumentParser:
         description="Pool a real pretrained ViT (DINOv2 ViT-S/14) on real photos: what it saves, what it loses, "
                     "and pictures of the clusters. About a minute and a half on two cores.")
     p.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="pictures (default: %(default)s)")
-    p.add_argument("--images", type=int, default=32, metavar="N", help="photo crops to compare on (default: %(default)s)")
+    p.add_argument("--images", type=int, default=24, metavar="N", help="photo crops to compare on (default: %(default)s)")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5], metavar="R",
                    help="ratio of tokens kept at blocks 4, 7 and 10 (default: 0.75 0.5)")
     p.add_argument("--quick", action="store_true", help="8 images, one timing round")
-    p.add_argument("--repeats", type=int, default=3, metavar="N", help="timing rounds (default: %(default)s)")
+    p.add_argument("--repeats", type=int, default=4, metavar="N", help="timing rounds (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     p.add_argument("--framework", choices=("transformers", "timm"), default="transformers", help="whose model code")
     p.add_argument("--checkpoint", type=Path, metavar="FILE", help="local DINOv2 ViT-S/14 weights, no download")
@@ -120,24 +119,24 @@ def run(options: argparse.Namespace, argv: list[str], say: Progress) -> int:
     patches = (pixels.shape[-1] // 14) ** 2
 
     rows = compare.variants(model, patches, sorted(set(options.budgets), reverse=True))
-    compare.costs(rows, patches)
+    compare.costs(rows)
     compare.quality(rows, pixels, say=say)
-    batch = min(len(pixels), 16)
-    compare.throughput(rows, pixels[:batch], repeats=options.repeats, say=say)
+    batch = min(len(pixels), 8)
+    rounds = compare.throughput(rows, pixels[:batch], repeats=options.repeats, say=say)
     say.clear()
 
     here = machine()
     print(f"\nDINOv2 ViT-S/14 ({options.framework}), {len(pixels)} crops of {len(photos)} photos, 224 x 224, "
           f"{patches} patch tokens; pooled at blocks 4, 7 and 10, no training\n")
     print(compare.table([v.row for v in rows]))
-    print("\n" + NOTES.format(repeats=options.repeats, batch=batch))
+    print("\n" + NOTES.format(repeats=rounds, batch=batch))
     command = "python -m tokenpool_ext demo" + "".join(" " + a for a in argv)
     print(f"\n$ {command}\n{here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['system']}, "
-          f"torch {here['torch']}, Python {here['python']}, float32; operators by backend: {backend_used()}")
+          f"torch {here['torch']}, Python {here['python']}, float32; operators by backend: {here['backend']}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"command": command, "machine": here, "batch": batch,
-                                            "images": len(pixels), "repeats": options.repeats,
+                                            "images": len(pixels), "repeats": rounds,
                                             "rows": [v.row.record() for v in rows]}, indent=1) + "\n")
         print(f"wrote {options.json}")
     if not options.no_pictures:
@@ -151,10 +150,10 @@ def run(options: argparse.Namespace, argv: list[str], say: Progress) -> int:
 
 
 def backend_used() -> str:
-    """Name of the first backend that is present (what ``backend=None`` takes on this machine)."""
-    from ..registry import backends
+    """Name of the backend that ``backend=None`` takes for CPU tensors on this machine."""
+    from ..registry import select
 
     forced = os.environ.get("TOKENPOOL_EXT_BACKEND")
     if forced:
         return f"{forced} (TOKENPOOL_EXT_BACKEND)"
-    return next((name for name, state in backends().items() if state == "ok"), "none")
+    return select("kmeans", torch.empty(0))[0]

@@ -112,8 +112,19 @@ def relative_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """
     x, y = x.double(), y.double()
     mean = x.mean(dim=1, keepdim=True)
-    nearest = torch.cdist(x - mean, y - mean, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=2)
-    return nearest.square().sum(dim=1) / (x - mean).square().sum(dim=(1, 2)).clamp(min=1e-300)
+    x, y = x - mean, y - mean
+    size = x.square().sum(dim=2)
+    nearest = (size.unsqueeze(2) - 2 * x @ y.transpose(1, 2) + y.square().sum(dim=2).unsqueeze(1)).amin(dim=2)
+    return nearest.clamp(min=0).sum(dim=1) / size.sum(dim=1).clamp(min=1e-300)
+
+
+def costs(rows: list[Variant]) -> None:
+    """Fill the GMACs of every row, from the structure of its model."""
+    from ..vit import gmacs
+
+    for variant in rows:
+        if not variant.row.failed:
+            variant.row.gmacs = gmacs(variant.model)
 
 
 class Watch:
@@ -181,28 +192,31 @@ def quality(rows: list[Variant], pixels: torch.Tensor, *, batch: int = 16,
 
 
 @torch.no_grad()
-def throughput(rows: list[Variant], pixels: torch.Tensor, *, repeats: int = 3,
-               say: Callable[[str], None] = lambda line: None) -> None:
+def throughput(rows: list[Variant], pixels: torch.Tensor, *, repeats: int = 4, limit_s: float = 50.0,
+               say: Callable[[str], None] = lambda line: None) -> int:
     """Fill images/s and speed-up: every row once a round, ``repeats`` rounds after a warm-up; medians.
 
-    Interleaving and per-round ratios keep a machine that slows down half-way from favouring whoever ran first.
+    Interleaving and per-round ratios keep a machine that slows down half-way from favouring whoever ran first. No round
+    is started after ``limit_s`` seconds, but one is always finished. Returns the number of rounds.
     """
     alive = [v for v in rows if not v.row.failed]
     seconds: dict[int, list[float]] = {id(v): [] for v in alive}
-    for turn in range(repeats + 1):
+    for variant in alive:
+        features(variant.model, pixels[:1])
+    begin, rounds = time.perf_counter(), 0
+    while rounds < repeats and (rounds == 0 or time.perf_counter() - begin < limit_s):
+        rounds += 1
         for number, variant in enumerate(alive):
-            say(f"timing [round {turn}/{repeats}, {number + 1}/{len(alive)}] {variant.row.method} {variant.row.budget:g}"
-                if turn else f"warm-up [{number + 1}/{len(alive)}] {variant.row.method} {variant.row.budget:g}")
-            inputs = pixels if turn else pixels[:2]
+            say(f"timing [round {rounds}/{repeats}, {number + 1}/{len(alive)}] {variant.row.method} {variant.row.budget:g}")
             start = time.perf_counter()
-            features(variant.model, inputs)
-            if turn:
-                seconds[id(variant)].append(time.perf_counter() - start)
+            features(variant.model, pixels)
+            seconds[id(variant)].append(time.perf_counter() - start)
     base = seconds[id(alive[0])]
     for variant in alive:
         mine = seconds[id(variant)]
         variant.row.images_per_s = len(pixels) / statistics.median(mine)
         variant.row.speedup = statistics.median(b / m for b, m in zip(base, mine))
+    return rounds
 
 
 def table(rows: Sequence[Row]) -> str:
