@@ -6,14 +6,17 @@
 """
 
 from ._version import __version__
-from .backends import backends
+from .registry import backends
 from .functional import Clusters, attention_received, kmeans, kmedoids, pool, unpool
+from .plan import Plan, explain
 
 __all__ = [
     "Clusters",
+    "Plan",
     "__version__",
     "attention_received",
     "backends",
+    "explain",
     "kmeans",
     "kmedoids",
     "pool",

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from . import autograd, backends
+from . import autograd, registry
 from .init import STRATEGIES, initial
 from .reference import accumulate_dtype
 
@@ -139,7 +139,7 @@ def pool(
     assignment = _check_assignment(name, assignment, x3, batched)
     _check_count(name, "num_clusters", num_clusters)
     weights = _check_weights(name, weights, x3, batched)
-    chain = backends.select("pool", x3, backend)
+    chain = registry.select("pool", x3, backend)
     centers = autograd.Pool.apply(chain, x3, assignment, weights, num_clusters)
     return centers if batched else centers[0]
 
@@ -160,7 +160,7 @@ def unpool(centers: Tensor, assignment: Tensor, *, backend: Optional[str] = None
     batched = _check_dims(name, "centers", centers, 2, 3, "(B, K, D) or (K, D)") == 3
     centers3 = centers if batched else centers[None]
     assignment = _check_assignment(name, assignment, centers3, batched, same_length=False)
-    chain = backends.select("unpool", centers3, backend)
+    chain = registry.select("unpool", centers3, backend)
     tokens = autograd.Unpool.apply(chain, centers3, assignment)
     return tokens if batched else tokens[0]
 
@@ -216,9 +216,9 @@ def attention_received(
             raise TypeError(f"{name}: lse must be floating, got {lse.dtype}")
         _check_device(name, "lse", lse, q)
         lse = lse.detach().to(accumulate_dtype(q.dtype))
-    chain = backends.select("attention_received", q, backend)
+    chain = registry.select("attention_received", q, backend)
     with torch.no_grad(), _no_autocast(q):
-        return backends.call(chain, "attention_received", q.detach(), k.detach(), float(scale), lse)
+        return registry.call(chain, "attention_received", q.detach(), k.detach(), float(scale), lse)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -240,9 +240,11 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
         raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if check_finite:
         _check_finite(name, x3, weights, mask)
-    chain = backends.select(name, x3, backend)
+    chain = registry.select(name, x3, backend)
     with torch.no_grad(), _no_autocast(x3):
         start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched)
+        if check_finite and start.is_floating_point() and not torch.isfinite(start).all():
+            raise ValueError(f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it")
     function = autograd.KMeans if name == "kmeans" else autograd.KMedoids
     result = function.apply(chain, x3, weights, mask, counts, start, k, num_iters, sort)
     centers, assignment, mass = result[:3]

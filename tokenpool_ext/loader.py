@@ -13,6 +13,8 @@ from typing import Optional
 
 import torch
 
+from . import fakes
+
 _HERE = os.path.dirname(__file__)
 MINIMUM_TORCH = (2, 11)
 
@@ -55,3 +57,5 @@ def _load_cuda() -> None:
 
 _load_extension()
 _load_cuda()
+if extension is not None:
+    fakes.register("tokenpool_ext")

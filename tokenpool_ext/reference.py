@@ -269,7 +269,11 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     error = (p.tokens - _gather_rows(rows, assignment)).square().sum(-1)
     inertia = (p.weights * torch.where(p.valid, error, 0)).sum(1)
     largest = torch.finfo(acc).max
-    inertia = (inertia * p.token_unscale * p.token_unscale * p.weight_unscale).clamp(max=largest)
+    exponent = sum(torch.frexp(factor)[1] - 1 for factor in (p.token_unscale, p.token_unscale, p.weight_unscale))
+    for _ in range(4):  # in steps of one sign, so that nothing between overflows or vanishes
+        step = exponent.clamp(-100, 100) if acc == torch.float32 else exponent.clamp(-800, 800)
+        inertia, exponent = torch.ldexp(inertia, step), exponent - step
+    inertia = inertia.clamp(max=largest)
     mass = (mass * p.weight_unscale[:, None]).clamp(max=largest)
     return centers[:, :, :d], assignment, mass, medoids, inertia
 
@@ -289,7 +293,7 @@ def pool(x: Tensor, assignment: Tensor, weights: Optional[Tensor], num_clusters:
 def pool_backward(
     grad_centers: Tensor, x: Tensor, centers: Tensor, assignment: Tensor, weights: Optional[Tensor], mass: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """Gradient of the weighted mean: (grad_x (B, N, D) in x.dtype, grad_weights (B, N) in acc)."""
+    """Gradient of the weighted mean: (grad_x (B, N, D) in x.dtype, grad_weights (B, N) in acc; zeros without weights)."""
     acc = accumulate_dtype(x.dtype)
     k = centers.shape[1]
     inside = (assignment >= 0) & (assignment < k)
@@ -302,6 +306,8 @@ def pool_backward(
     share = torch.where(weighted, w / safe, 1 / count.gather(1, index).clamp(min=1))
     grad = _gather_rows(grad_centers.to(acc), index)
     grad_x = torch.where(inside[:, :, None], share[:, :, None] * grad, 0).to(x.dtype)
+    if weights is None:
+        return grad_x, torch.zeros_like(w)
     inner = ((x.to(acc) - _gather_rows(centers.to(acc), index)) * grad).sum(-1)
     return grad_x, torch.where(inside & weighted, inner / safe, 0)
 

@@ -488,7 +488,7 @@ class Clustering {
     });
     double inertia = 0;
     for (int64_t j = 0; j < k_; ++j) inertia += error_[j];
-    inertia = k_ > 0 ? inertia / double(scale_) / double(scale_) / double(weight_scale_) : 0;
+    inertia = k_ > 0 ? std::ldexp(inertia, -2 * std::ilogb(scale_) - std::ilogb(weight_scale_)) : 0;
     static_cast<C*>(a.inertia)[image_] = inertia > double(most) ? most : C(inertia);
   }
 

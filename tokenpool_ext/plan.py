@@ -1,0 +1,117 @@
+"""What would run, and why: `explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+
+from . import loader, registry
+from .reference import accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one K-Means would be computed. Prints as one readable paragraph.
+
+    backend: its name; path: "gram", "direct" or a backend's own name for it; flops and bytes: of the whole batch
+    (a multiply-add is 2 flops; bytes read and written at least once); workspace_bytes: memory beyond inputs and outputs;
+    threads: CPU threads, or None on a GPU; launches: kernel launches, or None on a CPU; reason: why this path.
+    """
+
+    problem: str
+    backend: str
+    path: str
+    flops: float
+    bytes: float
+    workspace_bytes: float
+    threads: Optional[int]
+    launches: Optional[int]
+    reason: str
+    refusals: str
+
+    def __str__(self) -> str:
+        how = f"{self.threads} threads" if self.threads is not None else f"{self.launches} launches"
+        if self.threads is None and self.launches is None:
+            how = "PyTorch operations"
+        text = (
+            f"{self.problem}: backend {self.backend!r}, {self.path} path, {self.flops / 1e6:.1f} Mflop, "
+            f"{self.bytes / 1e6:.2f} MB moved at least, {self.workspace_bytes / 1e6:.2f} MB of workspace, {how}. "
+            f"Why: {self.reason}."
+        )
+        return text + (f" Not chosen: {self.refusals}." if self.refusals else "")
+
+
+def explain(
+    B: int,
+    N: int,
+    K: int,
+    D: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: Union[str, torch.device] = "cpu",
+    num_iters: int = 5,
+) -> Plan:
+    """The plan for `kmeans` of B images of N tokens of D features into K clusters. Nothing is run.
+
+    Raises:
+        ValueError: a size below 1, or K above N.
+    """
+    for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"explain: {argument} must be a positive int, got {value!r}")
+    if K > N:
+        raise ValueError(f"explain: K must be at most N = {N}, got {K}")
+    device = torch.device(device)
+    acc = accumulate_dtype(dtype)
+    probe = _Probe(device, dtype)
+    chain = registry.select("kmeans", probe)
+    name = chain[0]
+    refusals = "; ".join(
+        f"{other} ({registry.REGISTRY[other].can_run('kmeans', probe)})"
+        for other in list(registry.REGISTRY)[: list(registry.REGISTRY).index(name)]
+    )
+    item = torch.empty((), dtype=dtype).element_size()
+    moved = B * (N * D + K * D) * item + B * N * 8
+    problem = f"{B} x {N} tokens x {D} features -> {K} clusters, {num_iters} iterations, {str(dtype).split('.')[-1]} on {device}"
+    common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
+    if name == "cpu":
+        plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize)
+        threads = torch.get_num_threads()
+        return Plan(
+            path=plan["path"],
+            flops=B * plan["flops"],
+            workspace_bytes=plan["workspace_bytes"] * min(threads, B),
+            threads=threads,
+            launches=None,
+            reason=plan["reason"] + ("; one image a thread" if B >= threads else "; all threads inside each image"),
+            **common,
+        )
+    if name == "reference":
+        return Plan(
+            path="direct",
+            flops=2.0 * B * num_iters * 2 * N * K * D,
+            workspace_bytes=acc.itemsize * B * (2 * N * D + N * K),
+            threads=None,
+            launches=None,
+            reason="plain PyTorch: products with the centers, and sums through a one-hot product",
+            **common,
+        )
+    details = registry.REGISTRY[name].ops()
+    explain_here = getattr(details, "explain", None) if name == "triton" else getattr(loader.extension, "plan_cuda_kmeans", None)
+    if explain_here is None:
+        return Plan(path="own", flops=2.0 * B * num_iters * N * K * D, workspace_bytes=0, threads=None, launches=None,
+                    reason="the first backend that can run this", **common)
+    found = explain_here(B, N, K, D, num_iters, item)
+    return Plan(path=found["path"], flops=found["flops"], workspace_bytes=found["workspace_bytes"], threads=None,
+                launches=found["launches"], reason=found["reason"], **common)
+
+
+class _Probe:
+    """As much of a tensor as a backend asks about before it runs."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device = device
+        self.dtype = dtype
+        self.is_cuda = device.type == "cuda"

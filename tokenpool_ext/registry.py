@@ -1,0 +1,152 @@
+"""Which code runs an operator: an ordered registry, every refusal with its reason.
+
+    cuda       hand-written CUDA kernels (torch.ops.tokenpool_ext, library _cuda)
+    triton     portable GPU kernels (tokenpool_ext.triton)
+    cpu        hand-written C++ kernels (torch.ops.tokenpool_ext, library _C)
+    reference  plain PyTorch (tokenpool_ext.reference), on any device
+
+With `backend=None` the first that can run is taken, and a kernel that fails to compile on a device hands over to the next
+with one warning. A backend asked for by name never falls back. TOKENPOOL_EXT_BACKEND=name asks for every call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from typing import Callable, Dict, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import loader, reference
+
+OPS = ("kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received")
+ENVIRONMENT = "TOKENPOOL_EXT_BACKEND"
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel that should run here cannot (it failed to compile, or needs more of a resource than the device has)."""
+
+
+class Backend:
+    """A name, a reason for being absent, a check of one problem, and the operators."""
+
+    def __init__(self, name: str, unavailable: Callable, refuses: Callable, ops: Callable):
+        self.name = name
+        self.unavailable = unavailable  # () -> reason or None
+        self.refuses = refuses  # (op, x) -> reason or None
+        self.ops = ops  # () -> namespace with one function per op
+
+    def can_run(self, op: str, x: Tensor) -> Optional[str]:
+        """None when this backend can run `op` on tokens like `x`, else the reason why not."""
+        return self.unavailable() or self.refuses(op, x)
+
+
+def _cuda_unavailable() -> Optional[str]:
+    if loader.cuda_reason:
+        return loader.cuda_reason
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _cuda_refuses(op: str, x: Tensor) -> Optional[str]:
+    if x.device.type != "cuda":
+        return f"the tokens are on {x.device}, not on a CUDA device"
+    if x.dtype == torch.float64:
+        return "the CUDA kernels take float32, bfloat16 and float16, not float64"
+    return None
+
+
+def _triton() -> object:
+    return importlib.import_module("tokenpool_ext.triton")
+
+
+def _triton_unavailable() -> Optional[str]:
+    try:
+        return _triton().unavailable()
+    except Exception as error:  # whatever a broken Triton raises at import is a reason, not a crash
+        return f"the Triton kernels did not load ({type(error).__name__}: {error})"
+
+
+def _triton_refuses(op: str, x: Tensor) -> Optional[str]:
+    return _triton().can_run(op, x)
+
+
+def _cpu_unavailable() -> Optional[str]:
+    return loader.extension_reason
+
+
+def _cpu_refuses(op: str, x: Tensor) -> Optional[str]:
+    return None if x.device.type == "cpu" else f"the tokens are on {x.device}, not on the CPU"
+
+
+REGISTRY: Dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", _cuda_unavailable, _cuda_refuses, lambda: torch.ops.tokenpool_ext),
+        Backend("triton", _triton_unavailable, _triton_refuses, _triton),
+        Backend("cpu", _cpu_unavailable, _cpu_refuses, lambda: torch.ops.tokenpool_ext),
+        Backend("reference", lambda: None, lambda op, x: None, lambda: reference),
+    )
+}
+
+
+def backends() -> Dict[str, str]:
+    """Every backend by name: "ok", or the reason why it cannot run here. The order is the order of preference."""
+    return {name: backend.unavailable() or "ok" for name, backend in REGISTRY.items()}
+
+
+def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
+    """The backends to try for `op` on tokens like `x`, best first; exactly one when asked for by name.
+
+    Raises:
+        ValueError: `name` (or TOKENPOOL_EXT_BACKEND) is not a backend.
+        RuntimeError: it is, but cannot run this; the message has the reason.
+    """
+    source = "backend"
+    if name is None:
+        name = os.environ.get(ENVIRONMENT)
+        source = ENVIRONMENT
+    if not name:
+        return tuple(_willing(op, x))
+    if not isinstance(name, str):
+        raise TypeError(f"{op}: backend must be a string or None, got {type(name).__name__}")
+    if name not in REGISTRY:
+        raise ValueError(f"{op}: {source} must be one of {', '.join(map(repr, REGISTRY))}, got {name!r}")
+    reason = REGISTRY[name].can_run(op, x)
+    if reason:
+        raise RuntimeError(
+            f"{op}: {source}={name!r} cannot run this: {reason}. Leave it out to have a backend chosen, or run"
+            " 'python -m tokenpool_ext info'"
+        )
+    return (name,)
+
+
+def _willing(op: str, x: Tensor):
+    device = x.device.type
+    if device == "cpu":
+        order = ("cpu", "triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpu", "reference")
+    elif device == "cuda":
+        order = ("cuda", "triton", "reference")
+    else:
+        order = ("triton", "reference") if device == "xpu" else ("reference",)
+    return [name for name in order if REGISTRY[name].can_run(op, x) is None]
+
+
+_warned = set()
+
+
+def call(chain: Tuple[str, ...], op: str, *args):
+    """Run `op` on the first backend of `chain` whose kernel works, warning once for each that does not."""
+    for name in chain[:-1]:
+        try:
+            return getattr(REGISTRY[name].ops(), op)(*args)
+        except KernelUnavailable as error:
+            if (name, op) not in _warned:
+                _warned.add((name, op))
+                warnings.warn(
+                    f"tokenpool_ext: {op} cannot run on backend {name!r} here ({error}); using {chain[chain.index(name) + 1]!r}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+    return getattr(REGISTRY[chain[-1]].ops(), op)(*args)
