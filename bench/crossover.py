@@ -1,0 +1,155 @@
+"""``python -m bench.crossover``: gram against direct on this machine, and the planner's constants fitted to it.
+
+Both paths are forced in turn (environment variable TOKENPOOL_EXT_CPU_PATH) over a grid of N, D, K and T, interleaved,
+on one thread. The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
+    gram   = m_g N^2 D / 2 + t N D   + T (r N^2 + c N K)
+    direct = m_d T N K D   + 2 t T N D + c T N K
+is fitted by non-negative least squares of relative errors, once with m_g = m_d (as the planner has it) and once with
+two. Then: how often the fitted planner picks the slower path, and how much time its picks lose against the best.
+T is the number of iterations really done (an image stops early when nothing changes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from . import machine, timing, tokens
+
+VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
+PATHS = ("gram", "direct")
+NAMES = {"shared": ("kMultiplyAdd", "kRowAdd", "kCompare", "kToken"),
+         "two products": ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kRowAdd", "kCompare", "kToken")}
+
+
+def grid(quick: bool):
+    tokens_, features = ((196, 576), (64, 384)) if quick else ((64, 196, 256, 576, 1024, 2048), (64, 192, 384, 768))
+    for N, D, share, T in itertools.product(tokens_, features, (32, 8, 4, 2), (1, 5)):
+        if N // share >= 1:
+            yield N, D, N // share, T
+
+
+def run_path(path: str, call):
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = path
+    try:
+        return call()
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def iterations_done(cluster, T: int) -> float:
+    """Mean over images of the iterations carried out: up to the first that changes no label."""
+    previous, done, stopped = None, None, None
+    for t in range(1, T + 1):
+        labels = cluster(t).assignment
+        if previous is None:
+            done, stopped = torch.ones(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
+        else:
+            done += (~stopped).float()
+            stopped |= (labels == previous).all(1)
+        previous = labels
+    return float(done.mean())
+
+
+def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float) -> dict:
+    import tokenpool_ext as tp
+
+    work = N * D * min(N / 2 + 8, T * K + 16)
+    B = int(max(1, min(16, 3e8 // work)))
+    x = tokens.random_tokens(B, N, D)
+    init = tokens.distinct_indices(B, N, K)
+
+    def cluster(t=T):
+        return tp.kmeans(x, K, init=init, num_iters=t, backend="cpu")
+    calls = {path: (lambda path=path: run_path(path, cluster)) for path in PATHS}
+    done = run_path("direct", lambda: iterations_done(cluster, T)) if T > 1 else 1.0
+    for call in calls.values():
+        call()
+    samples, errors = timing.interleave(calls, repeats=repeats, clock=timing.WallClock(), pause=0, deadline_s=budget_s)
+    if errors:
+        raise next(iter(errors.values()))
+    return {"N": N, "D": D, "K": K, "T": T, "B": B, "iterations_done": done,
+            **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 50) / B * 1e9 for p in PATHS}}
+
+
+def features(path: str, row: dict, model: str) -> list[float]:
+    """Multipliers of the model's constants for one measurement."""
+    N, D, K, T = row["N"], row["D"], row["K"], row["iterations_done"]
+    product = N * N * D / 2 if path == "gram" else T * N * K * D
+    rest = [T * N * N, T * N * K, N * D] if path == "gram" else [0.0, T * N * K, 2 * T * N * D]
+    if model == "shared":
+        return [product, *rest]
+    return [product if path == "gram" else 0.0, product if path == "direct" else 0.0, *rest]
+
+
+def fit(rows: list[dict], model: str) -> list[float]:
+    """Constants (ns) by non-negative least squares of relative errors."""
+    import numpy
+    from scipy.optimize import nnls
+
+    matrix = numpy.array([[f / row[f"{p}_ns"] for f in features(p, row, model)] for row in rows for p in PATHS])
+    return nnls(matrix, numpy.ones(len(matrix)))[0].tolist()
+
+
+def judge(rows: list[dict], constants: list[float], model: str) -> dict:
+    """How good the picks of these constants are on the measured rows."""
+    wrong, lost, best, errors = 0, 0.0, 0.0, []
+    for row in rows:
+        told = {p: sum(c * f for c, f in zip(constants, features(p, row, model))) for p in PATHS}
+        pick = min(PATHS, key=told.get)
+        fastest = min(PATHS, key=lambda p: row[f"{p}_ns"])
+        wrong += row[f"{pick}_ns"] > 1.05 * row[f"{fastest}_ns"]
+        lost += row[f"{pick}_ns"] / row[f"{fastest}_ns"] - 1
+        errors += [abs(told[p] / row[f"{p}_ns"] - 1) for p in PATHS]
+    return {"shapes": len(rows), "picks_over_5_percent_slower": wrong, "mean_time_lost": lost / len(rows),
+            "median_error_of_times": timing.percentile(errors, 50)}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a coarse grid")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=0.6, help="seconds of repeats a shape (three are always made)")
+    parser.add_argument("--json")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows = []
+    print(f"{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
+    for N, D, K, T in grid(args.quick):
+        row = measure(N, D, K, T, args.repeats, args.budget)
+        rows.append(row)
+        print(f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
+              f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)
+    fits = {}
+    for model, names in NAMES.items():
+        constants = fit(rows, model)
+        fits[model] = {"constants_ns": dict(zip(names, constants)), **judge(rows, constants, model)}
+        print(f"\nfit, {model}:")
+        for name, value in zip(names, constants):
+            print(f"  constexpr double {name} = {value:.4g};  // ns")
+        print(f"  picks more than 5% slower than the best: {fits[model]['picks_over_5_percent_slower']} of {len(rows)}; "
+              f"mean time lost {fits[model]['mean_time_lost']:.1%}; median error of a predicted time "
+              f"{fits[model]['median_error_of_times']:.0%}")
+    if args.json:
+        content = {"schema": 1, "machine": machine.machine(), "versions": machine.versions(), "threads": args.threads,
+                   "commit": machine.commit(), "command": machine.command("bench.crossover"), "date": machine.now(),
+                   "rows": rows, "fits": fits}
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
