@@ -45,14 +45,26 @@ class _Problem(NamedTuple):
     weight_unscale: Tensor  # (B,)
 
 
+def _exponent(x: Tensor) -> Tensor:
+    """e with |x| in [2^e, 2^(e+1)), from the bits of x (any device; not torch.frexp, which some lack)."""
+    if x.dtype == torch.float64:
+        return ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
+    return ((x.view(torch.int32) >> 23) & 0xFF) - 127
+
+
+def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^exponent, exactly, for exponents of normal numbers."""
+    if dtype == torch.float64:
+        return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
 def power_of_two_scale(largest: Tensor) -> Tuple[Tensor, Tensor]:
     """Powers of two (scale, 1/scale) that bring `largest` into [1, 2); 1 where it is zero, NaN or infinite."""
     limit = 126 if largest.dtype == torch.float32 else 1022
-    _, exponent = torch.frexp(largest)
     ordinary = torch.isfinite(largest) & (largest > 0)
-    exponent = torch.where(ordinary, 1 - exponent, torch.zeros_like(exponent)).clamp(-limit, limit)
-    one = torch.ones_like(largest)
-    return torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
+    exponent = torch.where(ordinary, -_exponent(largest), 0).clamp(-limit, limit)
+    return _power_of_two(exponent, largest.dtype), _power_of_two(-exponent, largest.dtype)
 
 
 def _prepare(x: Tensor, weights: Optional[Tensor], mask: Optional[Tensor], counts: Optional[Tensor], k: int) -> _Problem:
@@ -269,10 +281,11 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     error = (p.tokens - _gather_rows(rows, assignment)).square().sum(-1)
     inertia = (p.weights * torch.where(p.valid, error, 0)).sum(1)
     largest = torch.finfo(acc).max
-    exponent = sum(torch.frexp(factor)[1] - 1 for factor in (p.token_unscale, p.token_unscale, p.weight_unscale))
+    exponent = 2 * _exponent(p.token_unscale) + _exponent(p.weight_unscale)
+    limit = 100 if acc == torch.float32 else 800
     for _ in range(4):  # in steps of one sign, so that nothing between overflows or vanishes
-        step = exponent.clamp(-100, 100) if acc == torch.float32 else exponent.clamp(-800, 800)
-        inertia, exponent = torch.ldexp(inertia, step), exponent - step
+        step = exponent.clamp(-limit, limit)
+        inertia, exponent = inertia * _power_of_two(step, acc), exponent - step
     inertia = inertia.clamp(max=largest)
     mass = (mass * p.weight_unscale[:, None]).clamp(max=largest)
     return centers[:, :, :d], assignment, mass, medoids, inertia
