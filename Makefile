@@ -1,0 +1,40 @@
+# make demo: pool a pretrained ViT on real photos.   make test: the tests.   Both start from nothing but python3 and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/* tokenpool_ext/_build_cuda.py)
+
+.PHONY: build demo test bench clean
+
+build: $(VENV)/built
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
+	touch $@
+
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+# TORCH stands in each line so that no extra replaces the pinned build.
+$(VENV)/demo: $(VENV)/torch
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $$($(PY) -c "import tomllib; print(*(r.replace(' ', '') for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['demo']))")
+	touch $@
+
+$(VENV)/test: $(VENV)/demo
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $$($(PY) -c "import tomllib; print(*(r.replace(' ', '') for extra in ('test', 'triton', 'bench') for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][extra]))")
+	touch $@
+
+demo: $(VENV)/built $(VENV)/demo
+	$(PY) -m tokenpool_ext demo
+
+test: $(VENV)/built $(VENV)/test
+	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest
+
+bench: $(VENV)/built $(VENV)/test
+	$(PY) -m bench --quick
+
+clean:
+	rm -rf $(VENV) build *.egg-info tokenpool_ext/*.so
