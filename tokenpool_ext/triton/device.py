@@ -24,6 +24,20 @@ def kernel(fn):
 
 
 @triton.jit
+def eights(n):
+    """n, which is a multiple of 8, in a form from which the compiler sees that it is (for 16-byte loads)."""
+    return (n // 8) * 8
+
+
+@triton.jit
+def image_of(x, b, stride_b, CONTIG: tl.constexpr):
+    """Pointer to image b of x."""
+    if CONTIG:
+        stride_b = eights(stride_b)
+    return x + b * stride_b
+
+
+@triton.jit
 def load_rows(x, m, scale, tok, live, offs_d, D, stride_n, stride_d, CENTER: tl.constexpr, SCALE: tl.constexpr,
               CONTIG: tl.constexpr):
     """float32 tile (len(tok), len(offs_d)) of scaled, centered tokens; rows that are not live and columns >= D are 0.
@@ -32,8 +46,8 @@ def load_rows(x, m, scale, tok, live, offs_d, D, stride_n, stride_d, CENTER: tl.
     CONTIG: the feature stride is 1 and rows are 16-byte aligned (so loads may be vectorised).
     """
     if CONTIG:
-        stride_n = tl.multiple_of(stride_n, 8)
-        D = tl.multiple_of(D, 8)
+        stride_n = eights(stride_n)
+        D = eights(D)
         cols = offs_d.to(tl.int64)
     else:
         cols = offs_d.to(tl.int64) * stride_d

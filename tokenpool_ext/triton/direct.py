@@ -6,7 +6,8 @@ counting sort, then means or medoids).  All return at once for an image that is 
 import triton
 import triton.language as tl
 
-from .device import better, coefficient, kernel, load_rows, no_nan, product, repair_image, settle_image
+from .device import (better, coefficient, eights, image_of, kernel, load_rows, no_nan, product, repair_image,
+                     settle_image)
 
 
 @triton.jit
@@ -33,6 +34,9 @@ def init_kernel(x, init, scale, center, keff, lst, high, low, norms, medoids, D,
     if j >= tl.load(keff + b):
         return
     s = tl.load(scale + b)
+    x = image_of(x, b, x_b, CONTIG)
+    if CONTIG:
+        D = eights(D)
     one = tl.full([1], True, tl.int1)
     token = 0
     if FROM_TOKENS:
@@ -41,7 +45,7 @@ def init_kernel(x, init, scale, center, keff, lst, high, low, norms, medoids, D,
     for d0 in range(0, D, BD):
         offs_d = d0 + tl.arange(0, BD)
         if FROM_TOKENS:
-            tile = load_rows(x + b * x_b, center + b * D, s, token + tl.zeros([1], tl.int32), one, offs_d, D, x_n, x_d,
+            tile = load_rows(x, center + b * D, s, token + tl.zeros([1], tl.int32), one, offs_d, D, x_n, x_d,
                              CENTER, SCALE, CONTIG)
             y = tl.sum(tile, axis=0)
         else:
@@ -77,10 +81,10 @@ def assign_kernel(x, scale, center, wn, keff, done, high, low, norms, medoids, l
     s = tl.load(scale + b)
     w = tl.load(wn + b * N + i, mask=i < N, other=-1.0)
     valid = (i < N) & (w != -1.0)
-    x += b * x_b
-    center += b * D
+    x = image_of(x, b, x_b, CONTIG)
     if CONTIG:
-        D = tl.multiple_of(D, 8)
+        D = eights(D)
+    center += b * D
     high += b * K * D
     low += b * K * D
     own = tl.zeros([BN], tl.float32)
@@ -227,7 +231,9 @@ def update_kernel(x, scale, center, wn, keff, done, lab, counts, next_counts, tm
            mass + b * K, BC, BLOCK, BLOCK_E, BLOCK_K)
     if means == 0:
         return
-    x += b * x_b
+    x = image_of(x, b, x_b, CONTIG)
+    if CONTIG:
+        D = eights(D)
     center += b * D
     for c in range(lo, tl.minimum(lo + BC, clusters)):
         at = b * K + c

@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from .device import kernel, load_rows
+from .device import eights, image_of, kernel, load_rows
 
 
 @kernel
@@ -25,7 +25,9 @@ def finish_kernel(x, scale, unscale, center, wn, w_unscale, keff, lst, coef, sta
     first = tl.load(start + pid, mask=live_cluster, other=0)
     lst += b * N
     coef += b * N
-    x += b * x_b
+    x = image_of(x, b, x_b, CONTIG)
+    if CONTIG:
+        D = eights(D)
     s = tl.load(scale + b)
     back = tl.load(unscale + b)
     offs = tl.arange(0, BLOCK)

@@ -6,7 +6,8 @@ each token adds its row of G to its cluster's row, whatever D is.
 import triton
 import triton.language as tl
 
-from .device import better, coefficient, kernel, load_rows, no_nan, product, repair_image, settle_image
+from .device import (better, coefficient, eights, image_of, kernel, load_rows, no_nan, product, repair_image,
+                     settle_image)
 
 
 @kernel
@@ -24,25 +25,29 @@ def gram_kernel(x, scale, center, wn, gram, N, D, row, tiles, x_b, x_n, x_d, CEN
     if tn > tm:
         return
     b = pid // (tiles * tiles)
-    row = tl.multiple_of(row, 16)
+    row = eights(row)
     offs_m = tm * BM + tl.arange(0, BM)
     offs_n = tn * BM + tl.arange(0, BM)
     live_m = (offs_m < N) & (tl.load(wn + b * N + offs_m, mask=offs_m < N, other=-1.0) != -1.0)
     live_n = (offs_n < N) & (tl.load(wn + b * N + offs_n, mask=offs_n < N, other=-1.0) != -1.0)
     s = tl.load(scale + b)
+    x = image_of(x, b, x_b, CONTIG)
+    if CONTIG:
+        D = eights(D)
+    center += b * D
     acc = tl.zeros([BM, BM], tl.float32)
     for d0 in range(0, D, BD):
         offs_d = d0 + tl.arange(0, BD)
-        left = load_rows(x + b * x_b, center + b * D, s, offs_m, live_m, offs_d, D, x_n, x_d, CENTER, SCALE, CONTIG)
-        right = load_rows(x + b * x_b, center + b * D, s, offs_n, live_n, offs_d, D, x_n, x_d, CENTER, SCALE, CONTIG)
+        left = load_rows(x, center, s, offs_m, live_m, offs_d, D, x_n, x_d, CENTER, SCALE, CONTIG)
+        right = load_rows(x, center, s, offs_n, live_n, offs_d, D, x_n, x_d, CENTER, SCALE, CONTIG)
         left = left.to(x.dtype.element_ty)
         right = right.to(x.dtype.element_ty)
         acc = product(left, tl.trans(right), acc, PRECISION)
-    inside = (offs_m < N)[:, None] & (offs_n < N)[None, :]
+    inside = (offs_m < N)[:, None] & (offs_n < row)[None, :]  # rows are padded: 16-byte stores
     base = gram + b * N * row
     tl.store(base + offs_m.to(tl.int64)[:, None] * row + offs_n[None, :], acc, mask=inside)
     if tn < tm:
-        mirror = (offs_n < N)[:, None] & (offs_m < N)[None, :]
+        mirror = (offs_n < N)[:, None] & (offs_m < row)[None, :]
         tl.store(base + offs_n.to(tl.int64)[:, None] * row + offs_m[None, :], tl.trans(acc), mask=mirror)
 
 
@@ -71,7 +76,7 @@ def _assign(gram, wn, lab, cost, counts, norms, lst, coef, start, cnt, medoids, 
                 token = tl.load(lst + first + m, mask=live, other=0)
                 p = tl.load(coef + first + m, mask=live, other=0.0)
                 g = tl.load(gram + token.to(tl.int64)[:, None] * row + i[None, :],
-                            mask=live[:, None] & (i < N)[None, :], other=0.0)
+                            mask=live[:, None] & (i < row)[None, :], other=0.0)
                 acc += tl.where(live[:, None], p[:, None] * g, 0.0)
             q = tl.load(norms + j, mask=j < keff, other=0.0)
             value = q[:, None] - 2.0 * acc
@@ -197,8 +202,8 @@ def iterate_kernel(gram, wn, keff, lab, prev, cost, counts, share, inner, norms,
     labels, and lst / coef / start / cnt / mass (and medoids) describe them.
     """
     b = tl.program_id(0).to(tl.int64)
+    row = eights(row)
     gram += b * N * row
-    row = tl.multiple_of(row, 16)
     wn += b * N
     lab += b * N
     prev += b * N

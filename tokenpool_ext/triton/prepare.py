@@ -6,7 +6,7 @@ extremes; `prepare_kernel` reduces them in a fixed order, normalises the weights
 import triton
 import triton.language as tl
 
-from .device import exponent_scales, kernel
+from .device import eights, exponent_scales, image_of, kernel
 
 CHUNK = tl.constexpr(1024)  # tokens whose statistics one program gathers; part of the rounding, hence fixed
 
@@ -24,8 +24,10 @@ def x_stats_kernel(x, mask, part_sum, part_min, part_max, N, D, chunks, d_tiles,
     chunk = (pid // d_tiles) % chunks
     b = pid // (d_tiles * chunks)
     offs_d = tile * BD + tl.arange(0, BD)
+    x = image_of(x, b, x_b, CONTIG)
     if CONTIG:
-        x_n = tl.multiple_of(x_n, 8)
+        x_n = eights(x_n)
+        D = eights(D)
         cols = offs_d
     else:
         cols = offs_d * x_d
@@ -38,7 +40,7 @@ def x_stats_kernel(x, mask, part_sum, part_min, part_max, N, D, chunks, d_tiles,
         if HAS_MASK:
             live = live & (tl.load(mask + b * mask_b + i * mask_n, mask=live, other=0) != 0)
         inside = live[:, None] & (offs_d < D)[None, :]
-        v = tl.load(x + b * x_b + i[:, None] * x_n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + i[:, None] * x_n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(v * pre, axis=0)
         low = tl.minimum(low, tl.min(tl.where(inside, v, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(inside, v, float("-inf")), axis=0))
