@@ -159,6 +159,8 @@ def bipartite(x, k):
     x = np.asarray(x, np.float64)
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
     even, odd = np.arange(0, len(x), 2), np.arange(1, len(x), 2)
+    if not len(odd):
+        return np.zeros(len(x), int)
     similarity = unit[even] @ unit[odd].T
     partner, strength = similarity.argmax(1), similarity.max(1)
     labels = np.arange(len(x))

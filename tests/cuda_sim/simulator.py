@@ -1,0 +1,165 @@
+"""The CUDA kernels' own source, compiled as C++ and run on the CPU: the operators of the CUDA backend without a GPU.
+
+`Simulator(build(...))` has the operators as methods with the library's own signatures (torch CPU tensors in and
+out), for any compute capability and any path. Only g++ is needed. Slow: small shapes only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+PATHS = ("resident", "gram", "streaming")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SANITIZERS = {"": [], "thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]}
+
+
+def compiler() -> Optional[str]:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def sources() -> list[Path]:
+    headers = [*HERE.glob("*.h"), *(CSRC / "cuda").glob("*.cuh"), *(CSRC / "cuda").glob("*.h"), CSRC / "planner_cuda.h"]
+    return [HERE / "sim.cpp", CSRC / "cuda" / "pipeline.cpp", CSRC / "planner_cuda.cpp", *sorted(headers)]
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("TOKENPOOL_EXT_TEST_CACHE") or os.path.join(tempfile.gettempdir(), f"tokenpool_ext_sim_{os.getuid()}")
+    return Path(root)
+
+
+def build(sanitizer: str = "") -> Path:
+    """Compile the simulator (once per source text) and return the shared library."""
+    flags = ["-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+             f"-I{HERE}", *SANITIZERS[sanitizer]]
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in sources():
+        digest.update(path.name.encode() + path.read_bytes())
+    library = cache_folder() / f"sim{'_' + sanitizer if sanitizer else ''}_{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        fresh = library.with_suffix(f".{os.getpid()}.tmp")
+        units = [str(path) for path in sources() if path.suffix == ".cpp"]
+        done = subprocess.run([compiler(), *flags, "-o", str(fresh), *units], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the simulator does not compile:\n{done.stderr}")
+        os.replace(fresh, library)
+    return library
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides (batch, token, feature) and whether 16-byte loads are allowed, by the rule of the CUDA library."""
+    vector = 16 // x.element_size()
+    aligned = x.stride(2) == 1 and x.stride(1) % vector == 0 and x.stride(0) % vector == 0 and x.data_ptr() % 16 == 0
+    return [*x.stride(), int(aligned)]
+
+
+def _pointers(*tensors: Optional[Tensor]):
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+def _numbers(*values: int):
+    return (ctypes.c_int64 * len(values))(*[int(v) for v in values])
+
+
+class Simulator:
+    """The operators, for one device: compute capability, shared memory limit (0: the capability's), forced path."""
+
+    def __init__(self, library: Path, capability: Tuple[int, int] = (9, 0), path: Optional[str] = None,
+                 shared_limit: int = 0, images_per_pass: int = 0, reverse: bool = False):
+        self.lib = ctypes.CDLL(str(library))
+        self.lib.sim_attention_received.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p]
+        self.capability, self.path, self.shared_limit = capability, path, shared_limit
+        self.images_per_pass, self.reverse = images_per_pass, reverse
+        self.taken: Optional[str] = None  # path of the last clustering
+
+    def _cluster(self, x, weights, mask, counts, init, num_clusters, num_iters, sort, medoids):
+        b, n, d = x.shape
+        k = num_clusters
+        centers = torch.full((b, k, d), float("nan"), dtype=x.dtype)
+        assignment = torch.full((b, n), -7, dtype=torch.int64)
+        mass, inertia = torch.full((b, k), float("nan")), torch.full((b,), float("nan"))
+        chosen = torch.full((b, k), -7, dtype=torch.int64)
+        if b == 0 or n == 0:
+            return centers.zero_(), assignment, mass.zero_(), chosen.fill_(-1), inertia.zero_()
+        # contiguous() copies of null are null; the library does the same
+        weights, mask, counts, init = (None if t is None else t.contiguous() for t in (weights, mask, counts, init))
+        by_index = init.dtype == torch.int64
+        self.lib.sim_set_reverse(int(self.reverse))
+        taken = self.lib.sim_cluster(
+            _numbers(b, n, d, k, DTYPES[x.dtype], *_strides(x), num_iters, sort, medoids, *self.capability, self.shared_limit,
+                     -1 if self.path is None else PATHS.index(self.path), self.images_per_pass),
+            _pointers(x, weights, mask, counts, init if by_index else None, None if by_index else init, centers, assignment,
+                      mass, chosen, inertia))
+        assert taken >= 0
+        self.taken = PATHS[taken]
+        return centers, assignment, mass, chosen, inertia
+
+    def kmeans(self, x, weights, mask, counts, init, num_clusters, num_iters, sort):
+        centers, assignment, mass, _, inertia = self._cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
+        return centers, assignment, mass, inertia
+
+    def kmedoids(self, x, weights, mask, counts, init, num_clusters, num_iters, sort):
+        return self._cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, True)
+
+    def _sums(self, x, assignment, weights, num_clusters, mode, mass):
+        b, n, d = x.shape
+        centers = torch.full((b, num_clusters, d), float("nan"), dtype=x.dtype)
+        assignment = assignment.contiguous()
+        weights = None if weights is None else weights.contiguous()
+        assert 0 == self.lib.sim_pool(
+            _numbers(b, n, d, num_clusters, DTYPES[x.dtype], *_strides(x), mode, self.shared_limit or 99 * 1024),
+            _pointers(x, assignment, weights, centers, mass))
+        return centers
+
+    def pool(self, x, assignment, weights, num_clusters):
+        mass = torch.full((x.shape[0], num_clusters), float("nan"))
+        return self._sums(x, assignment, weights, num_clusters, 0, mass), mass
+
+    def unpool_backward(self, grad, assignment, num_clusters):
+        return self._sums(grad, assignment, None, num_clusters, 2, None)
+
+    def pool_backward(self, grad_centers, x, centers, assignment, weights, mass):
+        b, n, d = x.shape
+        grad_x = torch.full((b, n, d), float("nan"), dtype=x.dtype)
+        grad_weights = torch.full((b, n), float("nan"))
+        assignment, mass = assignment.contiguous(), mass.contiguous()
+        weights = None if weights is None else weights.contiguous()
+        assert 0 == self.lib.sim_pool_backward(
+            _numbers(b, n, d, centers.shape[1], DTYPES[x.dtype], *_strides(x), *_strides(grad_centers), *_strides(centers)),
+            _pointers(x, grad_centers, centers, assignment, weights, mass, grad_x, grad_weights))
+        return grad_x, grad_weights
+
+    def unpool(self, centers, assignment):
+        b, n = assignment.shape
+        assignment = assignment.contiguous()
+        out = torch.full((b, n, centers.shape[2]), float("nan"), dtype=centers.dtype)
+        assert 0 == self.lib.sim_unpool(
+            _numbers(b, n, centers.shape[2], centers.shape[1], DTYPES[centers.dtype], *_strides(centers)),
+            _pointers(centers, assignment, out))
+        return out
+
+    def attention_received(self, q, k, scale, lse):
+        b, h, nq, d = q.shape
+        out = torch.full((b, k.shape[2]), float("nan"))
+        lse = None if lse is None else lse.contiguous()
+
+        def layout(t):
+            vector = 16 // t.element_size()
+            aligned = (t.stride(3) == 1 and all(s % vector == 0 for s in t.stride()[:3]) and t.data_ptr() % 16 == 0)
+            return [t.stride(0), t.stride(2), t.stride(3), int(aligned), t.stride(1)]
+
+        assert 0 == self.lib.sim_attention_received(
+            _numbers(b, h, nq, k.shape[2], d, DTYPES[q.dtype], *layout(q), *layout(k)), float(scale), _pointers(q, k, lse, out))
+        return out
