@@ -106,7 +106,7 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
 
     def priority(self, x, scores):
         exponential = -torch.log1p(-self._uniform(x))
-        return self._scores(scores).log() - exponential.log()
+        return self._scores(scores).log() - exponential.clamp(min=torch.finfo(exponential.dtype).tiny).log()
 
 
 class RandomSelection(_Seeded, _Selection):

@@ -13,7 +13,7 @@ and threads do not meet.
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -46,28 +46,47 @@ def _record(name: str, args: tuple, output: Tensor) -> None:
 
 
 class Block:
-    """View of one block; subclasses fill in the parts.
+    """View of one block; a subclass says under which names the parts are found.
 
-    Attributes:
+    Parts are looked up at every call, so a module that was replaced after patching (by an adapter, a quantised layer)
+    is the one that runs.
+
+    Args:
         block: the block itself.
-        norm1, attention, norm2: its submodules.
-        after_attention, after_mlp: modules applied to the branch before the residual sum (layer scale, drop path, dropout).
-        projections: {"query": module, "key": module} or {"qkv": module}.
-        num_heads: attention heads; ``head_dim`` their width; ``scale`` of the logits.
+        names: where its parts are: "norm1", "attention", "norm2", and the projections "query" and "key", or "qkv". Dots
+            lead into submodules.
+        after_attention, after_mlp: names of what is applied to the branch before the residual sum (layer scale, drop
+            path, dropout).
+        num_heads, head_dim, scale: attention heads, their width, the factor of the logits.
         mask_argument: the attention's parameter that takes an additive key bias, or None if it has none.
     """
 
-    block: nn.Module
-    norm1: nn.Module
-    norm2: nn.Module
-    attention: nn.Module
-    after_attention: tuple[nn.Module, ...]
-    after_mlp: tuple[nn.Module, ...]
-    projections: dict[str, nn.Module]
-    num_heads: int
-    head_dim: int
-    scale: float
-    mask_argument: Optional[str]
+    def __init__(
+        self, block: nn.Module, names: dict[str, str], after_attention: tuple[str, ...], after_mlp: tuple[str, ...],
+        num_heads: int, head_dim: int, scale: float, mask_argument: Optional[str],
+    ) -> None:
+        self.block = block
+        self.names = names
+        self.after_attention = after_attention
+        self.after_mlp = after_mlp
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.scale = scale
+        self.mask_argument = mask_argument
+
+    def part(self, name: str) -> nn.Module:
+        module = self.block
+        for step in self.names[name].split("."):
+            module = getattr(module, step)
+        return module
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.part("attention")
+
+    @property
+    def projections(self) -> dict[str, nn.Module]:
+        return {name: self.part(name) for name in HOOKS if name in self.names}
 
     def attend(
         self, x: Tensor, args: tuple, kwargs: dict, bias: Optional[Tensor] = None, record: Optional[dict] = None
@@ -78,7 +97,7 @@ class Block:
         """
         if bias is not None:
             args, kwargs = args[1:], {**kwargs, self.mask_argument: bias}
-        normed = self.norm1(x)
+        normed = self.part("norm1")(x)
         if record is not None:
             setattr(normed, RECORD, record)
         out = self.attention(normed, *args, **kwargs)
@@ -90,19 +109,16 @@ class Block:
         rest: tuple[Any, ...] = ()
         if isinstance(out, tuple):
             out, rest = out[0], out[1:]
-        for module in self.after_attention:
-            out = module(out)
+        for name in self.after_attention:
+            out = getattr(self.block, name)(out)
         return x + out, rest
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Second half: (B, N, M) -> (B, N, M)."""
-        out = self.mlp(self.norm2(x))
-        for module in self.after_mlp:
-            out = module(out)
+        out = self.block.mlp(self.part("norm2")(x))
+        for name in self.after_mlp:
+            out = getattr(self.block, name)(out)
         return x + out
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.block.mlp(x)
 
     def mlp_modules(self) -> tuple[nn.Module, ...]:
         return (self.block.mlp,)
@@ -122,14 +138,19 @@ class Block:
         return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
-def modules_named(owner: nn.Module, names: Iterable[str]) -> tuple[nn.Module, ...]:
-    """The submodules of ``owner`` among ``names``, in that order."""
-    found = (getattr(owner, name, None) for name in names)
-    return tuple(module for module in found if isinstance(module, nn.Module))
+def names_in(owner: Optional[nn.Module], *names: str) -> tuple[str, ...]:
+    """Those of ``names`` that are submodules of ``owner``, in the order given."""
+    return tuple(name for name in names if isinstance(getattr(owner, name, None), nn.Module))
 
 
-def first_named(owner: nn.Module, *names: str) -> Optional[nn.Module]:
-    return next(iter(modules_named(owner, names)), None)
+def first_in(owner: Optional[nn.Module], *names: str) -> Optional[str]:
+    return next(iter(names_in(owner, *names)), None)
+
+
+def submodule(owner: nn.Module, *names: str) -> Optional[nn.Module]:
+    """The first of ``names`` that is a submodule of ``owner``, or None."""
+    name = first_in(owner, *names)
+    return None if name is None else getattr(owner, name)
 
 
 class Family:
@@ -181,7 +202,12 @@ def probe(view: Block, num_prefix_tokens: int) -> bool:
             module.training = training
     is_tuple = isinstance(own, tuple)
     own = own[0] if is_tuple else own
-    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-5, atol=1e-6, equal_nan=True):
+    # Equal to the bit as a rule. Otherwise small against what the block adds, which layer scale can make tiny.
+    same = own.shape == ours.shape and (
+        torch.allclose(own, ours, rtol=0, atol=0, equal_nan=True)
+        or bool((own - ours).abs().amax() <= 1e-3 * (own - x).abs().amax())
+    )
+    if not same:
         raise ValueError(
             f"patch: the forward of {type(block).__name__} computes something else than x + attention, x + MLP with the"
             " parts found by name; this block is not supported"

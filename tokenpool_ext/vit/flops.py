@@ -21,6 +21,7 @@ from torch import nn
 from ..baselines import BipartiteMatching
 from ..modules import TokenPooling
 from . import schedule as schedules
+from .blocks import names_in, submodule
 
 __all__ = ["Cost", "ViTSpec", "cost", "gmacs", "tokens_per_layer"]
 
@@ -46,7 +47,7 @@ class ViTSpec:
         family = find_family(model, "ViTSpec.from_model")
         block = family.blocks[0]
         linear = [m for part in block.mlp_modules() for m in part.modules() if isinstance(m, nn.Linear)]
-        embedding = next(m for m in family.model.modules() if isinstance(m, nn.Conv2d))
+        embedding = _patch_projection(family.model)
         side = _own_size(family.model) if image_size is None else image_size
         height, width = (side, side) if isinstance(side, int) else side
         patch_h, patch_w = embedding.kernel_size
@@ -190,6 +191,15 @@ def _kept(left: int, entry) -> int:
     if isinstance(entry, nn.Module):
         return entry.tokens_kept(left)
     return schedules.kept(left, entry)
+
+
+def _patch_projection(model: nn.Module) -> nn.Conv2d:
+    stem = submodule(model, "embeddings", "patch_embed")
+    stem = submodule(stem, "patch_embeddings") or stem
+    projection = submodule(stem, "projection", "proj")
+    if names_in(stem, "backbone") or not isinstance(projection, nn.Conv2d):
+        raise ValueError(f"cost: the stem {type(stem).__name__} is not a plain patch projection; describe it with ViTSpec(...)")
+    return projection
 
 
 def _own_size(model: nn.Module):

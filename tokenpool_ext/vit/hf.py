@@ -12,65 +12,71 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from .blocks import Block, Family, first_named, modules_named, unknown_block
+from .blocks import Block, Family, first_in, names_in, submodule, unknown_block
 
 
 class HFBlock(Block):
     """``Dinov2Layer``, ``Dinov2WithRegistersLayer``, ``ViTLayer``, ``DeiTLayer``."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.norm1 = first_named(block, "norm1", "layernorm_before")
-        self.norm2 = first_named(block, "norm2", "layernorm_after")
-        self.attention = block.attention
-        holder = first_named(self.attention, "attention") or self.attention
-        self.projections = {
-            "query": first_named(holder, "q_proj", "query"),
-            "key": first_named(holder, "k_proj", "key"),
+        attention = block.attention
+        inside = "attention.attention" if names_in(attention, "attention") else "attention"
+        holder = submodule(attention, "attention") or attention
+        names = {
+            "norm1": first_in(block, "norm1", "layernorm_before"),
+            "norm2": first_in(block, "norm2", "layernorm_after"),
+            "attention": "attention",
+            "query": f"{inside}.{first_in(holder, 'q_proj', 'query')}",
+            "key": f"{inside}.{first_in(holder, 'k_proj', 'key')}",
         }
-        self.num_heads = holder.num_attention_heads
-        self.head_dim = getattr(holder, "head_dim", None) or getattr(holder, "attention_head_size")
-        self.scale = float(getattr(holder, "scaling", None) or self.head_dim**-0.5)
-        self.two_part_mlp = first_named(block, "mlp") is None
+        self.two_part_mlp = not names_in(block, "mlp")
         dropout = () if self.two_part_mlp else ("dropout",)  # in 4.x's ViT it sits inside `output`
-        self.after_attention = modules_named(block, ("layer_scale1", *dropout, "drop_path"))
-        self.after_mlp = modules_named(block, ("layer_scale2", *dropout, "drop_path"))
-        parameters = inspect.signature(type(self.attention).forward).parameters
-        self.mask_argument = "attention_mask" if "attention_mask" in parameters else None
+        head_dim = getattr(holder, "head_dim", None) or getattr(holder, "attention_head_size")
+        parameters = inspect.signature(type(attention).forward).parameters
+        super().__init__(
+            block,
+            names,
+            after_attention=names_in(block, "layer_scale1", *dropout, "drop_path"),
+            after_mlp=names_in(block, "layer_scale2", *dropout, "drop_path"),
+            num_heads=holder.num_attention_heads,
+            head_dim=head_dim,
+            scale=float(getattr(holder, "scaling", None) or head_dim**-0.5),
+            mask_argument="attention_mask" if "attention_mask" in parameters else None,
+        )
 
     @staticmethod
     def matches(block: nn.Module) -> bool:
-        attention = first_named(block, "attention")
-        if attention is None or first_named(block, "relative_position_bias") is not None:
+        attention = submodule(block, "attention")
+        if attention is None:
             return False
-        holder = first_named(attention, "attention") or attention
+        holder = submodule(attention, "attention") or attention
         parts = (
-            first_named(block, "norm1", "layernorm_before"),
-            first_named(block, "norm2", "layernorm_after"),
-            first_named(block, "mlp", "intermediate"),
-            first_named(holder, "q_proj", "query"),
-            first_named(holder, "k_proj", "key"),
+            names_in(block, "norm1", "layernorm_before"),
+            names_in(block, "norm2", "layernorm_after"),
+            names_in(block, "mlp", "intermediate"),
+            names_in(holder, "q_proj", "query"),
+            names_in(holder, "k_proj", "key"),
         )
-        whole = all(part is not None for part in parts) and hasattr(holder, "num_attention_heads")
-        relative = first_named(holder, "relative_position_bias") is not None
-        return whole and not relative and (hasattr(holder, "head_dim") or hasattr(holder, "attention_head_size"))
+        relative = any(names_in(owner, "relative_position_bias") for owner in (block, attention, holder))
+        sized = hasattr(holder, "head_dim") or hasattr(holder, "attention_head_size")
+        return all(parts) and not relative and sized and hasattr(holder, "num_attention_heads")
 
     def feed_forward(self, x: Tensor) -> Tensor:
         if self.two_part_mlp:  # the output module adds the residual itself
-            return self.block.output(self.block.intermediate(self.norm2(x)), x)
+            return self.block.output(self.block.intermediate(self.part("norm2")(x)), x)
         return super().feed_forward(x)
 
     def mlp_modules(self) -> tuple[nn.Module, ...]:
-        return modules_named(self.block, ("mlp", "intermediate", "output"))
+        return tuple(getattr(self.block, name) for name in names_in(self.block, "mlp", "intermediate", "output"))
 
 
 def find(module: nn.Module) -> Optional[Family]:
     """The family if ``module`` directly holds patch embeddings and blocks of this kind, else None."""
-    embeddings = first_named(module, "embeddings")
-    if embeddings is None or first_named(embeddings, "patch_embeddings") is None:
+    embeddings = submodule(module, "embeddings")
+    if embeddings is None or submodule(embeddings, "patch_embeddings") is None:
         return None
-    encoder = first_named(module, "encoder") or module
-    blocks = first_named(encoder, "layer", "layers")
+    encoder = submodule(module, "encoder") or module
+    blocks = submodule(encoder, "layer", "layers")
     if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not hasattr(embeddings, "cls_token"):
         return None
     for block in blocks:

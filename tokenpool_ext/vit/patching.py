@@ -201,15 +201,12 @@ def remove_patch(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be an nn.Module, got {type(model).__name__}")
     for module in list(model.modules()):
-        forward = module.__dict__.get("forward")
-        if not isinstance(forward, PooledForward):
-            continue
-        del module.forward
-        module._modules.pop(SUBMODULE, None)
-        for projection in forward.view.projections.values():
-            for key, hook in list(projection._forward_hooks.items()):
-                if hook in HOOKS.values():
-                    del projection._forward_hooks[key]
+        for key, hook in list(module._forward_hooks.items()):
+            if hook in HOOKS.values():
+                del module._forward_hooks[key]
+        if isinstance(module.__dict__.get("forward"), PooledForward):
+            del module.forward
+            module._modules.pop(SUBMODULE, None)
     return model
 
 
