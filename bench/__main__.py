@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="OUT", help="write the records there (after every problem)")
     p.add_argument("--floor", action="store_true", help="measure peak rates first and print time over floor")
     p.add_argument("--repeats", type=int, default=11, help="timed rounds (default 11)")
+    p.add_argument("--wait-idle", type=float, default=0, metavar="S",
+                   help="wait up to S seconds for other processes to leave the cores alone (CPU only)")
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     p.add_argument("--quick", action="store_true",
                    help="under a minute: one shape, batch 8, 5 rounds, no torch.compile and none of the slowest")
@@ -57,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+NOISY = 0.3  # cores used by other processes above which CPU times are called untrustworthy
 QUICK_SKIP = {"torch_compile", "torch_kmeans", "superkmeans"}
 
 
@@ -84,9 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     for message in left_out:
         print(f"left out: {message}")
     context = {"machine": machine.machine(args.device), "versions": machine.versions(), "threads": args.threads,
-               "commit": machine.commit(), "command": machine.command(), "date": machine.now()}
-    if (machine.load() or 0) > 0.5 and args.device == "cpu":
-        print(f"note: load average is {machine.load()} before the start: others use the cores, times will be noisy")
+               "nice": os.nice(0), "commit": machine.commit(), "command": machine.command(), "date": machine.now()}
+    if args.device == "cpu":
+        used = machine.wait_idle(args.wait_idle)
+        if (used or 0) >= NOISY:
+            print(f"note: other processes use {used} of {os.cpu_count()} cores: times will be wrong (see --wait-idle)")
     rates = None
     if args.floor:
         rates = floor.measure(args.device, args.threads)
@@ -107,6 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         found = runner.run(problem, chosen, settings, context, floors=rates, skip=skip)
         print(f"  tokens: {found[0]['tokens_used']}" if found else "  nothing to run")
         print(report.table(found), flush=True)
+        busy = next((r["others_cpu_cores"] for r in found if r.get("others_cpu_cores") is not None), 0)
+        if busy >= NOISY and args.device == "cpu":
+            print(f"  NOT TO BE TRUSTED: other processes used {busy} cores during these timings")
         records += found
         if args.json:
             write(Path(args.json), context, settings, rates, records, left_out)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -55,12 +56,45 @@ def machine(device: str = "cpu") -> dict:
     return facts
 
 
-def load() -> float | None:
-    """One-minute load average before anything of ours ran on this problem; high means shared cores and noise."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except OSError:
-        return None
+class OthersCpu:
+    """CPU cores that other processes keep busy between the making of this object and `cores()`; None if unknown.
+
+    Timings taken while others use the cores are not to be trusted: thread barriers then wait for whole time slices.
+    """
+
+    def __init__(self):
+        self.start = self._read()
+
+    @staticmethod
+    def _read():
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.monotonic(), busy, own.user + own.system + own.children_user + own.children_system
+
+    def cores(self) -> float | None:
+        stop = self._read()
+        if self.start is None or stop is None:
+            return None
+        wall, busy, own = (b - a for a, b in zip(self.start, stop))
+        return round(max(0.0, busy - own) / max(wall, 1e-9), 2)
+
+
+def wait_idle(limit_s: float, threshold: float = 0.15, say=print) -> float | None:
+    """Wait until others use less than `threshold` cores for two seconds, at most limit_s -> cores they use now."""
+    until = time.monotonic() + limit_s
+    while True:
+        others = OthersCpu()
+        time.sleep(2)
+        used = others.cores()
+        if used is None or used < threshold or time.monotonic() > until:
+            return used
+        say(f"waiting: other processes use {used} cores")
+        time.sleep(3)
 
 
 def package_version(name: str | None) -> str | None:

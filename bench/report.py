@@ -49,7 +49,7 @@ def table(records: list[dict]) -> str:
     for r in records:
         if r["status"] != "ok":
             lines.append(f"  {r['provider']}: {r['status']}, {r['reason']}")
-    chosen = [f"  {r['provider']}: {r['variant']}" for r in done if r.get("variant")]
+    chosen = [f"  {r['provider']}: {r['variant'].split(' Not chosen:')[0]}" for r in done if r.get("variant")]
     return "\n".join(lines + chosen)
 
 

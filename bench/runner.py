@@ -185,11 +185,9 @@ def run(problem: Problem, providers: list[Provider], settings: Settings, context
     data = tokens.make(problem)
     clock = timing.CudaClock() if problem.device == "cuda" else timing.WallClock()
     records, calls, repeats, inner, ready = {}, {}, {}, {}, {}
-    load = machine.load()
     agreed: dict = {}
     for provider in providers:
-        record = records[provider.name] = {**base_record(problem, provider, context), "tokens_used": data.tokens,
-                                           "load_average": load}
+        record = records[provider.name] = {**base_record(problem, provider, context), "tokens_used": data.tokens}
         reason = (skip or {}).get(provider.name)
         if reason:
             record.update(status="skipped", reason=reason)
@@ -215,11 +213,15 @@ def run(problem: Problem, providers: list[Provider], settings: Settings, context
         repeats[provider.name] = min(settings.repeats, 3) if slow else settings.repeats
     if calls:
         say(f"  timing {len(calls)} providers")
+        others = machine.OthersCpu()
         samples, errors = timing.interleave(calls, repeats=repeats, clock=clock, calls_per_sample=inner,
                                             deadline_s=settings.problem_s)
         per_image = {name: [None if s is None else s / ready[name] * 1e3 for s in found]
                      for name, found in samples.items()}
         finish(records, per_image, errors, inner)
+        busy = others.cores()
+        for name in calls:
+            records[name]["others_cpu_cores"] = busy
     for record in records.values():
         if floors and record["status"] == "ok":
             record.update(floor.over(problem, floors, record["ms_per_image"]))
