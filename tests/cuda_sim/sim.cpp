@@ -11,6 +11,7 @@
 #include "../../csrc/cuda/pool_ops.cuh"
 #include "../../csrc/cuda/resident.cuh"
 #include "../../csrc/cuda/stats.cuh"
+#include "../../csrc/cuda/workspace.h"
 
 namespace tokenpool {
 namespace cuda {

@@ -1,0 +1,283 @@
+// Plain data passed from the host to the kernels, and the shared-memory sizes both sides must agree on.
+// No CUDA and no torch headers: the planner, the pipeline, the kernels and the host simulator all include it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define TOKENPOOL_BOTH __host__ __device__
+#else
+#define TOKENPOOL_BOTH
+#endif
+
+namespace tokenpool {
+namespace cuda {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+inline size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// A (B, N, D) tensor of tokens with any strides, in elements.
+struct Tokens {
+  const void* data;
+  int64_t stride_batch;
+  int64_t stride_token;
+  int64_t stride_feature;
+  int vectorised;  // 1: every row starts on a 16-byte boundary and features are adjacent
+};
+
+struct Shape {
+  int64_t batch;
+  int tokens;    // N
+  int features;  // D
+  int clusters;  // K: rows of every per-cluster output
+};
+
+// What is known about one image before clustering. Scales are exact powers of two.
+struct ImageStats {
+  float scale;         // max |x| * scale lies in [1, 2)
+  float inv_scale;
+  float weight_scale;  // max w * weight_scale lies in [1, 2)
+  float inv_weight_scale;
+  int valid;           // tokens that are not padding
+  int clusters;        // effective K = min(counts[b], valid)
+};
+
+struct StatsPartial {
+  float max_abs;
+  float max_weight;
+  int valid;
+  int unused;
+};
+
+struct StatsArgs {
+  Shape shape;
+  Tokens x;
+  const float* weights;      // (B, N) or null
+  const uint8_t* mask;       // (B, N) bool or null
+  const int64_t* counts;     // (B,) or null
+  StatsPartial* partials;    // (B, stats_chunks(N))
+  ImageStats* stats;         // (B,)
+  float* mean;               // (B, D) mean valid token times scale; null: not wanted (half types)
+  int use_scale;             // 0: scale stays 1 (float16 cannot overflow a float32 product)
+};
+
+struct GramArgs {
+  Shape shape;
+  Tokens x;
+  const ImageStats* stats;
+  const float* mean;  // (B, D) or null
+  float* gram;        // (B, N, ld)
+  int64_t ld;
+};
+
+struct IterateArgs {
+  Shape shape;
+  const float* gram;  // (B, N, ld)
+  int64_t ld;
+  const float* weights;
+  const uint8_t* mask;
+  const ImageStats* stats;
+  const int64_t* init;        // (B, K) token indices; null: first_label and first_cost hold the first assignment
+  const int* first_label;     // (B, N)
+  const float* first_cost;    // (B, N)
+  int64_t* assignment;        // (B, N)
+  int64_t* medoids;           // (B, K); null for K-Means
+  int* order;                 // (B, N) tokens bucketed by cluster, ascending inside each
+  int* segment_start;         // (B, K)
+  int* segment_length;        // (B, K)
+  int iterations;
+  int sort;
+  int bucket_warps;
+};
+
+struct ResidentArgs {
+  Shape shape;
+  Tokens x;
+  const float* weights;
+  const uint8_t* mask;
+  const int64_t* counts;
+  const int64_t* init;
+  const int* first_label;
+  const float* first_cost;
+  void* centers;        // (B, K, D) dtype of x
+  int64_t* assignment;  // (B, N)
+  float* mass;          // (B, K)
+  int64_t* medoids;     // (B, K) or null
+  float* inertia;       // (B,)
+  int iterations;
+  int sort;
+  int bucket_warps;
+  int chunk;            // features staged at once
+  int use_scale;
+};
+
+struct GatherArgs {
+  Shape shape;
+  Tokens x;
+  const ImageStats* stats;
+  const float* mean;
+  const int64_t* init;        // (B, K) indices, or null
+  const float* init_centers;  // (B, K, D), or null
+  float* centers;             // (B, K, D) in scaled, centred units
+  float* norms;               // (B, K)
+  int* medoids;               // (B, K) or null
+  int* done;                  // (B,) cleared here
+};
+
+struct AssignArgs {
+  Shape shape;
+  Tokens x;
+  const ImageStats* stats;
+  const float* mean;
+  const float* weights;
+  const uint8_t* mask;
+  const float* centers;  // (B, K, D)
+  const float* norms;    // (B, K)
+  const int* medoids;    // (B, K) or null: a medoid belongs to its own cluster
+  const int* done;       // (B,)
+  int* label;            // (B, N)
+  float* cost;           // (B, N)
+};
+
+struct BucketArgs {
+  Shape shape;
+  const int64_t* given;       // (B, N) labels to bucket as they are (pool); null: use label
+  const ImageStats* stats;    // null with given
+  int* label;                 // (B, N)
+  const float* cost;          // (B, N)
+  int* previous;              // (B, N)
+  int* done;                  // (B,)
+  int* order;                 // (B, N)
+  int* segment_start;         // (B, K)
+  int* segment_length;        // (B, K)
+  int* scratch;               // (B, (bucket_warps + 1) * K) when it does not fit shared memory, else null
+  int bucket_warps;
+  int first;                  // 1: no previous assignment to compare with
+};
+
+struct UpdateArgs {
+  Shape shape;
+  Tokens x;
+  const ImageStats* stats;
+  const float* mean;
+  const float* weights;
+  const int* order;
+  const int* segment_start;
+  const int* segment_length;
+  const int* done;
+  float* centers;
+  float* norms;
+  int* medoids;  // null for K-Means
+};
+
+struct FinishArgs {
+  Shape shape;
+  const ImageStats* stats;
+  const int* label;
+  const int* order;
+  int* segment_start;
+  int* segment_length;
+  const int* medoid;     // (B, K) or null
+  int* scratch;          // (B, 3 * K)
+  int64_t* assignment;
+  int64_t* medoids;      // (B, K) or null
+  int sort;
+};
+
+enum class MeansMode : int { kMean = 0, kMedoid = 1, kSum = 2 };
+
+struct MeansArgs {
+  Shape shape;
+  Tokens x;
+  const float* weights;        // (B, N) or null
+  const int* order;
+  const int* segment_start;
+  const int* segment_length;
+  const ImageStats* stats;     // null: no inertia
+  const int64_t* medoids;      // (B, K) in kMedoid mode
+  void* centers;               // (B, K, D)
+  float* mass;                 // (B, K) or null
+  float* inertia_parts;        // (B, K) or null, scaled units
+  MeansMode mode;
+};
+
+struct InertiaArgs {
+  Shape shape;
+  const float* parts;  // (B, K)
+  const ImageStats* stats;
+  float* inertia;      // (B,)
+};
+
+struct UnpoolArgs {
+  Shape shape;
+  Tokens centers;             // (B, K, D), strided
+  const int64_t* assignment;  // (B, N)
+  void* output;               // (B, N, D)
+};
+
+struct CountArgs {
+  Shape shape;
+  const int64_t* assignment;  // (B, N)
+  int* counts;                // (B, K), zeroed by the kernel's block
+};
+
+struct PoolBackwardArgs {
+  Shape shape;
+  Tokens x;                   // (B, N, D)
+  Tokens grad_centers;        // (B, K, D)
+  Tokens centers;             // (B, K, D)
+  const int64_t* assignment;  // (B, N)
+  const float* weights;       // (B, N) or null
+  const float* mass;          // (B, K)
+  const int* counts;          // (B, K)
+  void* grad_x;               // (B, N, D) dtype of x
+  float* grad_weights;        // (B, N)
+};
+
+// q is (B, H, Nq, d) and k is (B, H, N, d); batch and head strides are separate.
+struct AttentionArgs {
+  int64_t batch;
+  int heads;
+  int queries;
+  int keys;
+  int features;
+  Tokens q;  // stride_batch is the image's stride
+  Tokens k;
+  int64_t q_stride_head;
+  int64_t k_stride_head;
+  float scale;
+  const float* lse;  // (B, H, Nq)
+  float* lse_out;    // (B, H, Nq) written by the row pass
+  float* parts;      // (B, H, N) written by the column pass
+  float* received;   // (B, N)
+};
+
+constexpr int kStatsChunk = 64;     // tokens a block of the absmax kernel reads
+constexpr int kTile = 32;           // a warp computes 32 x 32 products at a time
+constexpr int kBlockTile = 128;     // rows and columns of a block's tile in the Gram kernel
+constexpr int kAssignClusters = 64; // clusters a block of the assign kernel compares at a time
+
+TOKENPOOL_BOTH constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+TOKENPOOL_BOTH constexpr int stats_chunks(int tokens) { return (tokens + kStatsChunk - 1) / kStatsChunk; }
+
+// Staged rows are padded by 16 bytes: neighbouring rows then start 4 banks apart.
+TOKENPOOL_BOTH constexpr int stage_chunk(DType dtype) { return dtype == DType::kFloat32 ? 32 : 64; }
+TOKENPOOL_BOTH constexpr int stage_stride(DType dtype, int chunk) { return chunk + (dtype == DType::kFloat32 ? 4 : 8); }
+inline size_t stage_bytes(DType dtype, int rows, int chunk) {
+  return static_cast<size_t>(rows) * stage_stride(dtype, chunk) * element_size(dtype);
+}
+
+// Words (4 bytes) of the state that one block keeps while it clusters one image from its Gram matrix.
+TOKENPOOL_BOTH inline size_t state_words(int tokens, int clusters, int bucket_warps) {
+  const size_t n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
+  return 6 * n + 5 * k + static_cast<size_t>(bucket_warps) * k;
+}
+
+TOKENPOOL_BOTH inline size_t packed_words(int tokens) {
+  return (static_cast<size_t>(tokens) * (tokens + 1) / 2 + 3) / 4 * 4;
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

@@ -1,0 +1,179 @@
+// Attention that each token receives (contract section 9): sums of exp(scale q . k - lse) over queries and heads,
+// with no matrix of size N x N in memory.
+//
+// lse_kernel  (only when the caller has no log-sum-exp): one block per (image, head, 128 queries), online over keys.
+// received_kernel: one block per (image, head, 64 keys), over all queries in ascending tiles of 128.
+// reduce_kernel: adds the heads in ascending order.
+// Both tiled kernels: 256 threads, eight warps 4 x 2, each 32 queries x 32 keys.
+#pragma once
+
+#include "tile.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+constexpr int kAttentionRows = kBlockTile + kAssignClusters;
+
+template <typename T>
+__device__ inline Image<T> head_of(const Tokens& tensor, int64_t image, int64_t head, int64_t stride_head) {
+  Image<T> result(tensor, image);
+  result.data += head * stride_head;
+  return result;
+}
+
+// Logits (without scale) of 128 queries and 64 keys into each warp's accumulators. Ends with a barrier.
+template <typename T>
+__device__ inline void attention_tile(TileAccumulator& acc, T* rows, T* columns, const Image<T>& q, const Image<T>& k,
+                                      const AttentionArgs& a, int query0, int key0) {
+  constexpr DType kType = TypeTraits<T>::kType;
+  const int chunk = stage_chunk(kType), stride = stage_stride(kType, chunk);
+  const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
+  clear(acc);
+  for (int k0 = 0; k0 < a.features; k0 += chunk) {
+    stage_rows(rows, q, query0, kBlockTile, a.queries, k0, chunk, a.features, 1.0f, nullptr);
+    stage_rows(columns, k, key0, kAssignClusters, a.keys, k0, chunk, a.features, 1.0f, nullptr);
+    __syncthreads();
+    tile_product(acc, rows + warp_row * stride, columns + half * kTile * stride, stride, chunk);
+    __syncthreads();
+  }
+}
+
+// Maximum and sum of exponentials of a row so far.
+struct RowSum {
+  float largest;
+  float sum;
+};
+
+__device__ inline RowSum merge(RowSum a, RowSum b) {
+  const float largest = fmaxf(a.largest, b.largest);
+  if (largest == -infinity()) return RowSum{largest, 0.0f};
+  return RowSum{largest, a.sum * expf(a.largest - largest) + b.sum * expf(b.largest - largest)};
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) lse_kernel(AttentionArgs a) {
+  TOKENPOOL_DYNAMIC_SHARED(memory);
+  __shared__ RowSum partial[2][kBlockTile];
+  T* rows = reinterpret_cast<T*>(memory);
+  T* columns = rows + kBlockTile * stage_stride(TypeTraits<T>::kType, stage_chunk(TypeTraits<T>::kType));
+  const int panels = (a.queries + kBlockTile - 1) / kBlockTile;
+  const int64_t work_items = a.batch * a.heads * panels;
+  const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t bh = work / panels, b = bh / a.heads, h = bh % a.heads;
+    const int query0 = static_cast<int>(work % panels) * kBlockTile;
+    const Image<T> q = head_of<T>(a.q, b, h, a.q_stride_head), k = head_of<T>(a.k, b, h, a.k_stride_head);
+    RowSum row[2][2];
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row[mi][r] = RowSum{-infinity(), 0.0f};
+    for (int key0 = 0; key0 < a.keys; key0 += kAssignClusters) {
+      TileAccumulator acc;
+      attention_tile(acc, rows, columns, q, k, a, query0, key0);
+#pragma unroll
+      for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          RowSum tile = {-infinity(), 0.0f};
+#pragma unroll
+          for (int ni = 0; ni < 4; ++ni)
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+              if (key0 + half * kTile + tile_column(ni, c) < a.keys)
+                tile.largest = fmaxf(tile.largest, a.scale * acc[mi][ni][2 * r + c]);
+#pragma unroll
+          for (int ni = 0; ni < 4; ++ni)
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+              if (key0 + half * kTile + tile_column(ni, c) < a.keys)
+                tile.sum += expf(a.scale * acc[mi][ni][2 * r + c] - tile.largest);
+          row[mi][r] = merge(row[mi][r], tile);
+        }
+    }
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int offset = 1; offset <= 2; offset *= 2) {
+          RowSum other;
+          other.largest = __shfl_xor_sync(kAllLanes, row[mi][r].largest, offset);
+          other.sum = __shfl_xor_sync(kAllLanes, row[mi][r].sum, offset);
+          row[mi][r] = merge(row[mi][r], other);
+        }
+        if (lane_index() % 4 == 0) partial[half][warp_row + tile_row(mi, 2 * r)] = row[mi][r];
+      }
+    __syncthreads();
+    const int i = query0 + static_cast<int>(threadIdx.x);
+    if (threadIdx.x < kBlockTile && i < a.queries) {
+      const RowSum total = merge(partial[0][threadIdx.x], partial[1][threadIdx.x]);
+      a.lse_out[bh * a.queries + i] = total.largest + logf(total.sum);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) received_kernel(AttentionArgs a) {
+  TOKENPOOL_DYNAMIC_SHARED(memory);
+  __shared__ float partial[4][kAssignClusters];
+  T* rows = reinterpret_cast<T*>(memory);
+  T* columns = rows + kBlockTile * stage_stride(TypeTraits<T>::kType, stage_chunk(TypeTraits<T>::kType));
+  const int panels = (a.keys + kAssignClusters - 1) / kAssignClusters;
+  const int64_t work_items = a.batch * a.heads * panels;
+  const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t bh = work / panels, b = bh / a.heads, h = bh % a.heads;
+    const int key0 = static_cast<int>(work % panels) * kAssignClusters;
+    const Image<T> q = head_of<T>(a.q, b, h, a.q_stride_head), k = head_of<T>(a.k, b, h, a.k_stride_head);
+    float received[4][2] = {};  // of key 8 ni + 2 (lane % 4) + c
+    for (int query0 = 0; query0 < a.queries; query0 += kBlockTile) {
+      TileAccumulator acc;
+      attention_tile(acc, rows, columns, q, k, a, query0, key0);
+#pragma unroll
+      for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int i = query0 + warp_row + tile_row(mi, 2 * r);
+          if (i >= a.queries) continue;
+          const float lse = a.lse[bh * a.queries + i];
+#pragma unroll
+          for (int ni = 0; ni < 4; ++ni)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) received[ni][c] += expf(a.scale * acc[mi][ni][2 * r + c] - lse);
+        }
+    }
+#pragma unroll
+    for (int ni = 0; ni < 4; ++ni)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int offset = 4; offset < kWarp; offset *= 2)
+          received[ni][c] += __shfl_xor_sync(kAllLanes, received[ni][c], offset);
+        if (lane_index() < 4) partial[warp_index() / 2][half * kTile + tile_column(ni, c)] = received[ni][c];
+      }
+    __syncthreads();
+    const int key = key0 + static_cast<int>(threadIdx.x);
+    if (threadIdx.x < kAssignClusters && key < a.keys) {
+      float sum = 0.0f;
+      for (int w = 0; w < 4; ++w) sum += partial[w][threadIdx.x];
+      a.parts[bh * a.keys + key] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(256) reduce_kernel(AttentionArgs a) {
+  const int64_t work_items = a.batch * a.keys;
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; work < work_items;
+       work += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t b = work / a.keys, key = work % a.keys;
+    float sum = 0.0f;
+    for (int h = 0; h < a.heads; ++h) sum += a.parts[(b * a.heads + h) * a.keys + key];
+    a.received[work] = sum / (static_cast<float>(a.heads) * static_cast<float>(max(1, a.queries)));
+  }
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

@@ -1,0 +1,245 @@
+// All iterations of K-Means or K-Medoids for one image by one thread block, from the image's Gram matrix G = X X^T.
+//
+// With p_l = w_l / W_j the coefficients of the mean of cluster j (contract.md section 4, "gram"):
+//   c_j . x_i = sum_l p_l G_li          ||c_j||^2 = sum_i p_i (c_j . x_i)
+// so ||x_i - c_j||^2 - G_ii = ||c_j||^2 - 2 c_j . x_i costs one pass over the rows of G, whatever the number of
+// features. A thread owns column i and adds the rows of each cluster's members in ascending order: no atomics, and
+// the same result for any number of threads.
+#pragma once
+
+#include "members.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+// The whole matrix in global memory: row l, column i is coalesced over i.
+struct FullGram {
+  const float* g;
+  int64_t ld;
+  __device__ float operator()(int l, int i) const { return g[l * ld + i]; }
+};
+
+// The lower triangle by rows in shared memory. Triangular numbers are a permutation of the 32 banks for 32
+// consecutive rows, so a warp reads a row or a column without bank conflicts.
+struct PackedGram {
+  float* g;
+  __device__ static int offset(int row) { return row * (row + 1) / 2; }
+  __device__ float operator()(int l, int i) const { return l >= i ? g[offset(l) + i] : g[offset(i) + l]; }
+};
+
+// One block's state in shared memory: state_words(N, K, bucket_warps) words.
+struct ClusterState {
+  float* weight;   // [N] normalised; -1 for padding
+  int* label;      // [N] -1 for padding
+  int* previous;   // [N]
+  int* order;      // [N] tokens by cluster
+  float* share;    // [N] p of order[m]
+  float* cost;     // [N] w * squared distance, or c_{a_i} . x_i during an update
+  int* start;      // [K + 1]
+  int* count;      // [K]
+  int* medoid;     // [K]
+  float* norm;     // [K] ||c_j||^2
+  int* rank;       // [K] row of the output that cluster j fills
+  int* base;       // [bucket_warps * K]
+
+  __device__ ClusterState(float* weight_words, void* memory, int tokens, int clusters) {
+    const int n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
+    int* words = static_cast<int*>(memory);
+    weight = weight_words;
+    label = words;
+    previous = label + n;
+    order = previous + n;
+    share = reinterpret_cast<float*>(order + n);
+    cost = share + n;
+    start = reinterpret_cast<int*>(cost + n);
+    count = start + k;
+    medoid = count + k;
+    norm = reinterpret_cast<float*>(medoid + k);
+    rank = reinterpret_cast<int*>(norm + k);
+    base = rank + k;
+  }
+};
+
+struct ClusterProblem {
+  int tokens;
+  int clusters;             // effective K of this image
+  int iterations;
+  int bucket_warps;
+  bool with_medoids;
+  bool sort;
+  const int64_t* init;      // [K] of this image, or null
+  const int* first_label;   // [N] of this image when init is null
+  const float* first_cost;
+};
+
+// Nearest center of every token: those of the current member lists, or the tokens named by s.medoid.
+template <int kColumns, bool kToTokens, typename Gram>
+__device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p) {
+  const int width = blockDim.x;
+  for (int i0 = threadIdx.x; i0 < p.tokens; i0 += kColumns * width) {
+    int column[kColumns], nearest[kColumns];
+    float best[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      column[c] = min(i0 + c * width, p.tokens - 1);
+      nearest[c] = 0;
+      best[c] = infinity();
+    }
+    for (int j = 0; j < p.clusters; ++j) {
+      float product[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) product[c] = 0.0f;
+      if (kToTokens) {
+        const int m = s.medoid[j];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) product[c] = gram(m, column[c]);
+      } else {
+        const int end = s.start[j + 1];
+        for (int m = s.start[j]; m < end; ++m) {
+          const int l = s.order[m];
+          const float share = s.share[m];
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) product[c] = fmaf(share, gram(l, column[c]), product[c]);
+        }
+      }
+      const float norm = s.norm[j];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const float distance = norm - 2.0f * product[c];
+        if (distance < best[c]) {
+          best[c] = distance;
+          nearest[c] = j;
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int i = i0 + c * width;
+      if (i < p.tokens) {
+        const bool valid = s.weight[i] >= 0.0f;
+        const float cost = s.weight[i] * (gram(i, i) + best[c]);
+        s.label[i] = valid ? nearest[c] : -1;
+        s.cost[i] = valid && cost > 0.0f ? cost : 0.0f;  // NaN becomes 0
+      }
+    }
+  }
+}
+
+// A medoid belongs to its own cluster, the lowest if several name it. s.order is free during an assignment to medoids.
+__device__ inline void claim_medoids(ClusterState& s, const ClusterProblem& p) {
+  int* owner = s.order;
+  for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) owner[i] = INT_MAX;
+  __syncthreads();
+  for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) atomicMin(&owner[s.medoid[j]], j);
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.tokens; i += blockDim.x)
+    if (owner[i] != INT_MAX && s.weight[i] >= 0.0f) {
+      s.label[i] = owner[i];
+      s.cost[i] = 0.0f;
+    }
+  __syncthreads();
+}
+
+// p_l of every member: w_l / W_j, or 1 / count where W_j is 0.
+__device__ inline void share_weights(ClusterState& s, const ClusterProblem& p) {
+  for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
+    const int begin = s.start[j], end = s.start[j + 1];
+    float total = 0.0f;
+    for (int m = begin; m < end; ++m) total += s.weight[s.order[m]];
+    for (int m = begin; m < end; ++m)
+      s.share[m] = total > 0.0f ? s.weight[s.order[m]] / total : 1.0f / static_cast<float>(end - begin);
+  }
+  __syncthreads();
+}
+
+// Norms of the means, or new medoids: the member nearest to the mean (contract section 3). Of two members the heavier
+// one, decided on the weights: their distances to the mean differ by rounding only. Ends with a barrier.
+template <typename Gram>
+__device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p) {
+  float* product = s.cost;  // c_{a_i} . x_i
+  for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
+    const int j = s.label[i];
+    float sum = 0.0f;
+    if (j >= 0)
+      for (int m = s.start[j]; m < s.start[j + 1]; ++m) sum = fmaf(s.share[m], gram(s.order[m], i), sum);
+    product[i] = sum;
+  }
+  __syncthreads();
+  for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
+    const int begin = s.start[j], end = s.start[j + 1];
+    if (p.with_medoids) {
+      float total = 0.0f;
+      for (int m = begin; m < end; ++m) total += s.weight[s.order[m]];
+      int chosen = s.order[begin];
+      float best = infinity();
+      for (int m = begin; m < end && total > 0.0f; ++m) {
+        const int i = s.order[m];
+        const float distance = end - begin == 2 ? -s.weight[i] : gram(i, i) - 2.0f * product[i];
+        if (distance < best) {
+          best = distance;
+          chosen = i;
+        }
+      }
+      s.medoid[j] = chosen;
+      s.norm[j] = gram(chosen, chosen);
+    } else {
+      float sum = 0.0f;
+      for (int m = begin; m < end; ++m) sum = fmaf(s.share[m], product[s.order[m]], sum);
+      s.norm[j] = sum;
+    }
+  }
+  __syncthreads();
+}
+
+// Runs the iterations. s.weight is set on entry. On return label, start, order, rank (and medoid) describe the final
+// assignment; clusters == 0 leaves every label -1. All threads of the block call it.
+template <int kColumns, typename Gram>
+__device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p,
+                                         BlockScratch& scratch) {
+  if (p.clusters == 0) {
+    for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) s.label[i] = -1;
+    __syncthreads();
+    return;
+  }
+  if (p.init != nullptr) {
+    for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
+      const int64_t m = p.init[j];
+      s.medoid[j] = m < 0 ? 0 : m >= p.tokens ? p.tokens - 1 : static_cast<int>(m);
+      s.norm[j] = gram(s.medoid[j], s.medoid[j]);
+    }
+  }
+  __syncthreads();
+  for (int t = 0; t < p.iterations; ++t) {
+    if (t == 0 && p.init == nullptr) {
+      for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
+        s.label[i] = p.first_label[i];
+        s.cost[i] = p.first_cost[i];
+      }
+    } else if (t == 0 || p.with_medoids) {
+      assign_from_gram<kColumns, true>(gram, s, p);
+    } else {
+      assign_from_gram<kColumns, false>(gram, s, p);
+    }
+    __syncthreads();
+    if (p.with_medoids) claim_medoids(s, p);
+    count_members(s.label, p.tokens, p.clusters, s.count);
+    repair_empty(s.label, s.cost, p.tokens, p.clusters, s.count, scratch);
+    int changed = t == 0;
+    for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) changed |= s.label[i] != s.previous[i];
+    if (!__syncthreads_or(changed)) {
+      // The previous lists and medoids still hold; only claim_medoids has overwritten s.order.
+      if (p.with_medoids) bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
+      break;
+    }
+    for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) s.previous[i] = s.label[i];
+    bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
+    if (p.with_medoids || t + 1 < p.iterations) {
+      share_weights(s, p);
+      update_from_gram(gram, s, p);
+    }
+  }
+  rank_clusters(s.order, s.start, p.clusters, p.sort, s.rank);
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

@@ -1,0 +1,74 @@
+// G = X X^T for a batch of images, float32, both triangles written.
+//
+// Grid: one block per (image, 128 x 128 tile of the lower triangle). Eight warps, 4 x 2, each a 32 x 64 part of the
+// tile as two warp tiles. Tokens are staged in shared memory `stage_chunk` features at a time. Bytes: every tile
+// reads 256 token rows (from L2 after the first touch) and writes 2 * 64 KB.
+#pragma once
+
+#include "tile.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+// Row and column of element t of a lower triangle counted by rows.
+__device__ inline void triangle_position(int t, int* row, int* column) {
+  int r = 0;
+  while (t > r) t -= ++r;
+  *row = r;
+  *column = t;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) gram_kernel(GramArgs a) {
+  TOKENPOOL_DYNAMIC_SHARED(memory);
+  constexpr DType kType = TypeTraits<T>::kType;
+  const int chunk = stage_chunk(kType), stride = stage_stride(kType, chunk);
+  T* rows = reinterpret_cast<T*>(memory);
+  T* columns = rows + kBlockTile * stride;
+  const int n = a.shape.tokens, features = a.shape.features;
+  const int panels = (n + kBlockTile - 1) / kBlockTile;
+  const int tiles = panels * (panels + 1) / 2;
+  const int64_t work_items = a.shape.batch * tiles;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t b = work / tiles;
+    int panel_row, panel_column;
+    triangle_position(static_cast<int>(work % tiles), &panel_row, &panel_column);
+    const int row0 = panel_row * kBlockTile, column0 = panel_column * kBlockTile;
+    const Image<T> image(a.x, b);
+    const float scale = a.stats[b].scale;
+    const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
+    const int warp_row = warp_index() / 2 * kTile, warp_column = warp_index() % 2 * 2 * kTile;
+    TileAccumulator acc[2];
+    clear(acc[0]);
+    clear(acc[1]);
+    const T* other = row0 == column0 ? rows : columns;
+    for (int k0 = 0; k0 < features; k0 += chunk) {
+      stage_rows(rows, image, row0, kBlockTile, n, k0, chunk, features, scale, mean);
+      if (row0 != column0) stage_rows(columns, image, column0, kBlockTile, n, k0, chunk, features, scale, mean);
+      __syncthreads();
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        tile_product(acc[h], rows + warp_row * stride, other + (warp_column + h * kTile) * stride, stride, chunk);
+      __syncthreads();
+    }
+    float* g = a.gram + b * n * a.ld;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+        for (int ni = 0; ni < 4; ++ni)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int i = row0 + warp_row + tile_row(mi, e);
+            const int l = column0 + warp_column + h * kTile + tile_column(ni, e);
+            if (i < n && l < n) {
+              g[i * a.ld + l] = acc[h][mi][ni][e];
+              if (row0 != column0) g[l * a.ld + i] = acc[h][mi][ni][e];
+            }
+          }
+  }
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

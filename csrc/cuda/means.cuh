@@ -1,0 +1,239 @@
+// Per-cluster sums over lists of members: the returned centers, and the centers of the next iteration when the
+// tokens are too many for a Gram matrix. One warp per (image, cluster); a lane owns features 4 lane .. 4 lane + 3 of
+// every 128, and members are added in ascending order.
+#pragma once
+
+#include "assign.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+// p_l = w_l / W of one cluster's members, robust for weights of any magnitude.
+struct Shares {
+  const float* weights;  // of the image, or null
+  float scale;           // power of two
+  float total;           // of the scaled weights
+  float mass;            // of the weights themselves
+  int length;
+
+  __device__ Shares(const float* image_weights, const int* members, int count) : weights(image_weights), length(count) {
+    float heaviest = weights == nullptr ? 1.0f : 0.0f;
+    if (weights != nullptr)
+      for (int m = lane_index(); m < length; m += kWarp) heaviest = fmaxf(heaviest, weights[members[m]]);
+    heaviest = warp_max(heaviest);
+    float inverse;
+    power_of_two_scale(heaviest, &scale, &inverse);
+    total = 0.0f;
+    if (weights == nullptr)
+      total = static_cast<float>(length);
+    else
+      for (int m = 0; m < length; ++m) total += normal_weight(weights, members[m], scale);
+    const float sum = total * inverse;
+    mass = sum > FLT_MAX ? FLT_MAX : sum;
+  }
+
+  __device__ float weight(int token) const { return weights == nullptr ? 1.0f : normal_weight(weights, token, scale); }
+  __device__ float of(int token) const {
+    return total > 0.0f ? weight(token) / total : 1.0f / static_cast<float>(length);
+  }
+};
+
+template <typename T>
+__device__ inline void weighted_mean4(const Image<T>& image, const int* members, const Shares& shares, int f,
+                                      int features, float (&mean)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) mean[e] = 0.0f;
+  for (int m = 0; m < shares.length; ++m) {
+    const int token = members[m];
+    const float share = shares.of(token);
+    float v[4];
+    load4(image, token, f, features, v);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) mean[e] = fmaf(share, v[e], mean[e]);
+  }
+}
+
+// Writes one row of the centers. Returns sum_i w_i ||(x_i - c) * scale||^2 over the members, w in units of
+// stats.weight_scale, to every lane (0 without stats). medoid: token to copy in kMedoid mode.
+template <typename T>
+__device__ inline float emit_center(const Image<T>& image, const int* members, const Shares& shares, MeansMode mode,
+                                    int medoid, const ImageStats* stats, const float* image_weights, int features,
+                                    T* out) {
+  float error = 0.0f;
+  for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
+    float center[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const int terms = mode == MeansMode::kMedoid ? 1 : shares.length;
+    for (int m = 0; m < terms; ++m) {
+      const int token = mode == MeansMode::kMedoid ? medoid : members[m];
+      const float share = mode == MeansMode::kMean ? shares.of(token) : 1.0f;
+      float v[4];
+      load4(image, token, f, features, v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) center[e] = fmaf(share, v[e], center[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (f + e < features) out[f + e] = mode == MeansMode::kMedoid ? image.raw(medoid, f + e) : from_float<T>(center[e]);
+    if (stats == nullptr) continue;
+    for (int m = 0; m < shares.length; ++m) {
+      const int token = members[m];
+      const float w = normal_weight(image_weights, token, stats->weight_scale);
+      float v[4];
+      load4(image, token, f, features, v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float difference = v[e] * stats->scale - center[e] * stats->scale;
+        error = fmaf(w * difference, difference, error);
+      }
+    }
+  }
+  return stats == nullptr ? 0.0f : warp_sum(error);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(128) means_kernel(MeansArgs a) {
+  const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
+  const int64_t work_items = a.shape.batch * k;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+    const int64_t b = work / k;
+    const Image<T> image(a.x, b);
+    const float* weights = a.weights == nullptr ? nullptr : a.weights + b * n;
+    const int* members = a.order + b * n + a.segment_start[work];
+    const Shares shares(weights, members, a.segment_length[work]);
+    T* out = static_cast<T*>(a.centers) + work * features;
+    float error = 0.0f;
+    if (shares.length == 0) {
+      for (int f = lane_index(); f < features; f += kWarp) out[f] = from_float<T>(0.0f);
+    } else {
+      const int medoid = a.mode == MeansMode::kMedoid ? static_cast<int>(a.medoids[work]) : 0;
+      const ImageStats* stats = a.stats == nullptr ? nullptr : a.stats + b;
+      error = emit_center(image, members, shares, a.mode, medoid, stats, weights, features, out);
+    }
+    if (lane_index() == 0) {
+      if (a.mass != nullptr) a.mass[work] = shares.length == 0 ? 0.0f : shares.mass;
+      if (a.inertia_parts != nullptr) a.inertia_parts[work] = error;
+    }
+  }
+}
+
+// One warp per image adds the clusters' parts in a fixed order.
+__global__ void __launch_bounds__(128) inertia_kernel(InertiaArgs a) {
+  const int k = a.shape.clusters;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
+  for (int64_t b = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); b < a.shape.batch; b += step) {
+    float sum = 0.0f;
+    for (int j = lane_index(); j < k; j += kWarp) sum += a.parts[b * k + j];
+    sum = warp_sum(sum);
+    if (lane_index() == 0)
+      a.inertia[b] = unscale_inertia(sum, a.stats[b].inv_scale, a.stats[b].inv_weight_scale);
+  }
+}
+
+// First centers of the streaming path, in scaled and centred units: given tokens or given centers. Clears `done`.
+template <typename T>
+__global__ void __launch_bounds__(128) gather_kernel(GatherArgs a) {
+  const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
+  const int64_t work_items = a.shape.batch * k;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+    const int64_t b = work / k;
+    const Image<T> image(a.x, b);
+    const float scale = a.stats[b].scale;
+    int64_t token = 0;
+    if (a.init != nullptr) token = max(int64_t{0}, min(a.init[work], int64_t{n - 1}));
+    float norm = 0.0f;
+    for (int f = lane_index(); f < features; f += kWarp) {
+      const float value = a.init != nullptr ? image.at(static_cast<int>(token), f) : a.init_centers[work * features + f];
+      float c = value * scale - (a.mean == nullptr ? 0.0f : a.mean[b * features + f]);
+      c = CenterSplit<T>::representable(c);
+      a.centers[work * features + f] = c;
+      norm = fmaf(c, c, norm);
+    }
+    norm = warp_sum(norm);
+    if (lane_index() == 0) {
+      a.norms[work] = norm;
+      if (a.medoids != nullptr) a.medoids[work] = static_cast<int>(token);
+      if (work % k == 0) a.done[b] = 0;
+    }
+  }
+}
+
+// Next centers of the streaming path: means, or the members nearest to them (K-Medoids).
+template <typename T>
+__global__ void __launch_bounds__(128) update_kernel(UpdateArgs a) {
+  const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
+  const int64_t work_items = a.shape.batch * k;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+    const int64_t b = work / k;
+    const int length = a.segment_length[work];
+    if (a.done[b] || length == 0) continue;
+    const Image<T> image(a.x, b);
+    const float* weights = a.weights == nullptr ? nullptr : a.weights + b * n;
+    const int* members = a.order + b * n + a.segment_start[work];
+    const float scale = a.stats[b].scale;
+    const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
+    float* center = a.centers + work * features;
+    const Shares shares(weights, members, length);
+    float norm = 0.0f;
+    for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
+      float c[4];
+      weighted_mean4(image, members, shares, f, features, c);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (f + e < features) {
+          c[e] = c[e] * scale - (mean == nullptr ? 0.0f : mean[f + e]);
+          if (a.medoids == nullptr) c[e] = CenterSplit<T>::representable(c[e]);
+          center[f + e] = c[e];
+          norm = fmaf(c[e], c[e], norm);
+        }
+    }
+    norm = warp_sum(norm);
+    if (a.medoids != nullptr) {
+      __syncwarp();  // every lane reads back only what it wrote, but keep the order plain
+      int chosen = members[0];
+      if (shares.total > 0.0f) {
+        float best = infinity();
+        for (int m = 0; m < length; ++m) {
+          const int token = members[m];
+          float distance = 0.0f;
+          if (length == 2) {  // decided on the weights: the two distances differ by rounding only
+            distance = -shares.weight(token);
+          } else {
+            for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
+              float v[4];
+              load4(image, token, f, features, v);
+#pragma unroll
+              for (int e = 0; e < 4; ++e)
+                if (f + e < features) {
+                  const float difference = v[e] * scale - (mean == nullptr ? 0.0f : mean[f + e]) - center[f + e];
+                  distance = fmaf(difference, difference, distance);
+                }
+            }
+            distance = warp_sum(distance);
+          }
+          if (distance < best) {
+            best = distance;
+            chosen = token;
+          }
+        }
+      }
+      norm = 0.0f;
+      for (int f = 4 * lane_index(); f < features; f += 4 * kWarp)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (f + e < features) {
+            const float c = image.at(chosen, f + e) * scale - (mean == nullptr ? 0.0f : mean[f + e]);
+            center[f + e] = CenterSplit<T>::representable(c);
+            norm = fmaf(center[f + e], center[f + e], norm);
+          }
+      norm = warp_sum(norm);
+      if (lane_index() == 0) a.medoids[work] = chosen;
+    }
+    if (lane_index() == 0) a.norms[work] = norm;
+  }
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

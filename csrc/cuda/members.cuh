@@ -1,0 +1,134 @@
+// Per-image bookkeeping by one thread block: the tokens of each cluster as a list, and the repair of empty clusters.
+#pragma once
+
+#include "common.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+// Rank of this lane among the lanes with the same label, and how many lanes share it.
+__device__ inline int rank_in_warp(int label, int* same) {
+  const unsigned peers = __match_any_sync(kAllLanes, label);
+  *same = __popc(peers);
+  return __popc(peers & ((1u << lane_index()) - 1u));
+}
+
+// Stable counting sort of the tokens by label: order[start[j] .. start[j+1]) are the tokens of cluster j, ascending.
+// Labels outside [0, clusters) are left out. `base` holds warps * clusters words and start clusters + 1; both may be
+// in shared or global memory. Each of the first `warps` warps owns a contiguous range of tokens, which makes the
+// sort stable without atomics. Ends with a barrier.
+template <typename Label>
+__device__ inline void bucket_tokens(const Label* label, int tokens, int clusters, int warps, int* base, int* start,
+                                     int* order) {
+  const int warp = warp_index(), lane = lane_index();
+  const int per_warp = round_up((tokens + warps - 1) / warps, kWarp);
+  const int begin = min(warp * per_warp, tokens), end = min(begin + per_warp, tokens);
+  for (int p = threadIdx.x; p < warps * clusters; p += blockDim.x) base[p] = 0;
+  __syncthreads();
+  if (warp < warps) {
+    int* count = base + static_cast<int64_t>(warp) * clusters;
+    for (int i0 = begin; i0 < end; i0 += kWarp) {
+      const int64_t given = i0 + lane < end ? static_cast<int64_t>(label[i0 + lane]) : -1;
+      const int j = given >= 0 && given < clusters ? static_cast<int>(given) : -1;
+      int same;
+      const int rank = rank_in_warp(j, &same);
+      if (j >= 0 && rank == 0) count[j] += same;
+      __syncwarp();
+    }
+  }
+  __syncthreads();
+  for (int j = threadIdx.x; j < clusters; j += blockDim.x) {
+    int running = 0;
+    for (int w = 0; w < warps; ++w) {
+      int& slot = base[static_cast<int64_t>(w) * clusters + j];
+      const int mine = slot;
+      slot = running;
+      running += mine;
+    }
+    start[j] = running;
+  }
+  __syncthreads();
+  if (warp == 0) {  // exclusive prefix sum of the counts
+    int carry = 0;
+    for (int j0 = 0; j0 < clusters; j0 += kWarp) {
+      const int count = j0 + lane < clusters ? start[j0 + lane] : 0;
+      int sum = count;
+#pragma unroll
+      for (int offset = 1; offset < kWarp; offset *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, offset);
+        if (lane >= offset) sum += other;
+      }
+      if (j0 + lane < clusters) start[j0 + lane] = carry + sum - count;
+      carry += __shfl_sync(kAllLanes, sum, kWarp - 1);
+    }
+    if (lane == 0) start[clusters] = carry;
+  }
+  __syncthreads();
+  if (warp < warps) {
+    int* next = base + static_cast<int64_t>(warp) * clusters;
+    for (int i0 = begin; i0 < end; i0 += kWarp) {
+      const int64_t given = i0 + lane < end ? static_cast<int64_t>(label[i0 + lane]) : -1;
+      const int j = given >= 0 && given < clusters ? static_cast<int>(given) : -1;
+      int same;
+      const int rank = rank_in_warp(j, &same);
+      const int place = j >= 0 ? next[j] + rank : 0;
+      __syncwarp();
+      if (j >= 0) order[start[j] + place] = i0 + lane;
+      if (j >= 0 && rank == 0) next[j] += same;
+      __syncwarp();
+    }
+  }
+  __syncthreads();
+}
+
+// Members of each of the first `clusters` clusters. Integer atomics: the counts do not depend on their order.
+// Ends with a barrier.
+__device__ inline void count_members(const int* label, int tokens, int clusters, int* count) {
+  for (int j = threadIdx.x; j < clusters; j += blockDim.x) count[j] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < tokens; i += blockDim.x)
+    if (label[i] >= 0) atomicAdd(&count[label[i]], 1);
+  __syncthreads();
+}
+
+// Contract section 2, step 2: every empty cluster, in ascending order, takes the token with the largest cost whose
+// cluster has at least two members (the lowest index on a tie). cost is >= 0 and not NaN. Ends with a barrier.
+__device__ inline void repair_empty(int* label, const float* cost, int tokens, int clusters, int* count,
+                                    BlockScratch& scratch) {
+  int empty = 0;
+  for (int j = threadIdx.x; j < clusters; j += blockDim.x) empty |= count[j] == 0;
+  if (!__syncthreads_or(empty)) return;
+  for (int j = 0; j < clusters; ++j) {
+    if (count[j] != 0) continue;  // the same for all threads: count changes only between the barriers below
+    Candidate donor = {-1.0f, INT_MAX};
+    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
+      const int a = label[i];
+      if (a >= 0 && count[a] >= 2) donor = larger(donor, Candidate{cost[i], i});
+    }
+    donor = block_larger(donor, scratch);
+    if (threadIdx.x == 0 && donor.index != INT_MAX) {
+      count[label[donor.index]] -= 1;
+      count[j] = 1;
+      label[donor.index] = j;
+    }
+    __syncthreads();
+  }
+}
+
+// Ranks of the clusters by their first member when `sort` is set, else their own numbers. Cluster j's members are
+// order[start[j] ..), length[j] of them; clusters are all non-empty. Ends with a barrier.
+__device__ inline void rank_clusters(const int* order, const int* start, int clusters, bool sort, int* rank) {
+  for (int j = threadIdx.x; j < clusters; j += blockDim.x) {
+    int r = j;
+    if (sort) {
+      r = 0;
+      const int mine = order[start[j]];
+      for (int other = 0; other < clusters; ++other) r += order[start[other]] < mine;
+    }
+    rank[j] = r;
+  }
+  __syncthreads();
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

@@ -1,0 +1,104 @@
+// What must be known about an image before products are formed: the power of two that brings max |x| into [1, 2), the
+// same for the weights, the number of valid tokens, and (float32) the mean token, which is subtracted because
+// distances between tokens that share a large mean would cancel.
+#pragma once
+
+#include "common.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+// One block per (image, 64 tokens): partial maxima and counts. Reads x once.
+template <typename T>
+__global__ void absmax_kernel(StatsArgs a) {
+  __shared__ BlockScratch scratch;
+  const int chunks = stats_chunks(a.shape.tokens);
+  const int64_t work_items = a.shape.batch * chunks;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t b = work / chunks;
+    const int first = static_cast<int>(work % chunks) * kStatsChunk;
+    const Image<T> image(a.x, b);
+    const int64_t row0 = b * a.shape.tokens;
+    float largest = 0.0f, heaviest = 0.0f;
+    int valid = 0;
+    for (int r = warp_index(); r < kStatsChunk; r += warps_in_block()) {
+      const int i = first + r;
+      if (i >= a.shape.tokens || !is_valid(a.mask, row0 + i)) continue;
+      if (a.use_scale) {
+        for (int f = 4 * lane_index(); f < a.shape.features; f += 4 * kWarp) {
+          float v[4];
+          load4(image, i, f, a.shape.features, v);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) largest = fmaxf(largest, fabsf(v[e]));
+        }
+      }
+      if (lane_index() == 0) {
+        valid += 1;
+        heaviest = fmaxf(heaviest, a.weights == nullptr ? 1.0f : a.weights[row0 + i]);
+      }
+    }
+    largest = block_max(largest, scratch);
+    heaviest = block_max(heaviest, scratch);
+    valid = block_sum(valid, scratch);
+    if (threadIdx.x == 0) a.partials[work] = StatsPartial{largest, heaviest, valid, 0};
+  }
+}
+
+// One block (256 threads) per (image, 32 features): combines the partial maxima, then sums its features over the
+// valid tokens: eight warps take every eighth token each, then the warps are added in order.
+template <typename T>
+__global__ void center_kernel(StatsArgs a) {
+  __shared__ float column[8][kWarp];
+  __shared__ ImageStats shared_stats;
+  const int groups = a.mean == nullptr ? 1 : max(1, (a.shape.features + kWarp - 1) / kWarp);
+  const int chunks = stats_chunks(a.shape.tokens);
+  const int64_t work_items = a.shape.batch * groups;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t b = work / groups;
+    const int group = static_cast<int>(work % groups);
+    if (warp_index() == 0) {
+      float largest = 0.0f, heaviest = 0.0f;
+      int valid = 0;
+      for (int c = lane_index(); c < chunks; c += kWarp) {
+        const StatsPartial part = a.partials[b * chunks + c];
+        largest = fmaxf(largest, part.max_abs);
+        heaviest = fmaxf(heaviest, part.max_weight);
+        valid += part.valid;
+      }
+      largest = warp_max(largest);
+      heaviest = warp_max(heaviest);
+      valid = warp_sum(valid);
+      if (lane_index() == 0) {
+        ImageStats s;
+        power_of_two_scale(largest, &s.scale, &s.inv_scale);
+        power_of_two_scale(heaviest, &s.weight_scale, &s.inv_weight_scale);
+        s.valid = valid;
+        s.clusters = min(a.shape.clusters, valid);
+        if (a.counts != nullptr) s.clusters = static_cast<int>(max(int64_t{0}, min(a.counts[b], int64_t{s.clusters})));
+        shared_stats = s;
+        if (group == 0) a.stats[b] = s;
+      }
+    }
+    __syncthreads();
+    if (a.mean != nullptr) {
+      const float scale = shared_stats.scale;
+      const Image<T> image(a.x, b);
+      const int f = group * kWarp + lane_index();
+      float sum = 0.0f;
+      if (f < a.shape.features)
+        for (int i = warp_index(); i < a.shape.tokens; i += 8)
+          if (is_valid(a.mask, b * a.shape.tokens + i)) sum += image.at(i, f) * scale;
+      column[warp_index()][lane_index()] = sum;
+      __syncthreads();
+      if (warp_index() == 0 && f < a.shape.features) {
+        sum = 0.0f;
+        for (int w = 0; w < 8; ++w) sum += column[w][lane_index()];
+        a.mean[b * a.shape.features + f] = sum / static_cast<float>(max(1, shared_stats.valid));
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

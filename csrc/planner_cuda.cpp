@@ -1,0 +1,187 @@
+#include "planner_cuda.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "cuda/workspace.h"
+
+namespace tokenpool {
+namespace cuda {
+
+namespace {
+
+// Bytes of workspace that a pass aims to stay under; a larger batch runs in several passes.
+constexpr size_t kWorkspaceGoal = size_t{512} << 20;
+constexpr int kGramMaxTokens = 2048;
+constexpr int kResidentThreads = 256;
+constexpr size_t kStaticShared = 4096;  // more than any kernel's static shared memory
+
+// Relative cost of one addition from a Gram matrix in L2 and of one multiply-add of a product: an SM reads about 16
+// floats a clock from L2; it does about 1024 half multiply-adds a clock on tensor cores and 128 float32 ones.
+// Estimates from data sheets, not measurements.
+double addition_cost(DType dtype) { return dtype == DType::kFloat32 ? 128.0 / 16.0 : 1024.0 / 16.0; }
+
+size_t resident_bytes(const CudaProblem& p, int chunk, int bucket_warps) {
+  const int padded = round_up(p.tokens, kTile);
+  const size_t sums = p.dtype == DType::kFloat32 ? kResidentThreads * sizeof(float) : 0;
+  const size_t staged = stage_bytes(p.dtype, padded, chunk) + sums;
+  const size_t weights = 4 * static_cast<size_t>(round_up(p.tokens, 4));
+  const size_t state = 4 * state_words(p.tokens, p.clusters, bucket_warps) - weights;
+  return 4 * packed_words(p.tokens) + weights + std::max(staged, state);
+}
+
+bool plan_resident(const CudaProblem& p, size_t limit, CudaPlan* plan) {
+  if (p.tokens > 1024) return false;  // far beyond any shared memory; keeps the arithmetic small
+  const size_t per_sm = limit + 1024;  // the opt-in limit is the SM's memory less what is reserved for one block
+  bool found = false;
+  for (int chunk = stage_chunk(p.dtype); chunk >= 32; chunk /= 2)
+    for (int warps = kResidentThreads / 32; warps >= 1; warps /= 2) {
+      const size_t bytes = resident_bytes(p, chunk, warps);
+      if (bytes + 512 > limit) continue;
+      const int together = static_cast<int>(std::min<size_t>(2, per_sm / (bytes + 512 + 1024)));
+      if (found && together <= plan->blocks_per_sm) continue;
+      found = true;
+      plan->path = CudaPath::kResident;
+      plan->threads = kResidentThreads;
+      plan->shared_bytes = bytes;
+      plan->chunk = chunk;
+      plan->bucket_warps = warps;
+      plan->blocks_per_sm = std::max(1, together);
+    }
+  if (found) plan->launches = 1 + (p.init_is_centers ? 4 : 0);
+  return found;
+}
+
+bool plan_gram(const CudaProblem& p, size_t limit, CudaPlan* plan) {
+  if (p.tokens > kGramMaxTokens) return false;
+  const int threads = std::min(1024, std::max(128, round_up((p.tokens + 1) / 2, 32)));
+  for (int warps = threads / 32; warps >= 1; warps /= 2) {
+    const size_t bytes = 4 * state_words(p.tokens, p.clusters, warps);
+    if (bytes + kStaticShared > limit) continue;
+    plan->path = CudaPath::kGram;
+    plan->threads = threads;
+    plan->shared_bytes = bytes;
+    plan->bucket_warps = warps;
+    plan->blocks_per_sm = std::max(1, static_cast<int>(std::min<size_t>(2048 / threads, limit / bytes)));
+    plan->launches = 6 + (p.init_is_centers ? 2 : 0);
+    return true;
+  }
+  return false;
+}
+
+void plan_streaming(const CudaProblem& p, size_t limit, CudaPlan* plan) {
+  plan->path = CudaPath::kStreaming;
+  plan->threads = 1024;
+  plan->bucket_warps = bucket_warps_for(p.clusters, limit, &plan->bucket_in_global);
+  plan->shared_bytes = plan->bucket_in_global ? 0 : bucket_bytes(p.clusters, plan->bucket_warps);
+  plan->blocks_per_sm = 1;
+  const int updates = p.with_medoids ? p.iterations : p.iterations - 1;
+  plan->launches = 3 + 2 * p.iterations + updates + 3;
+}
+
+std::string text(const char* format, double a, double b) {
+  char buffer[256];
+  std::snprintf(buffer, sizeof(buffer), format, a, b);
+  return buffer;
+}
+
+}  // namespace
+
+size_t shared_memory_limit(int major, int minor) {
+  if (major == 8 && (minor == 0 || minor == 7)) return 163 * 1024;
+  if (major == 8) return 99 * 1024;
+  if (major == 9 || major == 10 || major == 11) return 227 * 1024;
+  if (major >= 12) return 99 * 1024;
+  return 48 * 1024;
+}
+
+const char* path_name(CudaPath path) {
+  switch (path) {
+    case CudaPath::kResident:
+      return "resident";
+    case CudaPath::kGram:
+      return "gram";
+    case CudaPath::kStreaming:
+      return "streaming";
+  }
+  return "unknown";
+}
+
+CudaPlan plan_cuda(const CudaProblem& p) {
+  CudaPlan plan;
+  const size_t limit = p.shared_limit != 0 ? p.shared_limit : shared_memory_limit(p.major, p.minor);
+  const double n = p.tokens, d = p.features, k = p.clusters, t = p.iterations;
+  const double parts = p.dtype == DType::kFloat32 ? 1 : 2;
+  const double gram_cost = n * n * (d / 2 + t * addition_cost(p.dtype));
+  const double direct_cost = t * n * k * d * parts;
+  char note[256];
+  CudaPlan streaming = plan;
+  plan_streaming(p, limit, &streaming);
+  const bool free = p.force_path < 0;
+  const auto allowed = [&](CudaPath path) { return free || p.force_path == static_cast<int>(path); };
+  if (allowed(CudaPath::kResident) && plan_resident(p, limit, &plan)) {
+    std::snprintf(note, sizeof(note),
+                  "the lower triangle of the %d x %d Gram matrix and the state of one image take %zu of %zu bytes of "
+                  "shared memory: one launch, %d image(s) an SM",
+                  p.tokens, p.tokens, plan.shared_bytes, limit, plan.blocks_per_sm);
+    plan.reason = note;
+  } else if (allowed(CudaPath::kGram) && plan_gram(p, limit, &plan) && (!free || gram_cost <= direct_cost)) {
+    plan.reason = "one image's Gram matrix exceeds shared memory but fits the L2 cache; " +
+                  text("estimated cost %.3g against %.3g for direct products", gram_cost, direct_cost);
+  } else {
+    const bool too_many = p.tokens > kGramMaxTokens;
+    plan = streaming;
+    plan.reason = !free ? std::string("asked for, or the path asked for cannot hold this shape")
+                  : too_many ? text("%.0f tokens are more than the %.0f a Gram matrix is made for", n, kGramMaxTokens)
+                           : text("estimated cost of direct products %.3g against %.3g for the Gram matrix", direct_cost,
+                                  gram_cost);
+  }
+  const size_t one = workspace_bytes(plan, p, 1), two = workspace_bytes(plan, p, 2);
+  const size_t each = std::max<size_t>(1, two - one);
+  const int64_t batch = std::max<int64_t>(p.batch, 0);
+  plan.images_per_pass = std::min(std::max<int64_t>(batch, 1), std::max<int64_t>(1, static_cast<int64_t>(kWorkspaceGoal / each)));
+  plan.passes = (batch + plan.images_per_pass - 1) / plan.images_per_pass;
+  plan.workspace_bytes = workspace_bytes(plan, p, plan.images_per_pass);
+  plan.blocks = plan.images_per_pass;
+  const double product = plan.path == CudaPath::kStreaming ? 2 * direct_cost : n * n * d;
+  plan.flops = static_cast<double>(batch) * product;
+  const double size = static_cast<double>(element_size(p.dtype));
+  plan.bytes = static_cast<double>(batch) * (n * d * size + k * d * size + 8 * n + 4 * k);
+  return plan;
+}
+
+}  // namespace cuda
+}  // namespace tokenpool
+
+extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* reason, int reason_bytes) {
+  using namespace tokenpool::cuda;
+  CudaProblem p;
+  p.batch = problem[0];
+  p.tokens = static_cast<int>(problem[1]);
+  p.features = static_cast<int>(problem[2]);
+  p.clusters = static_cast<int>(problem[3]);
+  p.iterations = static_cast<int>(problem[4]);
+  p.dtype = static_cast<DType>(problem[5]);
+  p.with_medoids = problem[6] != 0;
+  p.init_is_centers = problem[7] != 0;
+  p.major = static_cast<int>(problem[8]);
+  p.minor = static_cast<int>(problem[9]);
+  p.sm_count = static_cast<int>(problem[10]);
+  p.shared_limit = static_cast<size_t>(problem[11]);
+  p.force_path = static_cast<int>(problem[12]);
+  const CudaPlan result = plan_cuda(p);
+  const int64_t numbers[12] = {static_cast<int64_t>(result.path),
+                               result.launches,
+                               result.threads,
+                               static_cast<int64_t>(result.shared_bytes),
+                               result.chunk,
+                               result.bucket_warps,
+                               result.bucket_in_global ? 1 : 0,
+                               result.blocks_per_sm,
+                               result.images_per_pass,
+                               result.passes,
+                               result.blocks,
+                               static_cast<int64_t>(result.workspace_bytes)};
+  std::copy(numbers, numbers + 12, plan);
+  if (reason != nullptr && reason_bytes > 0) std::snprintf(reason, static_cast<size_t>(reason_bytes), "%s", result.reason.c_str());
+}

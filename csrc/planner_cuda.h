@@ -1,0 +1,69 @@
+// Chooses how the CUDA backend clusters: a pure function of shape, dtype, algorithm and device limits. Plain C++17
+// with no torch and no CUDA, so its decisions are tested for any GPU on a machine without one.
+//
+// The path, tiles and thread counts never depend on the batch size: an image's result must not depend on its batch
+// mates. Only the number of blocks and of images per pass do, and neither can change any rounding.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "cuda/args.h"
+
+namespace tokenpool {
+namespace cuda {
+
+struct CudaProblem {
+  int64_t batch = 1;
+  int tokens = 0;
+  int features = 0;
+  int clusters = 1;
+  int iterations = 5;
+  DType dtype = DType::kFloat32;
+  bool with_medoids = false;
+  bool init_is_centers = false;  // first centers given instead of token indices
+  int major = 8;                 // compute capability
+  int minor = 0;
+  int sm_count = 0;              // 0: unknown
+  size_t shared_limit = 0;       // opt-in bytes per block; 0: from the compute capability
+  int force_path = -1;           // a CudaPath, where it is possible; for tests and benchmarks
+};
+
+enum class CudaPath : int { kResident = 0, kGram = 1, kStreaming = 2 };
+
+struct CudaPlan {
+  CudaPath path = CudaPath::kGram;
+  int launches = 0;         // kernels per pass
+  int threads = 0;          // of the kernel that runs the iterations
+  size_t shared_bytes = 0;  // of that kernel, dynamic
+  int chunk = 0;            // features staged at once by the resident kernel
+  int bucket_warps = 0;     // warps that sort tokens by cluster
+  bool bucket_in_global = false;
+  int blocks_per_sm = 0;    // images an SM holds at once
+  int64_t images_per_pass = 1;
+  int64_t passes = 1;
+  int64_t blocks = 0;       // of the main kernel in one pass
+  size_t workspace_bytes = 0;
+  double flops = 0;         // multiply-adds times two, all images
+  double bytes = 0;         // least traffic with global memory
+  std::string reason;
+};
+
+// Largest shared memory of one block on a device of this compute capability, in bytes.
+size_t shared_memory_limit(int major, int minor);
+
+const char* path_name(CudaPath path);
+
+CudaPlan plan_cuda(const CudaProblem& problem);
+
+}  // namespace cuda
+}  // namespace tokenpool
+
+// The same through plain C, for ctypes and pybind11.
+//   problem: batch, tokens, features, clusters, iterations, dtype (0 float32, 1 float16, 2 bfloat16), with_medoids,
+//            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free)           (13 numbers)
+//   plan:    path, launches, threads, shared_bytes, chunk, bucket_warps, bucket_in_global, blocks_per_sm,
+//            images_per_pass, passes, blocks, workspace_bytes                                       (12 numbers)
+//   reason:  text, cut to reason_bytes.
+extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* reason, int reason_bytes);
