@@ -1,0 +1,184 @@
+"""opcheck on every op, fake kernels, torch.compile without graph breaks (contract 7; demand 6)."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenpool_ext as tp
+from helpers import assert_identical, positive_weights, spread_indices, tokens
+
+CPU_OPS = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no compiled ops: {tp.backends()['cpu']}")
+OPS = ["kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received"]
+
+
+def samples(name, dtype=torch.float32, device="cpu"):
+    """Argument lists for torch.ops.tokenpool_ext.<name>."""
+    B, N, D, K = 2, 10, 3, 4
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, w, init = tokens(B, N, D, dtype, device), positive_weights(B, N, acc, device), spread_indices(B, N, K, device)
+    mask = torch.arange(N, device=device) < torch.tensor([[10], [6]], device=device)
+    counts = torch.tensor([4, 2], device=device)
+    a = torch.arange(N, device=device).expand(B, N).contiguous() % K
+    if name in ("kmeans", "kmedoids"):
+        yield x, None, None, None, init, K, 3, False
+        yield x, w, mask, counts, init, K, 3, True
+        yield x.transpose(0, 1).contiguous().transpose(0, 1), w, None, None, init, K, 1, False
+        yield x[:0], None, None, None, init[:0], K, 3, False
+        if name == "kmeans":
+            yield x, w, None, None, x[:, :K].to(acc).contiguous(), K, 3, False
+    elif name == "pool":
+        yield x, a, None, K
+        yield x, a, w, K
+        yield x[:, :0], a[:, :0], None, K
+    elif name == "pool_backward":
+        for weights in (None, w):
+            centers, mass = torch.ops.tokenpool_ext.pool(x, a, weights, K)
+            yield centers, x, centers, a, weights, mass
+    elif name == "unpool":
+        yield x[:, :K], a
+        yield x[:0, :K], a[:0]
+    elif name == "unpool_backward":
+        yield x, a, K
+    else:
+        q = x.reshape(B, 1, N, D).contiguous()
+        yield q, q, 0.5, None
+        yield q, q[:, :, :6], 0.5, torch.zeros(B, 1, N, dtype=acc, device=device)
+
+
+def meta(value):
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+@CPU_OPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, dtype):
+    """Schema (no hidden mutation or aliasing), fake kernel against the real one, dynamic shapes."""
+    op = getattr(torch.ops.tokenpool_ext, name)
+    for arguments in samples(name, dtype):
+        tests = ["test_schema", "test_faketensor"]
+        if dtype == torch.float32 and len(arguments[0]):
+            tests.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(op.default, arguments, test_utils=tests)
+
+
+@CPU_OPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", OPS)
+def test_fake_kernels_agree_with_real_ones(name, dtype):
+    """Shape, dtype and strides of every output on the meta device."""
+    op = getattr(torch.ops.tokenpool_ext, name)
+    for arguments in samples(name, dtype):
+        real, fake = op(*arguments), op(*map(meta, arguments))
+        real, fake = (real,) if isinstance(real, torch.Tensor) else real, (fake,) if isinstance(fake, torch.Tensor) else fake
+        assert len(real) == len(fake)
+        for r, f in zip(real, fake):
+            assert f.device.type == "meta" and (r.shape, r.dtype) == (f.shape, f.dtype)
+            assert r.numel() == 0 or r.stride() == f.stride()
+
+
+@CPU_OPS
+def test_ops_refuse_what_would_read_out_of_bounds():
+    """The ops repeat the memory-safety checks for callers who skip the functional layer."""
+    x, init = tokens(2, 10, 3), spread_indices(2, 10, 4)
+    op = torch.ops.tokenpool_ext
+    a = torch.zeros(2, 10, dtype=torch.int64)
+    bad = [lambda: op.kmeans(x, torch.ones(2, 9), None, None, init, 4, 3, False),
+           lambda: op.kmeans(x, None, torch.ones(2, 9, dtype=torch.bool), None, init, 4, 3, False),
+           lambda: op.kmeans(x, None, None, torch.ones(3, dtype=torch.int64), init, 4, 3, False),
+           lambda: op.kmeans(x, None, None, None, init[:, :3], 4, 3, False),
+           lambda: op.kmeans(x, None, None, None, x[:, :3].contiguous(), 4, 3, False),
+           lambda: op.kmedoids(x, None, None, None, init[:1], 4, 3, False),
+           lambda: op.kmeans(x[0], None, None, None, init, 4, 3, False),
+           lambda: op.pool(x, a[:, :9], None, 4),
+           lambda: op.pool(x, a, torch.ones(2, 9), 4),
+           lambda: op.unpool(x, a[:1]),
+           lambda: op.unpool_backward(x, a[:, :3], 4),
+           lambda: op.attention_received(x[None], x[None, :, :, :2], 1.0, None)]
+    for call in bad:
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            call()
+    # indices out of range are clamped, never followed
+    got = op.kmeans(x, None, None, None, torch.full_like(init, 2**40), 4, 3, False)
+    assert ((got[1] >= 0) & (got[1] < 4)).all()
+    got = op.kmedoids(x, None, None, torch.tensor([7, -3]), -torch.full_like(init, 2**40), 4, 3, False)
+    assert ((got[1] >= -1) & (got[1] < 4)).all()
+
+
+def compiled(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, **options)
+
+
+@pytest.fixture(params=["eager", "aot_eager"])
+def compiler(request):
+    return request.param
+
+
+def skip_interpreter(backend):
+    if backend.name == "triton" and backend.device == "cpu":
+        pytest.skip("the Triton interpreter is plain Python and cannot be traced")
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+def test_clustering_compiles_without_graph_breaks(backend, algorithm, compiler):
+    skip_interpreter(backend)
+
+    def function(x, w):
+        c = getattr(tp, algorithm)(x * 1.0, 4, weights=w, backend=backend.name)
+        return c.centers, c.assignment, c.mass, c.inertia, tp.unpool(c.centers, c.assignment, backend=backend.name)
+
+    fast = compiled(function, dynamic=True, backend=compiler)
+    x, w = tokens(2, 12, 3, device=backend.device), positive_weights(2, 12, device=backend.device)
+    assert_identical(function(x, w), fast(x, w))
+
+
+def test_pool_and_attention_compile(backend, compiler):
+    skip_interpreter(backend)
+
+    def function(x, a, w):
+        q = x[:, None]
+        return tp.pool(x, a, 4, weights=w, backend=backend.name), tp.attention_received(q, q, backend=backend.name)
+
+    x, w = tokens(2, 12, 3, device=backend.device), positive_weights(2, 12, device=backend.device)
+    a = torch.arange(12, device=backend.device).expand(2, 12) % 4
+    assert_identical(function(x, a, w), compiled(function, dynamic=True, backend=compiler)(x, a, w))
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+def test_gradients_through_compiled_code(backend, algorithm):
+    skip_interpreter(backend)
+
+    def loss(x, w):
+        c = getattr(tp, algorithm)(x, 4, weights=w, backend=backend.name)
+        return (tp.unpool(c.centers, c.assignment, backend=backend.name) - x).square().sum()
+
+    w = positive_weights(2, 12, device=backend.device)
+    a, b = (tokens(2, 12, 3, device=backend.device).requires_grad_() for _ in range(2))
+    loss(a, w).backward()
+    compiled(loss, dynamic=True, backend="aot_eager")(b, w).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_five_resolutions_and_three_batch_sizes_need_two_compilations(backend):
+    skip_interpreter(backend)
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    function = compiled(lambda x: tp.kmeans(x, x.shape[1] // 2, backend=backend.name).centers, dynamic=True,
+                        backend=counter)
+    for n in (10, 16, 21, 28, 37):
+        for b in (2, 3, 5):
+            assert function(tokens(b, n, 4, device=backend.device)).shape == (b, n // 2, 4)
+    assert counter.frame_count <= 2, f"{counter.frame_count} compilations"
+
+
+@pytest.mark.large
+def test_inductor(backend):
+    """The default compiler, once."""
+    skip_interpreter(backend)
+    if backend.env:
+        pytest.skip("one run is enough")
+    function = lambda x: tp.kmeans(x + 1, 4, backend=backend.name).centers.tanh()
+    x = tokens(2, 12, 3, device=backend.device)
+    torch.testing.assert_close(function(x), compiled(function, dynamic=True)(x))

@@ -1,0 +1,307 @@
+"""TokenPooling and the baselines: counts, prefix, scores, sizes, masks, gradients, copies, compile, errors."""
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+import tokenpool_ext
+from tokenpool_ext.baselines import (
+    BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning, bipartite_labels, grid_cells,
+)
+from tokenpool_ext.modules import TokenPooling
+
+P, N, D, K = 2, 36, 8, 12
+
+LAYERS = {
+    "kmeans": lambda **kw: TokenPooling(K, num_prefix_tokens=P, **kw),
+    "kmeans-unweighted": lambda **kw: TokenPooling(K, weighted=False, num_prefix_tokens=P, **kw),
+    "kmedoids": lambda **kw: TokenPooling(K, algorithm="kmedoids", num_prefix_tokens=P, **kw),
+    "kmedoids-mean": lambda **kw: TokenPooling(K, algorithm="kmedoids", emit="mean", num_prefix_tokens=P, **kw),
+    "prune": lambda **kw: ScorePruning(K, num_prefix_tokens=P, **kw),
+    "importance": lambda **kw: ImportanceSampling(K, seed=3, num_prefix_tokens=P, **kw),
+    "random": lambda **kw: RandomSelection(K, seed=3, num_prefix_tokens=P, **kw),
+    "grid": lambda **kw: GridPooling(K, num_prefix_tokens=P, **kw),
+    "bipartite": lambda **kw: BipartiteMatching(K, num_prefix_tokens=P, **kw),
+}
+SELECTIONS = ("prune", "importance", "random")
+
+
+@pytest.fixture(params=LAYERS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def tokens():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, P + N, D, generator=generator), torch.rand(3, P + N, generator=generator)
+
+
+def test_counts_prefix_and_determinism(name, tokens):
+    x, scores = tokens
+    layer = LAYERS[name]()
+    y = layer(x, scores)
+    assert y.shape == (3, P + K, D) and y.dtype == x.dtype
+    assert torch.equal(y[:, :P], x[:, :P])
+    assert torch.isfinite(y).all()
+    assert torch.equal(y, layer(x, scores))
+    assert torch.equal(y, layer(x, scores[:, P:])), "scores of the patch tokens alone must mean the same"
+    if name not in ("importance", "random"):  # a draw depends on the slot in the batch
+        assert torch.equal(y[1:2], layer(x[1:2], scores[1:2]))
+
+
+def test_identity_returns_the_same_object(name, tokens):
+    x, scores = tokens
+    short = x[:, : P + K]
+    layer = LAYERS[name]()
+    assert layer(short, scores[:, : P + K]) is short
+    assert LAYERS[name](return_clusters=True)(short)[0] is short
+    assert layer(x[:, :P]).shape == (3, P, D), "a sequence of prefix tokens only"
+
+
+def test_clusters_and_sizes(name, tokens):
+    x, scores = tokens
+    sizes = torch.ones(3, P + N)
+    y, clusters, new = LAYERS[name](return_clusters=True)(x, scores, sizes=sizes)
+    assert clusters.assignment.shape == (3, N) and new.shape == (3, P + K)
+    kept = clusters.assignment >= 0
+    assert torch.equal(kept.sum(1), torch.full((3,), K if name in SELECTIONS else N))
+    for image in range(3):
+        count = torch.bincount(clusters.assignment[image][kept[image]], minlength=K)
+        assert torch.equal(new[image, P:], count.float()) and count.min() >= 1
+    assert torch.equal(new[:, :P], sizes[:, :P])
+    first = torch.stack([(clusters.assignment == j).float().argmax(1) for j in range(K)], 1)
+    assert (first.diff(dim=1) > 0).all(), "clusters ordered by their first token"
+    if clusters.inertia is not None:
+        assert clusters.inertia.shape == (3,)
+
+
+def test_selection_and_medoids_are_rows(tokens):
+    x, scores = tokens
+    for name in (*SELECTIONS, "kmedoids"):
+        y, clusters = LAYERS[name](return_clusters=True)(x, scores)
+        picked = x[:, P:].gather(1, clusters.medoids[:, :, None].expand(-1, -1, D))
+        assert torch.equal(y[:, P:], picked), name
+    top = scores[:, P:].topk(K).indices.sort(1).values
+    assert torch.equal(LAYERS["prune"](return_clusters=True)(x, scores)[1].medoids, top)
+
+
+def test_weighted_pooling_is_the_functional_one(tokens):
+    x, scores = tokens
+    expected = tokenpool_ext.kmeans(x[:, P:], K, weights=scores[:, P:], sort=True)
+    assert torch.equal(LAYERS["kmeans"]()(x, scores)[:, P:], expected.centers)
+    plain = tokenpool_ext.kmeans(x[:, P:], K, sort=True)
+    assert torch.equal(LAYERS["kmeans"]()(x)[:, P:], plain.centers), "no scores: unweighted"
+    assert torch.equal(LAYERS["kmeans-unweighted"]()(x, scores)[:, P:], plain.centers), "scores ignored"
+    mean = LAYERS["kmedoids-mean"](return_clusters=True)
+    y, clusters = mean(x, scores)
+    assert torch.equal(y[:, P:], tokenpool_ext.pool(x[:, P:], clusters.assignment, K, weights=scores[:, P:]))
+
+
+def test_cluster_on_one_tensor_pool_another(tokens):
+    x, scores = tokens
+    features = torch.randn(3, P + N, 5, generator=torch.Generator().manual_seed(1))
+    for name in ("kmeans", "kmedoids", "bipartite"):
+        y, clusters = LAYERS[name](return_clusters=True)(x, scores, features=features)
+        own = LAYERS[name](return_clusters=True)(features, scores)[1]
+        assert torch.equal(clusters.assignment, own.assignment), name
+        assert y.shape == (3, P + K, D)
+        assert torch.equal(y, LAYERS[name]()(x, scores, features=features[:, P:])), name
+
+
+def test_mask(name, tokens):
+    x, scores = tokens
+    mask = torch.ones(3, P + N, dtype=torch.bool)
+    mask[1, 30:] = False
+    mask[2, P + 5 :] = False  # fewer real tokens than K
+    x = torch.where(mask[:, :, None], x, torch.nan)
+    layer = LAYERS[name](return_clusters=True)
+    if name == "bipartite":
+        with pytest.raises(ValueError, match="mask"):
+            layer(x, scores, mask=mask)
+        return
+    y, clusters = layer(x, scores, mask=mask)
+    assert torch.isfinite(y).all()
+    assert (clusters.assignment[~mask[:, P:]] == -1).all()
+    if name != "grid":
+        assert torch.equal((clusters.mass > 0).sum(1), torch.tensor([K, K, 5]))
+        assert (y[2, P + 5 :] == 0).all()
+
+
+def test_gradients(name, tokens):
+    x, scores = tokens
+    x = x.clone().requires_grad_()
+    LAYERS[name]()(x, scores).square().sum().backward()
+    grad = x.grad.abs().sum(2)
+    assert torch.isfinite(x.grad).all() and (grad[:, :P] > 0).all()
+    reached = (grad[:, P:] > 0).sum(1)
+    expected = K if name in SELECTIONS or name == "kmedoids" else N
+    assert torch.equal(reached, torch.full((3,), expected))
+
+
+def test_gradcheck_of_kmeans_and_features():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 9, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    scores = torch.rand(2, 9, dtype=torch.float64, generator=generator) + 0.1
+    features = torch.randn(2, 9, 2, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(TokenPooling(4), (x, scores.requires_grad_()))
+    medoids = TokenPooling(4, algorithm="kmedoids")
+    assert torch.autograd.gradcheck(lambda t: medoids(t, scores.detach(), features=features), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(name, dtype, tokens):
+    x, scores = tokens
+    y = LAYERS[name]()(x.to(dtype), scores)
+    assert y.dtype == dtype and y.shape == (3, P + K, D)
+
+
+def test_autocast(name, tokens):
+    x, scores = tokens
+    layer = LAYERS[name]()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x, scores)
+        mixed = layer(x.bfloat16(), scores, features=x)
+    assert y.dtype == torch.float32 and mixed.dtype == torch.bfloat16
+    if name != "bipartite":  # its similarities are a matrix product
+        assert torch.equal(y, layer(x, scores))
+
+
+def test_no_state(name, tokens):
+    x, scores = tokens
+    layer = LAYERS[name]()
+    before = pickle.dumps(layer)
+    y = layer(x, scores)
+    assert pickle.dumps(layer) == before, "a forward must leave nothing behind"
+    assert not layer.state_dict() and not list(layer.parameters()) and not list(layer.buffers())
+    for twin in (copy.deepcopy(layer), pickle.loads(before)):
+        assert torch.equal(twin(x, scores), y) and repr(twin) == repr(layer)
+    assert f"num_tokens={K}" in repr(layer) and f"num_prefix_tokens={P}" in repr(layer)
+
+
+def test_two_threads(tokens):
+    x, scores = tokens
+    layer = LAYERS["kmeans"]()
+    inputs = [(x, scores), (x.flip(1), scores.flip(1))]
+    expected = [layer(*pair) for pair in inputs]
+    wrong = []
+
+    def work(which):
+        for _ in range(5):
+            if not torch.equal(layer(*inputs[which]), expected[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+def test_compile_fullgraph(name, tokens):
+    x, scores = tokens
+    layer = LAYERS[name]()
+    if name in ("importance", "random"):
+        layer.seed = None  # a torch.Generator does not enter a graph; count only
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x, scores)
+    assert y.shape == (3, P + K, D)
+    if name not in ("importance", "random"):
+        torch.testing.assert_close(y, layer(x, scores))
+
+
+def test_compile_dynamic_ratio():
+    layer = TokenPooling(keep_ratio=0.5)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for n in (17, 26, 37):
+        x = torch.randn(2, n, 4)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_keep_ratio_is_the_published_schedule():
+    for ratio, counts in {0.9: [176, 158, 142], 0.7: [137, 96, 67], 0.5: [98, 49, 24], 0.25: [49, 12, 3]}.items():
+        layer, n, seen = TokenPooling(keep_ratio=ratio), 196, []
+        for _ in counts:
+            n = layer.tokens_kept(n)
+            seen.append(n)
+        assert seen == counts
+    assert TokenPooling(keep_ratio=0.01).tokens_kept(5) == 1
+    assert TokenPooling(keep_ratio=1).tokens_kept(7) == 7
+
+
+def test_grid_cells():
+    assert grid_cells(16, 4, 1, 1) == (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)
+    assert grid_cells(8, 2, 2, 4) == (0, 0, 1, 1, 0, 0, 1, 1)
+    for n in (1, 7, 36, 49, 196, 256):
+        for k in range(1, n + 1, 3):
+            assert set(grid_cells(n, k, 1, 1)) == set(range(k)), (n, k)
+    x = torch.arange(16.0).reshape(1, 4, 4)[None]
+    pooled = GridPooling(4, num_prefix_tokens=0)(x.reshape(1, 16, 1))
+    assert torch.equal(pooled.reshape(1, 1, 2, 2), torch.nn.functional.avg_pool2d(x, 2))
+
+
+def test_bipartite_matching_by_hand():
+    # B = tokens 0, 2, 4; A = tokens 1, 3, 5. Token 5 is most like 4, then 1 like 2; 3 like 0 least.
+    angle = torch.tensor([0.0, 0.9, 1.1, 0.3, 2.0, 2.05])
+    x = torch.stack([angle.cos(), angle.sin()], 1)[None]
+    assert bipartite_labels(x, 5).tolist() == [[0, 1, 2, 3, 4, 4]]
+    assert bipartite_labels(x, 4).tolist() == [[0, 1, 1, 2, 3, 3]]
+    assert bipartite_labels(x, 3).tolist() == [[0, 1, 1, 0, 2, 2]]
+    sizes = torch.tensor([[1.0, 1, 1, 1, 1, 3]])
+    y, new = BipartiteMatching(5, num_prefix_tokens=0)(x, sizes=sizes)
+    assert torch.equal(new, torch.tensor([[1.0, 1, 1, 1, 4]]))
+    torch.testing.assert_close(y[0, 4], (x[0, 4] + 3 * x[0, 5]) / 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (dict(), ValueError, ("num_tokens", "keep_ratio")),
+        (dict(num_tokens=3, keep_ratio=0.5), ValueError, ("exactly one",)),
+        (dict(num_tokens=0), ValueError, ("num_tokens", "0")),
+        (dict(num_tokens=1.5), TypeError, ("num_tokens", "float")),
+        (dict(keep_ratio=0.0), ValueError, ("keep_ratio",)),
+        (dict(keep_ratio="half"), TypeError, ("keep_ratio", "str")),
+        (dict(num_tokens=3, algorithm="mean"), ValueError, ("algorithm", "kmedoids", "mean")),
+        (dict(num_tokens=3, weighted=1), TypeError, ("weighted", "int")),
+        (dict(num_tokens=3, num_iters=0), ValueError, ("num_iters",)),
+        (dict(num_tokens=3, num_prefix_tokens=-1), ValueError, ("num_prefix_tokens",)),
+        (dict(num_tokens=3, emit="medoid"), ValueError, ("emit", "kmedoids")),
+        (dict(num_tokens=3, init=torch.zeros(2)), TypeError, ("init", "Tensor")),
+        (dict(num_tokens=3, backend=7), TypeError, ("backend", "int")),
+        (dict(num_tokens=3, colour="red"), TypeError, ("colour",)),
+    ],
+)
+def test_constructor_errors(arguments, error, words):
+    with pytest.raises(error) as caught:
+        TokenPooling(**arguments)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_forward_errors(tokens):
+    x, scores = tokens
+    layer = LAYERS["kmeans"]()
+    cases = [
+        (lambda: layer("x"), TypeError, "x must be"),
+        (lambda: layer(x[0]), ValueError, "(B, N, D)"),
+        (lambda: layer(x, scores[:, 1:]), ValueError, "scores must have shape (3, 38)"),
+        (lambda: layer(x, scores[:2]), ValueError, "scores"),
+        (lambda: layer(x, x), ValueError, "scores"),
+        (lambda: layer(x, [1.0]), TypeError, "scores"),
+        (lambda: layer(x, features=x[:, 1:]), ValueError, "features"),
+        (lambda: layer(x, mask=scores), TypeError, "mask must be bool"),
+        (lambda: layer(x, sizes=scores[:, 3:]), ValueError, "sizes"),
+        (lambda: layer(x[:, :1]), ValueError, "num_prefix_tokens"),
+        (lambda: layer(x, -scores), ValueError, "weights must be >= 0"),
+        (lambda: LAYERS["prune"]()(x), ValueError, "scores"),
+        (lambda: TokenPooling(4, init="best")(x), ValueError, "init"),
+    ]
+    for call, error, words in cases:
+        with pytest.raises(error) as caught:
+            call()
+        assert words in str(caught.value), caught.value
