@@ -80,9 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     shapes, batches = parse_shapes(args.shapes) if args.shapes else None, args.batch
     if args.quick:
         settings = runner.Settings(repeats=5, sample_s=0.15, problem_s=8.0, memory=not args.no_memory)
-        shapes = shapes or (None if args.op == ["attention_received"] else parse_shapes("256x384:128"))
         batches = [8] if args.batch == [64] else args.batch
-    todo, left_out = problems(suite=args.suite, shapes=shapes, batches=batches, dtypes=args.dtype, ops=args.op,
+    todo, left_out = problems(suite="quick" if args.quick else args.suite, shapes=shapes, batches=batches, dtypes=args.dtype, ops=args.op,
                               iters=args.iters, mode=args.mode, device=args.device, tokens=args.tokens)
     for message in left_out:
         print(f"left out: {message}")

@@ -21,8 +21,10 @@ def version() -> str | None:
     return getattr(tokenpool_ext, "__version__", None) or package_version("tokenpool_ext")
 
 
-def variant(problem, backend: str | None) -> str:
-    """What `explain` says about this problem, in one line."""
+def variant(problem, backend: str | None) -> str | None:
+    """What `explain` says about clustering this problem, in one line."""
+    if problem.op not in ("kmeans", "kmedoids"):
+        return None
     try:
         from tokenpool_ext import explain
 

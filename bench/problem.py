@@ -28,6 +28,7 @@ SUITES = {
     "retrieval": [("ColPali page", 1030, 128, 343)],
     "long": [("latent", 4096, 320, 1024), ("video", 75600, 128, 1000)],
 }
+QUICK_SHAPE = ("DINOv2-S", 256, 384, 128)
 ATTENTION_SUITE = [("DeiT-S", 197, 64, 6), ("ViT-B/384", 577, 64, 12), ("1025 tokens", 1025, 64, 12)]
 LARGEST_INPUT_BYTES = 2 << 30  # a (shape, batch) whose tokens exceed this is left out of a suite, and said so
 
@@ -101,6 +102,8 @@ def known_label(N: int, D: int, K: int) -> str:
 def suite_shapes(name: str) -> list[tuple[str, int, int, int]]:
     if name == "all":
         return [shape for suite in SUITES.values() for shape in suite]
+    if name == "quick":
+        return [QUICK_SHAPE]
     if name not in SUITES:
         raise ValueError(f"--suite must be one of {', '.join(SUITES)}, all; got {name!r}")
     return list(SUITES[name])
@@ -111,7 +114,8 @@ def problems(*, suite="vit", shapes=None, batches=(64,), dtypes=("float32",), op
     """Every combination asked for -> (list of Problem, list of messages about combinations left out)."""
     found, left_out = [], []
     for op in ops:
-        chosen = shapes or (ATTENTION_SUITE if op == "attention_received" else suite_shapes(suite))
+        attention = ATTENTION_SUITE[:1] if suite == "quick" else ATTENTION_SUITE
+        chosen = shapes or (attention if op == "attention_received" else suite_shapes(suite))
         rounds = iters if op in ("kmeans", "kmedoids") else (iters[0],)
         for (label, N, D, K), B, dtype, T in itertools.product(chosen, batches, dtypes, rounds):
             problem = Problem(op, B, N, D, K, T, dtype, mode, device, tokens, label)
