@@ -143,7 +143,7 @@ def sheet(rows: Sequence[Sequence], columns: Sequence[tuple[str, str]], *, title
         raise ValueError(f"rows: expected rows of {len(columns)} images, one a column, got {[len(r) for r in rows]}")
     width = max(i.size[0] for row in rows for i in row if i is not None)
     height = max(i.size[1] for row in rows for i in row if i is not None)
-    unit = max(12, width // 16)
+    unit = max(20, width // 16)
 
     def font(scale: float):
         try:

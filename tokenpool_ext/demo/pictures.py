@@ -70,7 +70,7 @@ def pairs_sheet(images: list, labels: torch.Tensor, *, tile: int = TILE, across:
              for image, one in zip(images, labels)]
     pairs += [[None, None]] * (-len(pairs) % across)
     rows = [sum(pairs[i:i + across], []) for i in range(0, len(pairs), across)]
-    columns = [(f"{side * side} tokens", "one a patch"), (f"{int(labels.max()) + 1} tokens", "weighted K-Means")]
+    columns = [(f"{side * side} tokens", "one a patch"), (f"{int(labels.max()) + 1} tokens", "weighted K-Means in DINOv2")]
     return viz.sheet(rows, columns * across, group=2)
 
 
@@ -83,7 +83,7 @@ def methods_sheet(images: list, labels: dict[str, torch.Tensor], *, tile: int = 
                     [viz.draw_clusters(image, one[i].view(side, side), size=tile) for one in labels.values()])
     count = max(int(one.max()) + 1 for one in labels.values())
     return viz.sheet(rows, [("photo", f"{side * side} patches")] +
-                     [(name, f"{count} tokens" if (one >= 0).all() else f"{count} patches kept, the others dropped")
+                     [(name, f"{count} tokens" if (one >= 0).all() else f"{count} kept, the others dropped")
                       for name, one in labels.items()])
 
 
@@ -103,7 +103,7 @@ def draw_all(options, own: list[tuple[str, Path]], photos: dict, say: Callable[[
     found: list[dict[int, torch.Tensor]] = []
     for start in range(0, len(names), 2):
         say(f"clusters of photos [{start + 1}-{min(start + 2, len(names))} of {len(names)}]")
-        found.append(pooled_labels(model, pixels[start:start + 2], "kmeans", {"weighted": True}))
+        found.append(pooled_labels(model, pixels[start:start + 2], *compare.METHODS[0][1:]))
     labels = {block: torch.cat([part[block] for part in found]) for block in found[0]}
 
     first = [names.index(n) for n in README_PHOTOS if n in names] or list(range(min(4, len(names))))
