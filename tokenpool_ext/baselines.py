@@ -145,7 +145,8 @@ class GridPooling(TokenReduction):
 
     def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
         b, n, _ = x.shape
-        cells = grid_cells(n, k, *(self.grid_size or (1, 1)))
+        find = grid_cells.__wrapped__ if torch.compiler.is_compiling() else grid_cells  # the compiler sees through caches
+        cells = find(n, k, *(self.grid_size or (1, 1)))
         assignment = torch.tensor(cells, device=x.device).expand(b, n)
         if mask is not None:
             assignment = torch.where(mask, assignment, -1)
