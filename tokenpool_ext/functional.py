@@ -6,6 +6,7 @@ float64 tokens ("acc" below).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -208,6 +209,8 @@ def attention_received(
         scale = max(q.shape[3], 1) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"{name}: scale must be finite, got {scale}")
     if lse is not None:
         _check_tensor(name, "lse", lse)
         if lse.shape != q.shape[:3]:
@@ -373,11 +376,12 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched) ->
             label = "(B, K)" if batched else "(K,)"
             raise ValueError(f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}")
         init = init.reshape(b, k).to(torch.int64)
-        if init.device.type == "cpu" and not torch.compiler.is_compiling() and init.numel() and counts is None:
-            if init.amin() < 0 or init.amax() >= n:
+        if init.device.type == "cpu" and not torch.compiler.is_compiling() and init.numel():
+            used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
+            if used.amin() < 0 or used.amax() >= n:
                 raise ValueError(
                     f"{name}: init must hold token indices from 0 to N-1 = {n - 1},"
-                    f" got values from {int(init.amin())} to {int(init.amax())}"
+                    f" got values from {int(used.amin())} to {int(used.amax())}"
                 )
         return init.clamp(0, max(n - 1, 0))
     if init.dtype not in FLOATING:

@@ -48,17 +48,14 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
   const In* q = static_cast<const In*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1];
   const In* k = static_cast<const In*>(a.k) + b * a.k_strides[0] + h * a.k_strides[1];
   const C* lse = a.lse ? static_cast<const C*>(a.lse) + (b * a.heads + h) * a.queries : nullptr;
-  Buffer<C> packed(padded * d), rows(std::max<int64_t>(P, kRows) * d), logits(kRows * padded), sum(padded);
+  Buffer<C> packed(padded * d), rows(kRows * d), zero(d), logits(kRows * padded), sum(padded);
 
   for (int64_t i = 0; i < padded; ++i) sum[i] = 0;
+  for (int64_t i = 0; i < d; ++i) zero[i] = 0;
   for (int64_t p = 0; p < padded; p += P) {
-    for (int64_t r = 0; r < P; ++r) {
-      if (p + r < a.keys)
-        widen(k + (p + r) * a.k_strides[2], rows + r * d, d);
-      else
-        std::memset(static_cast<void*>(rows + r * d), 0, size_t(d) * sizeof(C));
-    }
-    pack_panel<C>(rows, d, packed + p * d);
+    const In* row[P];
+    for (int64_t r = 0; r < P; ++r) row[r] = p + r < a.keys ? k + (p + r) * a.k_strides[2] : nullptr;
+    pack_panel<In, C>(row, d, C(1), zero, packed + p * d);
   }
 
   for (int64_t first = 0; first < a.queries; first += kRows) {

@@ -75,17 +75,23 @@ class Clustering {
   int64_t token(int64_t i) const { return valid_ ? valid_[i] : i; }
   const In* row(int64_t i) const { return x_ + token(i) * a.x_token_stride; }
 
+  // out = x * scale - mean: a token as distances see it.
+  static TP_INLINE void center_row(const C* x, C scale, const C* __restrict mean, C* out, int64_t D) {
+    for (int64_t d = 0; d < D; ++d) out[d] = x[d] * scale - mean[d];
+  }
+
   // Scale, mean token and weights.
   void measure() {
     const int64_t D = a.features;
-    C* most = arena_.take<C>(D);
+    C* __restrict mean = mean_;
+    C* __restrict most = arena_.take<C>(D);
     C* scratch = arena_.take<C>(D);
-    for (int64_t d = 0; d < D; ++d) mean_[d] = most[d] = 0;
+    for (int64_t d = 0; d < D; ++d) mean[d] = most[d] = 0;
     for (int64_t i = 0; i < n_; ++i) {
       const C* x = as_acc(row(i), scratch, D);
       for (int64_t d = 0; d < D; ++d) {
         const C size = std::fabs(x[d]);
-        mean_[d] += x[d];
+        mean[d] += x[d];
         most[d] = size > most[d] ? size : most[d];
       }
     }
@@ -93,13 +99,13 @@ class Clustering {
     for (int64_t d = 0; d < D; ++d) largest = most[d] > largest ? most[d] : largest;
     scale_ = safe_scale(largest);
     if (scale_ != C(1)) {
-      for (int64_t d = 0; d < D; ++d) mean_[d] = 0;
+      for (int64_t d = 0; d < D; ++d) mean[d] = 0;
       for (int64_t i = 0; i < n_; ++i) {
         const C* x = as_acc(row(i), scratch, D);
-        for (int64_t d = 0; d < D; ++d) mean_[d] += x[d] * scale_;
+        for (int64_t d = 0; d < D; ++d) mean[d] += x[d] * scale_;
       }
     }
-    for (int64_t d = 0; d < D; ++d) mean_[d] /= C(n_);
+    for (int64_t d = 0; d < D; ++d) mean[d] /= C(n_);
 
     weight_ = nullptr;
     weight_scale_ = 1;
@@ -114,19 +120,11 @@ class Clustering {
     }
   }
 
-  // Centered, scaled tokens [first, first + P) as a packed panel; zeros past the end. Fills their squared norms.
-  void pack(int64_t first, C* panel, C* rows) {
-    const int64_t D = a.features;
-    for (int64_t r = 0; r < P; ++r) {
-      C* out = rows + r * D;
-      if (first + r < n_) {
-        const C* x = as_acc(row(first + r), out, D);
-        for (int64_t d = 0; d < D; ++d) out[d] = x[d] * scale_ - mean_[d];
-      } else {
-        std::memset(out, 0, size_t(D) * sizeof(C));
-      }
-    }
-    pack_panel(rows, D, panel);
+  // Centered, scaled tokens [first, first + P) as a packed panel; zeros past the end.
+  void pack(int64_t first, C* panel) const {
+    const In* rows[P];
+    for (int r = 0; r < P; ++r) rows[r] = first + r < n_ ? row(first + r) : nullptr;
+    pack_panel<In, C>(rows, a.features, scale_, mean_, panel);
   }
 
   void build_gram() {
@@ -134,8 +132,7 @@ class Clustering {
     packed_ = arena_.take<C>(padded_ * D);
     gram_ = arena_.take<C>(padded_ * row_stride_);
     split(a.parallel_for, parallel_, panels, [&](int64_t begin, int64_t end) {
-      Buffer<C> rows(P * D);
-      for (int64_t p = begin; p < end; ++p) pack(p * P, packed_ + p * P * D, rows);
+      for (int64_t p = begin; p < end; ++p) pack(p * P, packed_ + p * P * D);
     });
     split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {
       gram_tiles(packed_, D, panels, begin, end, gram_, row_stride_);
@@ -167,7 +164,7 @@ class Clustering {
     C* center = gram_path_ ? arena_.take<C>(round_up(k_, kRows) * D) : center_;
     const C* given = static_cast<const C*>(a.init_centers) + image_ * a.clusters * D;
     for (int64_t j = 0; j < k_; ++j)
-      for (int64_t d = 0; d < D; ++d) center[j * D + d] = given[j * D + d] * scale_ - mean_[d];
+      center_row(given + j * D, scale_, mean_, center + j * D, D);
     measure_centers(center);
     if (!gram_path_) return;
     split(a.parallel_for, parallel_, padded_ / P, [&](int64_t begin, int64_t end) {
@@ -213,8 +210,7 @@ class Clustering {
     }
     for (int64_t j = 0; j < k_; ++j) {
       C* out = center_ + j * D;
-      const C* x = as_acc(row(medoid_[j]), out, D);
-      for (int64_t d = 0; d < D; ++d) out[d] = x[d] * scale_ - mean_[d];
+      center_row(as_acc(row(medoid_[j]), out, D), scale_, mean_, out, D);
     }
     measure_centers(center_);
   }
@@ -292,10 +288,10 @@ class Clustering {
   void assign_direct() {
     const int64_t D = a.features;
     split(a.parallel_for, worth(n_ * k_ * D / 8), padded_ / P, [&](int64_t begin, int64_t end) {
-      Buffer<C> rows(P * D), panel(P * D);
+      Buffer<C> panel(P * D);
       for (int64_t i = begin * P; i < end * P; i += P) {
-        pack(i, panel, rows);
-        for (int64_t r = i; r < i + P && r < n_; ++r) norm_[r] = squared_norm(rows + (r - i) * D);
+        pack(i, panel);
+        panel_norms(panel, norm_ + i);
         Vec<C> best[TP_VECTORS];
         Vec<I> label[TP_VECTORS];
         for (int v = 0; v < TP_VECTORS; ++v) {
@@ -320,6 +316,17 @@ class Clustering {
         }
       }
     });
+  }
+
+  void panel_norms(const C* panel, C* norm) const {
+    Vec<C> sum[TP_VECTORS] = {};
+    for (int64_t d = 0; d < a.features; ++d)
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v) {
+        const Vec<C> x = load(panel + d * P + v * L);
+        sum[v] += x * x;
+      }
+    for (int v = 0; v < TP_VECTORS; ++v) store(norm + v * L, sum[v]);
   }
 
   static TP_INLINE void keep_nearer(Vec<C> score, Vec<I> index, Vec<C>& best, Vec<I>& label) {
@@ -396,16 +403,18 @@ class Clustering {
   }
 
   // The weighted mean of cluster j's tokens, scaled; minus the image's mean token when `centered`.
-  void mean_row(int64_t j, bool centered, C* scratch, C* out) const {
+  void mean_row(int64_t j, bool centered, C* scratch, C* __restrict out) const {
     const int64_t D = a.features;
-    for (int64_t d = 0; d < D; ++d) out[d] = 0;
+    const C scale = scale_;
+    const C* __restrict mean = mean_;
     for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
       const C* x = as_acc(row(member_[m]), scratch, D);
       const C share = share_[m];
+      const bool first = m == start_[j];
       if (centered)
-        for (int64_t d = 0; d < D; ++d) out[d] += share * (x[d] * scale_ - mean_[d]);
+        for (int64_t d = 0; d < D; ++d) out[d] = share * (x[d] * scale - mean[d]) + (first ? C(0) : out[d]);
       else
-        for (int64_t d = 0; d < D; ++d) out[d] += share * (x[d] * scale_);
+        for (int64_t d = 0; d < D; ++d) out[d] = share * (x[d] * scale) + (first ? C(0) : out[d]);
     }
   }
 
@@ -494,6 +503,7 @@ class Clustering {
 
   double cluster_error(int64_t j, const C* mean, C* scratch) const {
     const int64_t D = a.features;
+    const Vec<C> scale = splat(scale_);
     double error = 0;
     for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
       const C* x = as_acc(row(member_[m]), scratch, D);
@@ -501,7 +511,7 @@ class Clustering {
       C rest = 0;
       int64_t d = 0;
       for (; d + L <= D; d += L) {
-        const Vec<C> difference = load(x + d) * scale_ - load(mean + d);
+        const Vec<C> difference = load(x + d) * scale - load(mean + d);
         sum += difference * difference;
       }
       for (; d < D; ++d) rest += (x[d] * scale_ - mean[d]) * (x[d] * scale_ - mean[d]);

@@ -8,6 +8,8 @@ struct AccOf { using Type = float; };
 template <>
 struct AccOf<double> { using Type = double; };
 
+TP_INLINE float to_float(float v) { return v; }
+TP_INLINE double to_float(double v) { return v; }
 TP_INLINE float to_float(BF16 v) {
   uint32_t bits = uint32_t(v.bits) << 16;
   float f;
@@ -57,6 +59,26 @@ inline FP16 to_fp16(float f) {  // round to nearest even
   }
   uint32_t r = magnitude - 0x38000000;
   return FP16{uint16_t(sign | ((r + 0xfff + ((r >> 13) & 1)) >> 13))};
+#endif
+}
+
+// A vector of acc from consecutive inputs.
+TP_INLINE Vec<float> load_acc(const float* in) { return load(in); }
+TP_INLINE Vec<double> load_acc(const double* in) { return load(in); }
+TP_INLINE Vec<float> load_acc(const BF16* in) {
+  typedef uint16_t Half __attribute__((vector_size(TP_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t Word __attribute__((vector_size(TP_VECTOR_BYTES)));
+  return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(in), Word) << 16);
+}
+TP_INLINE Vec<float> load_acc(const FP16* in) {
+#if defined(TP_F16C) && TP_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+#elif defined(TP_F16C) && TP_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(in[i]);
+  return v;
 #endif
 }
 

@@ -30,23 +30,27 @@ TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const 
     for (int v = 0; v < TP_VECTORS; ++v) tile.v[r][v] = acc[r][v];
 }
 
-// rows [kPanel][features] (row stride `features`) -> panel [features][kPanel]
-template <class C>
-inline void pack_panel(const C* rows, int64_t features, C* panel) {
+// Rows of any dtype -> panel [features][kPanel] of acc: element (d, lane) = row[lane][d] * scale - mean[d], and zero where
+// row[lane] is null.
+template <class In, class C>
+inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t features, C scale, const C* mean, C* panel) {
   constexpr int L = kLanes<C>;
+  const Vec<C> factor = splat(scale);
   int64_t d = 0;
   for (; d + L <= features; d += L) {
+    const Vec<C> shift = load(mean + d);
     for (int g = 0; g < TP_VECTORS; ++g) {
       Vec<C> r[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) r[i] = load(rows + (g * L + i) * features + d);
+      for (int i = 0; i < L; ++i) r[i] = row[g * L + i] ? load_acc(row[g * L + i] + d) * factor - shift : Vec<C>{};
       transpose<C>(r);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) store(panel + (d + i) * kPanel<C> + g * L, r[i]);
     }
   }
   for (; d < features; ++d)
-    for (int i = 0; i < kPanel<C>; ++i) panel[d * kPanel<C> + i] = rows[i * features + d];
+    for (int i = 0; i < kPanel<C>; ++i)
+      panel[d * kPanel<C> + i] = row[i] ? C(to_float(row[i][d])) * scale - mean[d] : C(0);
 }
 
 constexpr int64_t kDepthBlock = 192;  // features a pass: the panel's block stays in the first-level cache
