@@ -1,0 +1,405 @@
+"""patch/unpatch on Hugging Face models with random weights: counts, bit-equality, scores, threads, copies, compile."""
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from tokenpool_ext.modules import TokenPooling
+from tokenpool_ext.vit import patch, patched_blocks, tokens_per_layer, unpatch
+from tokenpool_ext.vit import patching
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = dict(
+    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, num_labels=5,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)
+PATCHES = 16
+
+
+def build(name: str, **extra):
+    kind = {"dinov2": "Dinov2", "dinov2-registers": "Dinov2WithRegisters", "vit": "ViT", "deit": "DeiT"}[name]
+    if "dinov2" in name:
+        extra = {"layerscale_value": 0.5, **extra}
+    else:
+        extra = {"intermediate_size": 64, **extra}
+    config = getattr(transformers, f"{kind}Config")(**COMMON, **extra)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    with torch.no_grad():  # the initial weights are so small that attention is uniform
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+            elif "token" in name or "position" in name:
+                parameter.normal_()
+    return model
+
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are tiny: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+PREFIX = {"dinov2": 1, "dinov2-registers": 5, "vit": 1, "deit": 2}
+
+
+@pytest.fixture(params=PREFIX)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+
+
+def widths(model, x, **kw):
+    """Tokens after the embedding and after each block."""
+    return [h.shape[1] for h in model(x, output_hidden_states=True, **kw).hidden_states]
+
+
+@torch.no_grad()
+def test_counts_and_unpatch(family, images):
+    model, p = build(family), PREFIX[family]
+    plain = model(images).logits
+    keys = set(model.state_dict())
+    assert patch(model, num_tokens={1: 10, 2: 5}) is model
+    assert widths(model, images) == [p + n for n in (16, 16, 10, 5, 5)]
+    assert tokens_per_layer(model) == [p + n for n in (16, 10, 5, 5)]
+    pooled = model(images).logits
+    assert not torch.equal(pooled, plain) and torch.isfinite(pooled).all()
+    assert set(model.state_dict()) == keys
+    assert list(patched_blocks(model)) == [1, 2] and "TokenPooling(num_tokens=10" in repr(model)
+    assert torch.equal(patch(model, num_tokens={1: 10, 2: 5})(images).logits, pooled), "patching twice is patching once"
+    assert widths(patch(model, keep_ratio=0.5), images) == [p + n for n in (16, 16, 8, 4, 2)]
+    assert unpatch(model) is model and not patched_blocks(model)
+    assert torch.equal(model(images).logits, plain) and widths(model, images) == [p + 16] * 5
+    assert not any(m._forward_hooks and any(h in patching.HOOKS.values() for h in m._forward_hooks.values())
+                   for m in model.modules())
+    assert unpatch(model) is model, "a second time: nothing to do"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", list(patching.POOLINGS))
+@pytest.mark.parametrize("track_size", [False, True])
+def test_every_pooling(pooling, track_size, images):
+    model = build("dinov2")
+    plain = model(images).logits
+    for position in ("attention", "block"):
+        patch(model, num_tokens={0: 9, 2: 3}, pooling=pooling, position=position, track_size=track_size)
+        assert widths(model, images) == [17, 10, 10, 4, 4]
+        assert torch.isfinite(model(images).logits).all()
+    patch(model, num_tokens={0: 100, 2: 16}, pooling=pooling, track_size=track_size)
+    assert torch.equal(model(images).logits, plain), "nothing to reduce: bit-equal"
+    assert torch.equal(patch(model, keep_ratio=1.0, pooling=pooling, track_size=track_size)(images).logits, plain)
+
+
+@torch.no_grad()
+def test_keep_all_is_bit_equal_in_every_family(family, images):
+    model = build(family)
+    plain = model(images).logits
+    assert torch.equal(patch(model, keep_ratio=1.0)(images).logits, plain)
+    assert torch.equal(patch(model, num_tokens=[16] * 4, position="block", cluster_on="keys")(images).logits, plain)
+
+
+class Spy(nn.Module):
+    """Keeps what it was given and changes nothing."""
+
+    def __init__(self, num_tokens=None, keep_ratio=None, num_prefix_tokens=1, kept=None):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x, scores=None, *, features=None, mask=None, sizes=None):
+        self.kept.append((x, scores, features))
+        return x
+
+
+@torch.no_grad()
+def test_scores_and_keys_are_the_attention_s_own(family, images):
+    model = build(family, attn_implementation="eager")
+    seen = []
+    patch(model, num_tokens={1: 8}, pooling=Spy, kept=seen, cluster_on="keys")
+    out = model(images, output_attentions=True, output_hidden_states=True)
+    (tokens, scores, features), = seen
+    attention = out.attentions[1]
+    torch.testing.assert_close(scores, attention.mean(dim=(1, 2)), rtol=1e-4, atol=1e-6)
+    assert scores.std() > 1e-3, "the test would prove nothing on uniform attention"
+    view = patching.patches(model)[0].view
+    keys = view.projections["key"](view.part("norm1")(out.hidden_states[1]))
+    torch.testing.assert_close(features, keys.unflatten(-1, (4, 8)).mean(2))
+    fused = build(family)
+    seen_fused = []
+    patch(fused, num_tokens={1: 8}, pooling=Spy, kept=seen_fused)
+    fused(images)
+    torch.testing.assert_close(seen_fused[0][1], scores, rtol=1e-4, atol=1e-6)
+    assert seen_fused[0][2] is None and tokens.shape == seen_fused[0][0].shape
+
+
+@torch.no_grad()
+def test_prefix_tokens_pass_unchanged(images):
+    model, plain = build("dinov2-registers"), build("dinov2-registers")
+    patch(model, num_tokens={1: 4}, position="block")
+    ours = model(images, output_hidden_states=True).hidden_states
+    theirs = plain(images, output_hidden_states=True).hidden_states
+    assert torch.equal(ours[2][:, :5], theirs[2][:, :5]) and ours[2].shape[1] == 9
+
+
+@torch.no_grad()
+def test_projections_run_once_and_attention_stays_fused(family, images):
+    model = build(family)
+    calls = {"linear": 0}
+
+    def count(module, args, output):
+        calls["linear"] += 1
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(count)
+    model(images)
+    before = calls["linear"]
+    patch(model, num_tokens={1: 10, 2: 5}, cluster_on="keys", backend="reference")
+    calls["linear"] = 0
+    model(images)
+    assert calls["linear"] == before, "queries and keys are not projected twice"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(images)
+    ops = {event.name for event in profile.events()}
+    assert "aten::scaled_dot_product_attention" in ops and not any("softmax" in op for op in ops), ops
+
+
+@torch.no_grad()
+def test_proportional_attention_counts_duplicates():
+    """With sizes, a merged token must act like its copies: pool exact duplicates and compare with the full model."""
+    model = build("dinov2")
+    layers = model.dinov2.encoder.layer
+    patches = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
+    owner = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 4, 4, 4])
+    x = torch.cat([torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(4)), patches[:, owner]], 1)
+    full = x
+    for layer in layers:
+        full = layer(full)
+    for kind in ("kmeans", "kmedoids"):
+        options = dict(weighted=False, init="farthest") if kind == "kmeans" else dict(init="farthest")
+        patch(model, num_tokens={0: 5}, pooling=kind, track_size=True, **options)
+        pooled = x
+        for layer in layers:
+            pooled = layer(pooled)
+        torch.testing.assert_close(pooled[:, 0], full[:, 0], rtol=1e-4, atol=1e-4)
+        unsized = x
+        for layer in patch(model, num_tokens={0: 5}, pooling=kind, **options).dinov2.encoder.layer:
+            unsized = layer(unsized)
+        assert (unsized[:, 0] - full[:, 0]).abs().max() > 1e-2
+    patch(model, num_tokens={0: 5}, track_size=True)
+    with pytest.raises(RuntimeError, match="sizes did not arrive"):
+        layers[1](layers[0](x).clone())
+
+
+@torch.no_grad()
+def test_scores_with_sizes_are_those_of_the_copies():
+    generator = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(2, 3, 4, 8, generator=generator) for _ in range(2))
+    owner = torch.tensor([0, 0, 0, 1, 2, 3, 3])
+    sizes = torch.tensor([[3.0, 1, 1, 2]]).expand(2, 4)
+    attention = ((q @ k[:, :, owner].transpose(2, 3)) * 0.3).softmax(-1).mean((1, 2))
+    expected = torch.zeros(2, 4).index_add(1, owner, attention)
+    torch.testing.assert_close(patching.significance(q, k, 0.3, sizes), expected)
+
+
+def test_gradients_reach_every_weight(family, images):
+    model = patch(build(family).train(), num_tokens={1: 6, 2: 3})
+    model(images).logits.square().sum().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert all("mask_token" in n or "pooler" in n for n in silent), silent
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(images):
+    grads = []
+    for checkpointing in (False, True):
+        model = patch(build("dinov2").train(), num_tokens={1: 6})
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(images).logits.square().sum().backward()
+        grads.append(model.dinov2.encoder.layer[1].attention.v_proj.weight.grad)
+    assert torch.equal(*grads)
+
+
+@torch.no_grad()
+def test_deepcopy_and_pickle(images):
+    model = patch(build("vit"), num_tokens={1: 6}, track_size=True)
+    expected = model(images).logits
+    twin, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in (twin, loaded):
+        assert torch.equal(other(images).logits, expected)
+        blocks = set(other.modules())
+        assert all(f.block in blocks for f in patching.patches(other)), "a copy must not run the original's blocks"
+    unpatch(model)
+    assert widths(twin, images) == [17, 17, 7, 7, 7] and widths(model, images) == [17] * 5
+
+
+@torch.no_grad()
+def test_two_threads_one_model(images):
+    model = patch(build("dinov2"), num_tokens={1: 6, 2: 4}, cluster_on="keys", track_size=True)
+    inputs = [images, torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(9))]
+    expected = [model(x).logits for x in inputs]
+    before = {n: set(m.__dict__) for n, m in model.named_modules()}
+    wrong = []
+
+    def work(which):
+        with torch.no_grad():
+            for _ in range(8):
+                if not torch.equal(model(inputs[which]).logits, expected[which]):
+                    wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+    assert before == {n: set(m.__dict__) for n, m in model.named_modules()}, "nothing is left on the model"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("track_size", [False, True])
+def test_compile_fullgraph(track_size, images):
+    model = patch(build("dinov2"), num_tokens={1: 10, 2: 5}, track_size=track_size)
+    expected = model(images).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager" if track_size else "aot_eager")
+    torch.testing.assert_close(compiled(images).logits, expected)
+
+
+@torch.no_grad()
+def test_autocast_and_half(images):
+    model = patch(build("dinov2"), num_tokens={1: 6}, track_size=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert widths(model, images) == [17, 17, 7, 7, 7]
+    model = model.bfloat16()
+    assert model(images.bfloat16()).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_parts_replaced_after_patching_are_used(images):
+    model = patch(build("vit"), num_tokens={1: 6})
+    other = build("vit")
+    for module in (model, other):
+        block = (module.vit.layers if hasattr(module.vit, "layers") else module.vit.encoder.layer)[1]
+        torch.manual_seed(7)
+        block.layernorm_before = nn.LayerNorm(32).requires_grad_(False)
+        block.layernorm_before.weight.uniform_(0.5, 2)
+        block.attention.q_proj = nn.Linear(32, 32)
+    patch(other, num_tokens={1: 6})
+    assert torch.equal(model(images).logits, other(images).logits)
+
+
+def test_wrong_arguments():
+    model = build("dinov2")
+    cases = [
+        (dict(), ValueError, "exactly one of num_tokens and keep_ratio"),
+        (dict(num_tokens={1: 4}, keep_ratio=0.5), ValueError, "exactly one"),
+        (dict(num_tokens={4: 4}), ValueError, "from 0 to 3"),
+        (dict(num_tokens={}), ValueError, "at least one block"),
+        (dict(num_tokens={1: 4, 2: 8}), ValueError, "not rise"),
+        (dict(num_tokens={1: 0}), ValueError, "at least 1 token"),
+        (dict(num_tokens={1: 1.5}), ValueError, "ratio"),
+        (dict(num_tokens={"1": 4}), TypeError, "block indices"),
+        (dict(num_tokens=12), TypeError, "block: count"),
+        (dict(num_tokens=[16, 8]), ValueError, "one count per block"),
+        (dict(keep_ratio=1.5), ValueError, "keep_ratio"),
+        (dict(keep_ratio=0.5, layers=[9]), ValueError, "9"),
+        (dict(keep_ratio=0.5, layers=[]), ValueError, "layers"),
+        (dict(num_tokens={1: 4}, layers=[1]), ValueError, "layers goes with keep_ratio"),
+        (dict(keep_ratio=0.5, pooling="mean"), ValueError, "'bipartite'"),
+        (dict(keep_ratio=0.5, pooling=3), TypeError, "pooling"),
+        (dict(keep_ratio=0.5, pooling=lambda **kw: 3), TypeError, "nn.Module"),
+        (dict(keep_ratio=0.5, position="mlp"), ValueError, "position"),
+        (dict(keep_ratio=0.5, cluster_on="values"), ValueError, "cluster_on"),
+        (dict(keep_ratio=0.5, track_size=1), TypeError, "track_size"),
+        (dict(keep_ratio=0.5, iterations=3), TypeError, "'iterations'"),
+        (dict(keep_ratio=0.5, pooling="grid", num_iters=3), TypeError, "takes backend, grid_size"),
+        (dict(keep_ratio=0.5, return_clusters=True), TypeError, "'return_clusters'"),
+        (dict(keep_ratio=0.5, num_iters=0), ValueError, "num_iters"),
+        (dict(keep_ratio=0.5, num_prefix_tokens=-1), ValueError, "num_prefix_tokens"),
+    ]
+    for arguments, error, words in cases:
+        with pytest.raises(error) as caught:
+            patch(model, **arguments)
+        assert words in str(caught.value), (arguments, str(caught.value))
+        assert not patching.patches(model), "a refused patch changes nothing"
+
+
+def test_failed_repatch_keeps_the_old_patch(images):
+    model = patch(build("vit"), num_tokens={1: 6})
+    with pytest.raises(ValueError):
+        patch(model, num_tokens={9: 6})
+    assert list(patched_blocks(model)) == [1]
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(TypeError, match="Sequential"):
+        patch(nn.Sequential(nn.Linear(2, 2)), keep_ratio=0.5)
+    with pytest.raises(TypeError, match="must be an nn.Module, got str"):
+        patch("vit", keep_ratio=0.5)
+    with pytest.raises(TypeError, match="must be an nn.Module"):
+        unpatch(3)
+    two = nn.ModuleList([build("vit"), build("dinov2")])
+    with pytest.raises(ValueError, match="ViTModel, Dinov2Model"):
+        patch(two, keep_ratio=0.5)
+    config = transformers.BeitConfig(**{k: v for k, v in COMMON.items() if k != "num_labels"}, intermediate_size=64)
+    with pytest.raises((TypeError, ValueError), match="Beit"):
+        patch(transformers.BeitModel(config), keep_ratio=0.5)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, intermediate_size=64
+    )
+    with pytest.raises(TypeError, match="CLIPVisionModel"):
+        patch(transformers.CLIPVisionModel(vision), keep_ratio=0.5)
+
+
+def test_blocks_that_compute_something_else_are_refused():
+    model = build("vit")
+    block = patching.find_family(model).blocks[1].block
+
+    class Odd(type(block)):
+        def forward(self, hidden_states, *args, **kwargs):
+            return 2 * super().forward(hidden_states, *args, **kwargs)
+
+    block.__class__ = Odd
+    with pytest.raises(ValueError, match="Odd"):
+        patch(model, num_tokens={1: 6})
+    patch(model, num_tokens={2: 6})  # the other blocks are sound
+    other = build("vit")
+    patching.find_family(other).blocks[0].block.forward = lambda x: x
+    with pytest.raises(ValueError, match="something else"):
+        patch(other, num_tokens={0: 6})
+
+
+def test_mask_and_probe_leave_things_alone(images):
+    model = build("vit").train()
+    state = torch.get_rng_state()
+    patch(model, num_tokens={1: 6})
+    assert torch.equal(state, torch.get_rng_state()), "patching draws no random numbers"
+    assert all(m.training for m in model.modules())
+    block = patching.patches(model)[0].block
+    with pytest.raises(ValueError, match="mask"):
+        block(torch.randn(1, 17, 32), torch.zeros(1, 1, 17, 17))
+
+
+def test_own_module_as_pooling(images):
+    made = []
+
+    def factory(**arguments):
+        made.append(arguments)
+        return TokenPooling(**arguments, algorithm="kmedoids", weighted=False)
+
+    model = patch(build("deit"), num_tokens={1: 0.5, 2: 3}, pooling=factory)
+    assert made == [dict(keep_ratio=0.5, num_prefix_tokens=2), dict(num_tokens=3, num_prefix_tokens=2)]
+    with torch.no_grad():
+        assert widths(model, images) == [18, 18, 10, 5, 5]
