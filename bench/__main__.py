@@ -51,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=11, help="timed rounds (default 11)")
     p.add_argument("--wait-idle", type=float, default=0, metavar="S",
                    help="wait up to S seconds for other processes to leave the cores alone (CPU only)")
+    p.add_argument("--clock", default="wall", choices=["wall", "cpu"],
+                   help="cpu: CPU time of the process instead of elapsed time; for --threads 1 on a busy machine")
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     p.add_argument("--quick", action="store_true",
                    help="under a minute: one shape, batch 8, 5 rounds, no torch.compile and none of the slowest")
@@ -75,11 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: this torch sees no CUDA device", file=sys.stderr)
         return 2
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        print("--clock cpu adds up the time of all threads: use it with --threads 1 on the CPU", file=sys.stderr)
+        return 2
     names = [n for n in peers.select(args.peers) if not (args.quick and args.peers == "all" and n in QUICK_SKIP)]
-    settings = runner.Settings(repeats=args.repeats, memory=not args.no_memory)
+    settings = runner.Settings(repeats=args.repeats, memory=not args.no_memory, clock=args.clock)
     shapes, batches = parse_shapes(args.shapes) if args.shapes else None, args.batch
     if args.quick:
-        settings = runner.Settings(repeats=5, sample_s=0.15, problem_s=8.0, memory=not args.no_memory)
+        settings = runner.Settings(repeats=5, sample_s=0.15, problem_s=8.0, memory=not args.no_memory, clock=args.clock)
         batches = [8] if args.batch == [64] else args.batch
     todo, left_out = problems(suite="quick" if args.quick else args.suite, shapes=shapes, batches=batches, dtypes=args.dtype, ops=args.op,
                               iters=args.iters, mode=args.mode, device=args.device, tokens=args.tokens)
@@ -89,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
                "nice": os.nice(0), "commit": machine.commit(), "command": machine.command(), "date": machine.now()}
     if args.device == "cpu":
         used = machine.wait_idle(args.wait_idle)
-        if (used or 0) >= NOISY:
+        if (used or 0) >= NOISY and args.clock == "wall":
             print(f"note: other processes use {used} of {os.cpu_count()} cores: times will be wrong (see --wait-idle)")
     rates = None
     if args.floor:
@@ -112,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  tokens: {found[0]['tokens_used']}" if found else "  nothing to run")
         print(report.table(found), flush=True)
         busy = next((r["others_cpu_cores"] for r in found if r.get("others_cpu_cores") is not None), 0)
-        if busy >= NOISY and args.device == "cpu":
+        if busy >= NOISY and args.device == "cpu" and args.clock == "wall":
             print(f"  NOT TO BE TRUSTED: other processes used {busy} cores during these timings")
         records += found
         if args.json:

@@ -1,7 +1,7 @@
 """``python -m bench.crossover``: gram against direct on this machine, and the planner's constants fitted to it.
 
 Both paths are forced in turn (environment variable TOKENPOOL_EXT_CPU_PATH) over a grid of N, D, K and T, interleaved,
-on one thread. The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
+on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
     gram   = m_g N^2 D / 2 + t N D   + T (r N^2 + c N K)
     direct = m_d T N K D   + 2 t T N D + c T N K
 is fitted by non-negative least squares of relative errors, once with m_g = m_d (as the planner has it) and once with
@@ -65,7 +65,7 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float) -> di
     import tokenpool_ext as tp
 
     work = N * D * min(N / 2 + 8, T * K + 16)
-    B = int(max(1, min(16, 3e8 // work)))
+    B = int(max(1, min(64, 1e9 // work)))
     x = tokens.random_tokens(B, N, D)
     init = tokens.distinct_indices(B, N, K)
 
@@ -75,11 +75,12 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float) -> di
     done = run_path("direct", lambda: iterations_done(cluster, T)) if T > 1 else 1.0
     for call in calls.values():
         call()
-    samples, errors = timing.interleave(calls, repeats=repeats, clock=timing.WallClock(), pause=0, deadline_s=budget_s)
+    clock = timing.CpuClock() if torch.get_num_threads() == 1 else timing.WallClock()
+    samples, errors = timing.interleave(calls, repeats=repeats, clock=clock, pause=0, deadline_s=budget_s)
     if errors:
         raise next(iter(errors.values()))
     return {"N": N, "D": D, "K": K, "T": T, "B": B, "iterations_done": done,
-            **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 50) / B * 1e9 for p in PATHS}}
+            **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 20) / B * 1e9 for p in PATHS}}
 
 
 def features(path: str, row: dict, model: str) -> list[float]:

@@ -42,7 +42,7 @@ def start_cost_ms(x, K: int, start: str, weights, repeats: int) -> float:
     def call():
         return initial(start, x, K, weights, None, None, torch.Generator().manual_seed(0), False)
     call()
-    clock = timing.WallClock()
+    clock = timing.CpuClock() if torch.get_num_threads() == 1 else timing.WallClock()
     return timing.percentile([clock.seconds(call) for _ in range(repeats)], 50) / x.shape[0] * 1e3
 
 
@@ -50,12 +50,12 @@ def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
     import tokenpool_ext as tp
 
     records = []
-    clock = timing.WallClock()
+    clock = timing.CpuClock() if torch.get_num_threads() == 1 else timing.WallClock()
     for K in clusters:
         for weights, word in ((None, "unweighted"), (scores, "weighted")):
             base = sklearn_losses(x, weights, K)
             say(f"\n{word}, {x.shape[1]}x{x.shape[2]} -> {K}, {x.shape[0]} images; loss after T iterations over "
-                f"scikit-learn's converged k-means++ (mean, worst image)")
+                f"scikit-learn's converged k-means++: mean (worst image)")
             say(f"  {'start':10s} {'T':>3s} {'/ one run':>16s} {'/ best of 10':>16s} {'start ms':>9s} {'all ms':>8s}")
             for start in STARTS:
                 for T in iters:

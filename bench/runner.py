@@ -30,6 +30,7 @@ class Settings:
     problem_s: float = 30.0  # after this no new round of repeats starts (three are always made)
     shortest_s: float = 0.004  # shorter calls are repeated inside one sample
     memory: bool = True
+    clock: str = "wall"  # or "cpu": process CPU time, meant for one thread on a busy machine
 
 
 @dataclass
@@ -196,7 +197,8 @@ def run(problem: Problem, providers: list[Provider], settings: Settings, context
         skip=None, say=lambda text: None) -> list[dict]:
     """Time all providers on one problem. `skip`: provider name -> reason known beforehand."""
     data = tokens.make(problem)
-    clock = timing.CudaClock() if problem.device == "cuda" else timing.WallClock()
+    clock = (timing.CudaClock() if problem.device == "cuda" else
+             timing.CpuClock() if settings.clock == "cpu" else timing.WallClock())
     records, calls, repeats, inner, ready = {}, {}, {}, {}, {}
     agreed: dict = {}
     for provider in providers:
@@ -231,7 +233,7 @@ def run(problem: Problem, providers: list[Provider], settings: Settings, context
                                             deadline_s=settings.problem_s)
         per_image = {name: [None if s is None else s / ready[name] * 1e3 for s in found]
                      for name, found in samples.items()}
-        finish(records, per_image, errors, inner)
+        finish(records, per_image, errors, inner, "cuda events" if problem.device == "cuda" else settings.clock)
         busy = others.cores()
         for name in calls:
             records[name]["others_cpu_cores"] = busy
@@ -241,7 +243,7 @@ def run(problem: Problem, providers: list[Provider], settings: Settings, context
     return list(records.values())
 
 
-def finish(records: dict, per_image: dict, errors: dict, inner: dict) -> None:
+def finish(records: dict, per_image: dict, errors: dict, inner: dict, clock: str) -> None:
     """Fill times, and the ratios to every provider of ours, round by round (same round, same state of the machine)."""
     for name, found in per_image.items():
         record, times = records[name], [s for s in found if s is not None]
@@ -249,7 +251,7 @@ def finish(records: dict, per_image: dict, errors: dict, inner: dict) -> None:
             error = errors.get(name)
             record.update(status="failed", reason=f"while timing: {type(error).__name__}: {error}")
             continue
-        record.update(ms_per_image=timing.spread(times), repeats=len(times), calls_per_sample=inner[name],
+        record.update(ms_per_image=timing.spread(times), repeats=len(times), calls_per_sample=inner[name], clock=clock,
                       samples_ms_per_image=[round(t, 6) for t in times])
     us = next((name for name, r in records.items() if r["ours"] and r["status"] == "ok"), None)
     for name, record in records.items():

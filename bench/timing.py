@@ -40,6 +40,13 @@ class WallClock:
         return (self.now() - start) / calls
 
 
+class CpuClock(WallClock):
+    """CPU time of this process, all its threads: what one-threaded work costs even while others use the machine."""
+
+    def __init__(self):
+        super().__init__(time.process_time)
+
+
 class CudaClock:
     """Device events; L2 is overwritten before every timed call."""
 

@@ -8,7 +8,7 @@ OPS = ("kmeans",)
 DEVICES = ("cpu", "cuda")
 OBJECTIVE = "same"
 NOTE = "KMeans(num_init=1)(x, centers=...), batched; it loops over images and clusters for the means"
-LARGEST = 1 << 26  # N * K * D above which one image takes many seconds
+LARGEST = 1 << 25  # N * K * D above which one image takes many seconds
 
 
 def unavailable(problem):
