@@ -52,10 +52,10 @@ def segment_kernel(x, lst, coef, start, cnt, out, N, D, K, x_b, x_n, x_d, MEAN: 
 
 @kernel
 def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w, N, D, K, tiles, g_b, g_k, g_d, x_b, x_n,
-                         x_d, c_b, c_k, c_d, BN: tl.constexpr, BD: tl.constexpr):
-    """grad_x_i = share_i g[a_i] and grad_w_i = (x_i - c_{a_i}) . g[a_i] / W (0 when W = 0); one program per (image,
-    BN tokens).  grad, centers (B, K, D) and x (B, N, D) any strides; mass float32 (B, K) contiguous; lab, wn, counts
-    from labels_kernel; grad_x (B, N, D) x.dtype and grad_w float32 (B, N) contiguous."""
+                         x_d, c_b, c_k, c_d, HAS_WEIGHTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """grad_x_i = share_i g[a_i] and, HAS_WEIGHTS, grad_w_i = (x_i - c_{a_i}) . g[a_i] / W (0 when W = 0); one program
+    per (image, BN tokens).  grad, centers (B, K, D) and x (B, N, D) any strides; mass float32 (B, K) contiguous; lab,
+    wn, counts from labels_kernel; grad_x (B, N, D) x.dtype and grad_w float32 (B, N) contiguous."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles
     i = (pid % tiles) * BN + tl.arange(0, BN)
@@ -70,15 +70,17 @@ def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w
         offs_d = (d0 + tl.arange(0, BD)).to(tl.int64)
         inside = valid[:, None] & (offs_d < D)[None, :]
         g = tl.load(grad + b * g_b + j[:, None] * g_k + offs_d[None, :] * g_d, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(x + b * x_b + i[:, None] * x_n + offs_d[None, :] * x_d, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(centers + b * c_b + j[:, None] * c_k + offs_d[None, :] * c_d, mask=inside, other=0.0).to(tl.float32)
-        dot += tl.sum((v - c) * g, axis=1)
+        if HAS_WEIGHTS:
+            v = tl.load(x + b * x_b + i[:, None] * x_n + offs_d[None, :] * x_d, mask=inside, other=0.0)
+            c = tl.load(centers + b * c_b + j[:, None] * c_k + offs_d[None, :] * c_d, mask=inside, other=0.0)
+            dot += tl.sum((v.to(tl.float32) - c.to(tl.float32)) * g, axis=1)
         tl.store(grad_x + (b * N + i)[:, None] * D + offs_d[None, :],
                  tl.where(inside, share[:, None] * g, 0.0).to(grad_x.dtype.element_ty),
                  mask=(i < N)[:, None] & (offs_d < D)[None, :])
-    regular = valid & (total != 0)
-    slope = tl.div_rn(dot, tl.where(regular, total, 1.0))
-    tl.store(grad_w + b * N + i, tl.where(regular, slope, 0.0), mask=i < N)
+    if HAS_WEIGHTS:
+        regular = valid & (total != 0)
+        slope = tl.div_rn(dot, tl.where(regular, total, 1.0))
+        tl.store(grad_w + b * N + i, tl.where(regular, slope, 0.0), mask=i < N)
 
 
 @kernel

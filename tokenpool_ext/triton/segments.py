@@ -50,6 +50,7 @@ def segment(x, assignment, weights, K: int, mean: bool):
 
 
 def pool_backward(grad_centers, x, centers, assignment, weights, mass):
+    """(grad_x (B, N, D) x.dtype, grad_weights (B, N) float32; zeros without weights)."""
     B, N, D = x.shape
     K = centers.shape[1]
     grad_x = x.new_zeros((B, N, D)) if D == 0 else x.new_empty((B, N, D))
@@ -63,7 +64,8 @@ def pool_backward(grad_centers, x, centers, assignment, weights, mass):
         return B * tiles, dict(
             grad=grad_centers, x=x, centers=centers, lab=lab, wn=wn, mass=mass.contiguous(), counts=sizes, grad_x=grad_x,
             grad_w=grad_w, N=N, D=D, K=K, tiles=tiles, **strides(grad_centers, g_b=0, g_k=1, g_d=2),
-            **strides(x, x_b=0, x_n=1, x_d=2), **strides(centers, c_b=0, c_k=1, c_d=2))
+            **strides(x, x_b=0, x_n=1, x_d=2), **strides(centers, c_b=0, c_k=1, c_d=2),
+            HAS_WEIGHTS=weights is not None)
     launch(pooling.pool_backward_kernel, x, heuristics.token_configs(D), make)
     return grad_x, grad_w
 
