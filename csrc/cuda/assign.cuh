@@ -10,29 +10,6 @@
 namespace tokenpool {
 namespace cuda {
 
-template <typename T>
-struct CenterSplit {
-  static constexpr int kParts = 2;
-  // What the kernel effectively multiplies with; norms are taken of the same number.
-  static __device__ float representable(float c) {
-    const float high = to_float(from_float<T>(c));
-    return high + to_float(from_float<T>(c - high));
-  }
-  static __device__ T part(float c, int index) {
-    const T high = from_float<T>(c);
-    return index == 0 ? high : from_float<T>(c - to_float(high));
-  }
-};
-
-template <>
-struct CenterSplit<float> {
-  static constexpr int kParts = 1;
-  static __device__ float representable(float c) { return c; }
-  static __device__ float part(float c, int) { return c; }
-};
-
-constexpr int assign_rows(DType dtype) { return kBlockTile + (dtype == DType::kFloat32 ? 1 : 2) * kAssignClusters; }
-
 // The two warps that share tokens, and the four lanes that share a row, each hold a candidate.
 struct AssignScratch {
   Candidate best[2][kBlockTile];

@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(1024) bucket_kernel(BucketArgs a) {
       count_members(label, n, clusters, start);
       repair_empty(label, a.cost + b * n, n, clusters, start, scratch);
       int changed = a.first;
+#pragma unroll 1
       for (int i = threadIdx.x; i < n && !changed; i += blockDim.x) changed = label[i] != previous[i];
       const bool go_on = __syncthreads_or(changed);
       if (!go_on) {
@@ -35,9 +36,11 @@ __global__ void __launch_bounds__(1024) bucket_kernel(BucketArgs a) {
         __syncthreads();
         continue;
       }
+#pragma unroll 1
       for (int i = threadIdx.x; i < n; i += blockDim.x) previous[i] = label[i];
       bucket_tokens(label, n, clusters, a.bucket_warps, base, start, order);
     }
+#pragma unroll 1
     for (int j = threadIdx.x; j < k; j += blockDim.x) {
       a.segment_start[b * k + j] = j < clusters ? start[j] : 0;
       a.segment_length[b * k + j] = j < clusters ? start[j + 1] - start[j] : 0;
@@ -55,16 +58,19 @@ __global__ void __launch_bounds__(1024) finish_kernel(FinishArgs a) {
     int* rank = a.scratch + b * 3 * k;
     int* start = rank + k;
     int* length = start + k;
+#pragma unroll 1
     for (int j = threadIdx.x; j < k; j += blockDim.x) {
       start[j] = a.segment_start[b * k + j];
       length[j] = a.segment_length[b * k + j];
     }
     __syncthreads();
     rank_clusters(a.order + b * n, start, clusters, a.sort != 0, rank);
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       const int j = a.label[b * n + i];
       a.assignment[b * n + i] = j < 0 ? -1 : rank[j];
     }
+#pragma unroll 1
     for (int j = threadIdx.x; j < k; j += blockDim.x) {
       const int row = j < clusters ? rank[j] : j;
       a.segment_start[b * k + row] = start[j];

@@ -85,6 +85,7 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
       nearest[c] = 0;
       best[c] = infinity();
     }
+#pragma unroll 1
     for (int j = 0; j < p.clusters; ++j) {
       float product[kColumns];
 #pragma unroll
@@ -95,6 +96,7 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
         for (int c = 0; c < kColumns; ++c) product[c] = gram(m, column[c]);
       } else {
         const int end = s.start[j + 1];
+#pragma unroll 4
         for (int m = s.start[j]; m < end; ++m) {
           const int l = s.order[m];
           const float share = s.share[m];
@@ -128,10 +130,13 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
 // A medoid belongs to its own cluster, the lowest if several name it. s.order is free during an assignment to medoids.
 __device__ inline void claim_medoids(ClusterState& s, const ClusterProblem& p) {
   int* owner = s.order;
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) owner[i] = INT_MAX;
   __syncthreads();
+#pragma unroll 1
   for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) atomicMin(&owner[s.medoid[j]], j);
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.tokens; i += blockDim.x)
     if (owner[i] != INT_MAX && s.weight[i] >= 0.0f) {
       s.label[i] = owner[i];
@@ -142,10 +147,13 @@ __device__ inline void claim_medoids(ClusterState& s, const ClusterProblem& p) {
 
 // p_l of every member: w_l / W_j, or 1 / count where W_j is 0.
 __device__ inline void share_weights(ClusterState& s, const ClusterProblem& p) {
+#pragma unroll 1
   for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
     const int begin = s.start[j], end = s.start[j + 1];
     float total = 0.0f;
+#pragma unroll 1
     for (int m = begin; m < end; ++m) total += s.weight[s.order[m]];
+#pragma unroll 1
     for (int m = begin; m < end; ++m)
       s.share[m] = total > 0.0f ? s.weight[s.order[m]] / total : 1.0f / static_cast<float>(end - begin);
   }
@@ -157,21 +165,26 @@ __device__ inline void share_weights(ClusterState& s, const ClusterProblem& p) {
 template <typename Gram>
 __device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p) {
   float* product = s.cost;  // c_{a_i} . x_i
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
     const int j = s.label[i];
     float sum = 0.0f;
     if (j >= 0)
+#pragma unroll 2
       for (int m = s.start[j]; m < s.start[j + 1]; ++m) sum = fmaf(s.share[m], gram(s.order[m], i), sum);
     product[i] = sum;
   }
   __syncthreads();
+#pragma unroll 1
   for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
     const int begin = s.start[j], end = s.start[j + 1];
     if (p.with_medoids) {
       float total = 0.0f;
+#pragma unroll 1
       for (int m = begin; m < end; ++m) total += s.weight[s.order[m]];
       int chosen = s.order[begin];
       float best = infinity();
+#pragma unroll 1
       for (int m = begin; m < end && total > 0.0f; ++m) {
         const int i = s.order[m];
         const float distance = end - begin == 2 ? -s.weight[i] : gram(i, i) - 2.0f * product[i];
@@ -184,6 +197,7 @@ __device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const
       s.norm[j] = gram(chosen, chosen);
     } else {
       float sum = 0.0f;
+#pragma unroll 1
       for (int m = begin; m < end; ++m) sum = fmaf(s.share[m], product[s.order[m]], sum);
       s.norm[j] = sum;
     }
@@ -197,11 +211,13 @@ template <int kColumns, typename Gram>
 __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p,
                                          BlockScratch& scratch) {
   if (p.clusters == 0) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) s.label[i] = -1;
     __syncthreads();
     return;
   }
   if (p.init != nullptr) {
+#pragma unroll 1
     for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
       const int64_t m = p.init[j];
       s.medoid[j] = m < 0 ? 0 : m >= p.tokens ? p.tokens - 1 : static_cast<int>(m);
@@ -211,6 +227,7 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
   __syncthreads();
   for (int t = 0; t < p.iterations; ++t) {
     if (t == 0 && p.init == nullptr) {
+#pragma unroll 1
       for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
         s.label[i] = p.first_label[i];
         s.cost[i] = p.first_cost[i];
@@ -225,12 +242,14 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
     count_members(s.label, p.tokens, p.clusters, s.count);
     repair_empty(s.label, s.cost, p.tokens, p.clusters, s.count, scratch);
     int changed = t == 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) changed |= s.label[i] != s.previous[i];
     if (!__syncthreads_or(changed)) {
       // The previous lists and medoids still hold; only claim_medoids has overwritten s.order.
       if (p.with_medoids) bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
       break;
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) s.previous[i] = s.label[i];
     bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
     if (p.with_medoids || t + 1 < p.iterations) {

@@ -73,6 +73,28 @@ __device__ inline void power_of_two_scale(float largest, float* scale, float* in
   *inverse = __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
 }
 
+// A center as the sum of two numbers of half type (high + low), which keeps about twice the type's digits.
+template <typename T>
+struct CenterSplit {
+  static constexpr int kParts = 2;
+  // What the kernel effectively multiplies with; norms are taken of the same number.
+  static __device__ float representable(float c) {
+    const float high = to_float(from_float<T>(c));
+    return high + to_float(from_float<T>(c - high));
+  }
+  static __device__ T part(float c, int index) {
+    const T high = from_float<T>(c);
+    return index == 0 ? high : from_float<T>(c - to_float(high));
+  }
+};
+
+template <>
+struct CenterSplit<float> {
+  static constexpr int kParts = 1;
+  static __device__ float representable(float c) { return c; }
+  static __device__ float part(float c, int) { return c; }
+};
+
 // One image of a token tensor.
 template <typename T>
 struct Image {

@@ -10,14 +10,6 @@
 namespace tokenpool {
 namespace cuda {
 
-// Row and column of element t of a lower triangle counted by rows.
-__device__ inline void triangle_position(int t, int* row, int* column) {
-  int r = 0;
-  while (t > r) t -= ++r;
-  *row = r;
-  *column = t;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(256) gram_kernel(GramArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);

@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(1024) iterate_kernel(IterateArgs a) {
   ClusterState s(weight, weight + round_up(n, 4), n, k);
   for (int64_t b = blockIdx.x; b < a.shape.batch; b += gridDim.x) {
     const ImageStats stats = a.stats[b];
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x)
       weight[i] = is_valid(a.mask, b * n + i) ? normal_weight(a.weights, b * n + i, stats.weight_scale) : -1.0f;
     ClusterProblem p;
@@ -31,11 +32,13 @@ __global__ void __launch_bounds__(1024) iterate_kernel(IterateArgs a) {
     __syncthreads();
     const FullGram gram = {a.gram + b * n * a.ld, a.ld};
     cluster_from_gram<kIterateColumns>(gram, s, p, scratch);
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       const int j = s.label[i];
       a.assignment[b * n + i] = j < 0 ? -1 : s.rank[j];
       a.order[b * n + i] = s.order[i];
     }
+#pragma unroll 1
     for (int j = threadIdx.x; j < k; j += blockDim.x) {
       const bool used = j < stats.clusters;
       const int row = used ? s.rank[j] : j;

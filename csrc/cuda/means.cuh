@@ -3,92 +3,10 @@
 // every 128, and members are added in ascending order.
 #pragma once
 
-#include "assign.cuh"
+#include "sums.cuh"
 
 namespace tokenpool {
 namespace cuda {
-
-// p_l = w_l / W of one cluster's members, robust for weights of any magnitude.
-struct Shares {
-  const float* weights;  // of the image, or null
-  float scale;           // power of two
-  float total;           // of the scaled weights
-  float mass;            // of the weights themselves
-  int length;
-
-  __device__ Shares(const float* image_weights, const int* members, int count) : weights(image_weights), length(count) {
-    float heaviest = weights == nullptr ? 1.0f : 0.0f;
-    if (weights != nullptr)
-      for (int m = lane_index(); m < length; m += kWarp) heaviest = fmaxf(heaviest, weights[members[m]]);
-    heaviest = warp_max(heaviest);
-    float inverse;
-    power_of_two_scale(heaviest, &scale, &inverse);
-    total = 0.0f;
-    if (weights == nullptr)
-      total = static_cast<float>(length);
-    else
-      for (int m = 0; m < length; ++m) total += normal_weight(weights, members[m], scale);
-    const float sum = total * inverse;
-    mass = sum > FLT_MAX ? FLT_MAX : sum;
-  }
-
-  __device__ float weight(int token) const { return weights == nullptr ? 1.0f : normal_weight(weights, token, scale); }
-  __device__ float of(int token) const {
-    return total > 0.0f ? weight(token) / total : 1.0f / static_cast<float>(length);
-  }
-};
-
-template <typename T>
-__device__ inline void weighted_mean4(const Image<T>& image, const int* members, const Shares& shares, int f,
-                                      int features, float (&mean)[4]) {
-#pragma unroll
-  for (int e = 0; e < 4; ++e) mean[e] = 0.0f;
-  for (int m = 0; m < shares.length; ++m) {
-    const int token = members[m];
-    const float share = shares.of(token);
-    float v[4];
-    load4(image, token, f, features, v);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) mean[e] = fmaf(share, v[e], mean[e]);
-  }
-}
-
-// Writes one row of the centers. Returns sum_i w_i ||(x_i - c) * scale||^2 over the members, w in units of
-// stats.weight_scale, to every lane (0 without stats). medoid: token to copy in kMedoid mode.
-template <typename T>
-__device__ inline float emit_center(const Image<T>& image, const int* members, const Shares& shares, MeansMode mode,
-                                    int medoid, const ImageStats* stats, const float* image_weights, int features,
-                                    T* out) {
-  float error = 0.0f;
-  for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
-    float center[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    const int terms = mode == MeansMode::kMedoid ? 1 : shares.length;
-    for (int m = 0; m < terms; ++m) {
-      const int token = mode == MeansMode::kMedoid ? medoid : members[m];
-      const float share = mode == MeansMode::kMean ? shares.of(token) : 1.0f;
-      float v[4];
-      load4(image, token, f, features, v);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) center[e] = fmaf(share, v[e], center[e]);
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (f + e < features) out[f + e] = mode == MeansMode::kMedoid ? image.raw(medoid, f + e) : from_float<T>(center[e]);
-    if (stats == nullptr) continue;
-    for (int m = 0; m < shares.length; ++m) {
-      const int token = members[m];
-      const float w = normal_weight(image_weights, token, stats->weight_scale);
-      float v[4];
-      load4(image, token, f, features, v);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float difference = v[e] * stats->scale - center[e] * stats->scale;
-        error = fmaf(w * difference, difference, error);
-      }
-    }
-  }
-  return stats == nullptr ? 0.0f : warp_sum(error);
-}
 
 template <typename T>
 __global__ void __launch_bounds__(128) means_kernel(MeansArgs a) {

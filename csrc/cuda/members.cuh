@@ -23,10 +23,12 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
   const int warp = warp_index(), lane = lane_index();
   const int per_warp = round_up((tokens + warps - 1) / warps, kWarp);
   const int begin = min(warp * per_warp, tokens), end = min(begin + per_warp, tokens);
+#pragma unroll 1
   for (int p = threadIdx.x; p < warps * clusters; p += blockDim.x) base[p] = 0;
   __syncthreads();
   if (warp < warps) {
     int* count = base + static_cast<int64_t>(warp) * clusters;
+#pragma unroll 1
     for (int i0 = begin; i0 < end; i0 += kWarp) {
       const int64_t given = i0 + lane < end ? static_cast<int64_t>(label[i0 + lane]) : -1;
       const int j = given >= 0 && given < clusters ? static_cast<int>(given) : -1;
@@ -37,8 +39,10 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int j = threadIdx.x; j < clusters; j += blockDim.x) {
     int running = 0;
+#pragma unroll 1
     for (int w = 0; w < warps; ++w) {
       int& slot = base[static_cast<int64_t>(w) * clusters + j];
       const int mine = slot;
@@ -66,6 +70,7 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
   __syncthreads();
   if (warp < warps) {
     int* next = base + static_cast<int64_t>(warp) * clusters;
+#pragma unroll 1
     for (int i0 = begin; i0 < end; i0 += kWarp) {
       const int64_t given = i0 + lane < end ? static_cast<int64_t>(label[i0 + lane]) : -1;
       const int j = given >= 0 && given < clusters ? static_cast<int>(given) : -1;
@@ -84,8 +89,10 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
 // Members of each of the first `clusters` clusters. Integer atomics: the counts do not depend on their order.
 // Ends with a barrier.
 __device__ inline void count_members(const int* label, int tokens, int clusters, int* count) {
+#pragma unroll 1
   for (int j = threadIdx.x; j < clusters; j += blockDim.x) count[j] = 0;
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < tokens; i += blockDim.x)
     if (label[i] >= 0) atomicAdd(&count[label[i]], 1);
   __syncthreads();
@@ -96,11 +103,13 @@ __device__ inline void count_members(const int* label, int tokens, int clusters,
 __device__ inline void repair_empty(int* label, const float* cost, int tokens, int clusters, int* count,
                                     BlockScratch& scratch) {
   int empty = 0;
+#pragma unroll 1
   for (int j = threadIdx.x; j < clusters; j += blockDim.x) empty |= count[j] == 0;
   if (!__syncthreads_or(empty)) return;
   for (int j = 0; j < clusters; ++j) {
     if (count[j] != 0) continue;  // the same for all threads: count changes only between the barriers below
     Candidate donor = {-1.0f, INT_MAX};
+#pragma unroll 1
     for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
       const int a = label[i];
       if (a >= 0 && count[a] >= 2) donor = larger(donor, Candidate{cost[i], i});
@@ -118,11 +127,13 @@ __device__ inline void repair_empty(int* label, const float* cost, int tokens, i
 // Ranks of the clusters by their first member when `sort` is set, else their own numbers. Cluster j's members are
 // order[start[j] ..), length[j] of them; clusters are all non-empty. Ends with a barrier.
 __device__ inline void rank_clusters(const int* order, const int* start, int clusters, bool sort, int* rank) {
+#pragma unroll 1
   for (int j = threadIdx.x; j < clusters; j += blockDim.x) {
     int r = j;
     if (sort) {
       r = 0;
       const int mine = order[start[j]];
+#pragma unroll 1
       for (int other = 0; other < clusters; ++other) r += order[start[other]] < mine;
     }
     rank[j] = r;

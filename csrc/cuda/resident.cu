@@ -1,3 +1,4 @@
+// Launcher of the path "resident".
 #include "resident.cuh"
 #include "launch.cuh"
 

@@ -11,8 +11,8 @@
 #pragma once
 
 #include "cluster.cuh"
-#include "gram.cuh"
-#include "means.cuh"
+#include "sums.cuh"
+#include "tile.cuh"
 
 namespace tokenpool {
 namespace cuda {
@@ -25,13 +25,16 @@ constexpr int kTilesPerWarp = 2;
 __device__ inline void center_chunk(float* staged, int stride, const float* weight, int tokens, int valid, float* sums) {
   const int lane = lane_index(), warp = warp_index();
   float sum = 0.0f;
+#pragma unroll 1
   for (int i = warp; i < tokens; i += kResidentThreads / kWarp)
     if (weight[i] >= 0.0f) sum += staged[i * stride + lane];
   sums[warp * kWarp + lane] = sum;
   __syncthreads();
   sum = 0.0f;
+#pragma unroll 1
   for (int w = 0; w < kResidentThreads / kWarp; ++w) sum += sums[w * kWarp + lane];
   const float mean = sum / static_cast<float>(max(1, valid));
+#pragma unroll 1
   for (int i = warp; i < tokens; i += kResidentThreads / kWarp) staged[i * stride + lane] -= mean;
   __syncthreads();
 }
@@ -95,6 +98,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
     const Image<T> image(a.x, b);
     float heaviest = 0.0f;
     int valid = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x)
       if (is_valid(a.mask, b * n + i)) {
         heaviest = fmaxf(heaviest, a.weights == nullptr ? 1.0f : a.weights[b * n + i]);
@@ -107,6 +111,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
     stats.scale = stats.inv_scale = 1.0f;
     stats.clusters = min(k, stats.valid);
     if (a.counts != nullptr) stats.clusters = static_cast<int>(max(int64_t{0}, min(a.counts[b], int64_t{stats.clusters})));
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x)
       weight[i] = is_valid(a.mask, b * n + i) ? normal_weight(a.weights, b * n + i, stats.weight_scale) : -1.0f;
     __syncthreads();
@@ -117,6 +122,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
       again = false;
       if (!a.use_scale || stats.scale != 1.0f) break;
       float largest = 0.0f;
+#pragma unroll 1
       for (int i = threadIdx.x; i < n; i += blockDim.x) {
         const float square = gram[PackedGram::offset(i) + i];
         if (weight[i] >= 0.0f) largest = fmaxf(largest, square == square ? square : infinity());
@@ -124,7 +130,9 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
       largest = block_max(largest, scratch);
       if (largest >= 0x1p-40f && largest <= 0x1p80f) break;
       float absolute = 0.0f;
+#pragma unroll 1
       for (int i = warp_index(); i < n; i += warps_in_block())
+#pragma unroll 1
         for (int f = lane_index(); f < features && weight[i] >= 0.0f; f += kWarp)
           absolute = fmaxf(absolute, fabsf(image.at(i, f)));
       power_of_two_scale(block_max(absolute, scratch), &stats.scale, &stats.inv_scale);
@@ -145,6 +153,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
     const PackedGram packed = {gram};
     cluster_from_gram<1>(packed, s, p, scratch);
 
+#pragma unroll 1
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       const int j = s.label[i];
       a.assignment[b * n + i] = j < 0 ? -1 : s.rank[j];
@@ -162,6 +171,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
         mass = shares.mass;
         error = emit_center(image, members, shares, mode, p.with_medoids ? s.medoid[j] : 0, &stats, weights, features, out);
       } else {
+#pragma unroll 1
         for (int f = lane_index(); f < features; f += kWarp) out[f] = from_float<T>(0.0f);
       }
       if (lane_index() == 0) {

@@ -16,6 +16,15 @@ typedef float TileAccumulator[2][4][4];
 __device__ inline int tile_row(int mi, int e) { return 16 * mi + lane_index() / 4 + 8 * (e / 2); }
 __device__ inline int tile_column(int ni, int e) { return 8 * ni + 2 * (lane_index() % 4) + e % 2; }
 
+// Row and column of element t of a lower triangle counted by rows.
+__device__ inline void triangle_position(int t, int* row, int* column) {
+  int r = 0;
+#pragma unroll 1
+  while (t > r) t -= ++r;
+  *row = r;
+  *column = t;
+}
+
 #ifndef TOKENPOOL_CUDA_SIM
 // d (16 x 8) += a (16 x 16, row-major) * b (16 x 8, column-major), for one warp.
 __device__ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
@@ -46,6 +55,7 @@ __device__ inline void clear(TileAccumulator& acc) {
 template <typename T>
 __device__ inline void tile_product(TileAccumulator& acc, const T* a, const T* b, int stride, int chunk) {
   const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll 1
   for (int k = 0; k < chunk; k += 16) {
     uint32_t fa[2][4], fb[4][2];
 #pragma unroll
@@ -67,6 +77,7 @@ __device__ inline void tile_product(TileAccumulator& acc, const T* a, const T* b
 
 template <>
 __device__ inline void tile_product<float>(TileAccumulator& acc, const float* a, const float* b, int stride, int chunk) {
+#pragma unroll 2
   for (int k = 0; k < chunk; ++k) {
     float fa[2][2], fb[4][2];
 #pragma unroll
@@ -97,6 +108,7 @@ __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int 
     T value[kVector];
   };
   const int vectors = chunk / kVector;
+#pragma unroll 1
   for (int p = threadIdx.x; p < rows * vectors; p += blockDim.x) {
     const int row = p / vectors, column = p % vectors * kVector;
     const int token = first + row, feature = k0 + column;

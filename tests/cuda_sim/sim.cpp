@@ -3,10 +3,13 @@
 
 #include "cuda_sim.h"
 
+#include "../../csrc/cuda/assign.cuh"
 #include "../../csrc/cuda/attention.cuh"
 #include "../../csrc/cuda/bucket.cuh"
+#include "../../csrc/cuda/gram.cuh"
 #include "../../csrc/cuda/iterate.cuh"
 #include "../../csrc/cuda/launchers.h"
+#include "../../csrc/cuda/means.cuh"
 #include "../../csrc/cuda/pipeline.h"
 #include "../../csrc/cuda/pool_ops.cuh"
 #include "../../csrc/cuda/resident.cuh"

@@ -1,3 +1,5 @@
+// Launchers of unpool, the gradient of pool, and attention received.
+#include "attention.cuh"
 #include "pool_ops.cuh"
 #include "launch.cuh"
 
@@ -14,6 +16,16 @@ int launch_count(const CountArgs& args, const Launch& launch) { return launch_ke
 int launch_pool_backward(DType dtype, const PoolBackwardArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(pool_backward_kernel, dtype, args, launch);
 }
+
+int launch_lse(DType dtype, const AttentionArgs& args, const Launch& launch) {
+  TOKENPOOL_LAUNCH_TYPED(lse_kernel, dtype, args, launch);
+}
+
+int launch_received(DType dtype, const AttentionArgs& args, const Launch& launch) {
+  TOKENPOOL_LAUNCH_TYPED(received_kernel, dtype, args, launch);
+}
+
+int launch_reduce(const AttentionArgs& args, const Launch& launch) { return launch_kernel(reduce_kernel, args, launch); }
 
 }  // namespace cuda
 }  // namespace tokenpool
