@@ -2,8 +2,8 @@
 
 Per block with N tokens of width M (paper: Marin et al., arXiv 2110.03860, section 3; "Gflops" there are GMACs):
 queries, keys, values ``3 N M^2``, ``q k^T`` and attention times values ``N^2 M`` each, output projection ``N M^2``, MLP
-``2 N M H`` (3 for SwiGLU) with hidden width H. Patch embedding ``n P^2 C M``, head ``M * classes``. Norms, softmax and
-activations are left out. A block that pools between attention and MLP pays for its MLP only on the tokens left.
+``2 N M H`` (3 for SwiGLU) with hidden width H. Patch embedding ``n P^2 C M``, head ``M * classes``. Norms, softmax,
+activations, attention-pooling heads and the choice of starts for the clustering are left out. A block that pools between attention and MLP pays for its MLP only on the tokens left.
 
 Pooling, on n patch tokens of width E (M, or the head width when keys are clustered), K kept, T iterations:
 K-Means ``T n K E`` (every distance in every iteration) or, when less, ``n^2 E`` (the Gram product, after which iterations

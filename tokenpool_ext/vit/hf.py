@@ -79,6 +79,11 @@ def find(module: nn.Module) -> Optional[Family]:
     blocks = submodule(encoder, "layer", "layers")
     if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not hasattr(embeddings, "cls_token"):
         return None
+    if hasattr(module, "out_features"):
+        raise TypeError(
+            f"patch: {type(module).__name__} is a backbone that arranges its tokens in a feature map, which pooled tokens no"
+            " longer fill; patch the plain model and spread its tokens with tokenpool_ext.unpool"
+        )
     for block in blocks:
         if not HFBlock.matches(block):
             raise unknown_block(module, block)

@@ -59,6 +59,8 @@ class PooledForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = self.block
+        if not self.track_size and not self.reduces(x):
+            return type(block).forward(block, x, *args, **kwargs)
         if getattr(block, "gradient_checkpointing", False) and block.training:
             # transformers 5 checkpoints inside the class's forward, which this replaces; 4.x does it in __call__.
             if type(block).__call__ is nn.Module.__call__:
