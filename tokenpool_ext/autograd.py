@@ -1,6 +1,6 @@
 """Thin autograd functions: save, call the op, apply the formula (contract: the assignment is constant).
 
-`chain` names the backends to try, as `backends.select` chose them; forward and backward use the same.
+`chain` names the backends to try, as `registry.select` chose them; forward and backward use the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends
+from . import registry
 
 
 def _plain(x: Tensor):
@@ -21,7 +21,7 @@ class KMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, weights, mask, counts, init, num_clusters, num_iters, sort):
         with _plain(x):
-            centers, assignment, mass, inertia = backends.call(
+            centers, assignment, mass, inertia = registry.call(
                 chain, "kmeans", x, weights, mask, counts, init, num_clusters, num_iters, sort
             )
         ctx.chain = chain
@@ -41,7 +41,7 @@ class KMedoids(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, weights, mask, counts, init, num_clusters, num_iters, sort):
         with _plain(x):
-            centers, assignment, mass, medoids, inertia = backends.call(
+            centers, assignment, mass, medoids, inertia = registry.call(
                 chain, "kmedoids", x, weights, mask, counts, init, num_clusters, num_iters, sort
             )
         ctx.num_tokens = x.shape[1]
@@ -68,7 +68,7 @@ class Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, assignment, weights, num_clusters):
         with _plain(x):
-            centers, mass = backends.call(chain, "pool", x, assignment, weights, num_clusters)
+            centers, mass = registry.call(chain, "pool", x, assignment, weights, num_clusters)
         ctx.chain = chain
         ctx.save_for_backward(x, centers, assignment, weights, mass)
         return centers
@@ -87,17 +87,17 @@ class Unpool(torch.autograd.Function):
         ctx.chain = chain
         ctx.num_clusters = centers.shape[1]
         ctx.save_for_backward(assignment)
-        return backends.call(chain, "unpool", centers, assignment)
+        return registry.call(chain, "unpool", centers, assignment)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (assignment,) = ctx.saved_tensors
         with _plain(grad):
-            return None, backends.call(ctx.chain, "unpool_backward", grad, assignment, ctx.num_clusters), None
+            return None, registry.call(ctx.chain, "unpool_backward", grad, assignment, ctx.num_clusters), None
 
 
 def _pool_backward(ctx, grad_centers, x, centers, assignment, weights, mass):
     with _plain(x):
-        grad_x, grad_weights = backends.call(ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass)
+        grad_x, grad_weights = registry.call(ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass)
     return grad_x, None if weights is None else grad_weights
