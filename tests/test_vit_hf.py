@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from tokenpool_ext.modules import TokenPooling
@@ -205,6 +206,16 @@ def test_proportional_attention_counts_duplicates():
 
 
 @torch.no_grad()
+def test_size_bias_fused_equals_eager(family, images):
+    logits = []
+    for implementation in ("sdpa", "eager"):
+        model = build(family, attn_implementation=implementation)
+        patch(model, num_tokens={1: 10, 2: 5}, track_size=True, weighted=False, init="strided")
+        logits.append(model(images).logits)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_scores_with_sizes_are_those_of_the_copies():
     generator = torch.Generator().manual_seed(5)
     q, k = (torch.randn(2, 3, 4, 8, generator=generator) for _ in range(2))
@@ -275,6 +286,18 @@ def test_compile_fullgraph(track_size, images):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager" if track_size else "aot_eager")
     torch.testing.assert_close(compiled(images).logits, expected)
+
+
+@torch.no_grad()
+def test_compile_dynamic_batch(images):
+    model = patch(build("vit"), num_tokens={1: 10, 2: 5})
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 3, 56, 56)
+        torch.testing.assert_close(compiled(x).logits, model(x).logits)
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()
@@ -356,6 +379,8 @@ def test_unknown_models_are_named():
     config = transformers.BeitConfig(**{k: v for k, v in COMMON.items() if k != "num_labels"}, intermediate_size=64)
     with pytest.raises((TypeError, ValueError), match="Beit"):
         patch(transformers.BeitModel(config), keep_ratio=0.5)
+    with pytest.raises(TypeError, match="Dinov2Backbone"):
+        patch(transformers.Dinov2Backbone(build("dinov2").config), keep_ratio=0.5)
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, intermediate_size=64
     )

@@ -139,12 +139,13 @@ class PooledForward:
 
 def significance(q: Tensor, k: Tensor, scale: float, sizes: Optional[Tensor]) -> Tensor:
     """(B, N) attention received. With sizes s, that of softmax(scale q.k + log s): one more feature carries log s."""
-    if sizes is not None:
-        b, h, n, _ = k.shape
-        extra = (sizes.float().log() / scale)[:, None, :, None].expand(b, h, n, 1)
-        k = torch.cat([k.float(), extra], dim=3)
-        q = torch.cat([q.float(), q.new_ones(q.shape[:3] + (1,), dtype=torch.float32)], dim=3)
-    return attention_received(q, k, scale=scale)
+    if sizes is None:
+        # The usual scale by its default: a float attribute would become a symbol in dynamic compilation.
+        return attention_received(q, k, scale=None if scale == q.shape[3] ** -0.5 else scale)
+    b, h, n, _ = k.shape
+    q = torch.cat([q.float() * scale, q.new_ones(q.shape[:3] + (1,), dtype=torch.float32)], dim=3)
+    k = torch.cat([k.float(), sizes.float().log()[:, None, :, None].expand(b, h, n, 1)], dim=3)
+    return attention_received(q, k, scale=1.0)
 
 
 def apply_patch(
