@@ -31,7 +31,7 @@ def cpu_extension():
     sources += [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512")]
     return CppExtension(
         "tokenpool_ext._C",
-        [source for source in sources if (ROOT / source).exists()],
+        sources,
         include_dirs=[pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],  # one binary for every torch from 2.11 on
         extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"],
@@ -75,7 +75,7 @@ def wanted():
                     sys.exit(f"tokenpool_ext: TOKENPOOL_EXT_CUDA=1, but CUDA cannot be built: {reason}")
                 return say(f"CUDA kernels: not built ({reason})")
             target = ROOT / "tokenpool_ext" if self.inplace else Path(self.build_lib).resolve() / "tokenpool_ext"
-            builder.build_cuda(str(target))
+            builder.build_cuda(str(target), say=say)
 
     return [cpu_extension()], {"build_ext": Build.with_options(use_ninja=True)}
 

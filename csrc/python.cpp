@@ -4,6 +4,7 @@
 
 #include "cpu/api.h"
 #include "planner.h"
+#include "planner_cuda.h"
 
 namespace py = pybind11;
 
@@ -42,4 +43,36 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"), py::arg("acc_bytes") = 4,
       py::arg("centers_given") = false, "How the CPU backend would compute one image, and why.");
+  m.def(
+      "plan_cuda",
+      [](int64_t batch, int tokens, int clusters, int features, int iterations, int dtype, bool medoids, int major, int minor,
+         int sm_count, size_t shared_limit) {
+        tokenpool::cuda::CudaProblem problem;
+        problem.batch = batch;
+        problem.tokens = tokens;
+        problem.features = features;
+        problem.clusters = clusters;
+        problem.iterations = iterations;
+        problem.dtype = static_cast<tokenpool::cuda::DType>(dtype);
+        problem.with_medoids = medoids;
+        problem.major = major;
+        problem.minor = minor;
+        problem.sm_count = sm_count;
+        problem.shared_limit = shared_limit;
+        const tokenpool::cuda::CudaPlan plan = tokenpool::cuda::plan_cuda(problem);
+        py::dict result;
+        result["path"] = std::string(tokenpool::cuda::path_name(plan.path));
+        result["launches"] = plan.launches * plan.passes;
+        result["threads"] = plan.threads;
+        result["shared_bytes"] = plan.shared_bytes;
+        result["blocks"] = plan.blocks;
+        result["workspace_bytes"] = plan.workspace_bytes;
+        result["flops"] = plan.flops;
+        result["bytes"] = plan.bytes;
+        result["reason"] = plan.reason;
+        return result;
+      },
+      py::arg("batch"), py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"),
+      py::arg("dtype") = 0, py::arg("medoids") = false, py::arg("major") = 8, py::arg("minor") = 0, py::arg("sm_count") = 0,
+      py::arg("shared_limit") = 0, "How the CUDA backend would compute a batch on a GPU of this compute capability, and why.");
 }

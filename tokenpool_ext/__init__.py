@@ -8,17 +8,22 @@
 from ._version import __version__
 from .registry import backends
 from .functional import Clusters, attention_received, kmeans, kmedoids, pool, unpool
+from .modules import TokenPooling
 from .plan import Plan, explain
+from .vit import patch, unpatch
 
 __all__ = [
     "Clusters",
     "Plan",
+    "TokenPooling",
     "__version__",
     "attention_received",
     "backends",
     "explain",
     "kmeans",
     "kmedoids",
+    "patch",
     "pool",
+    "unpatch",
     "unpool",
 ]

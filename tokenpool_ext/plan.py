@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import torch
 
 from . import loader, registry
+from .functional import FLOATING
 from .reference import accumulate_dtype
 
 
@@ -52,18 +53,25 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: Union[str, torch.device] = "cpu",
     num_iters: int = 5,
+    compute_capability: Optional[Tuple[int, int]] = None,
 ) -> Plan:
     """The plan for `kmeans` of B images of N tokens of D features into K clusters. Nothing is run.
 
+    With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
+
     Raises:
-        ValueError: a size below 1, or K above N.
+        ValueError: a size below 1, K above N, or a dtype no backend takes.
     """
     for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"explain: {argument} must be a positive int, got {value!r}")
     if K > N:
         raise ValueError(f"explain: K must be at most N = {N}, got {K}")
+    if dtype not in FLOATING:
+        raise ValueError(f"explain: dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype}")
     device = torch.device(device)
+    if compute_capability is not None:
+        return _plan_cuda(B, N, K, D, dtype, num_iters, compute_capability, "")
     acc = accumulate_dtype(dtype)
     probe = _Probe(device, dtype)
     chain = registry.select("kmeans", probe)
@@ -74,7 +82,7 @@ def explain(
     )
     item = torch.empty((), dtype=dtype).element_size()
     moved = B * (N * D + K * D) * item + B * N * 8
-    problem = f"{B} x {N} tokens x {D} features -> {K} clusters, {num_iters} iterations, {str(dtype).split('.')[-1]} on {device}"
+    problem = f"{_problem(B, N, K, D, num_iters, dtype)} on {device}"
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize)
@@ -98,14 +106,44 @@ def explain(
             reason="plain PyTorch: products with the centers, and sums through a one-hot product",
             **common,
         )
-    details = registry.REGISTRY[name].ops()
-    explain_here = getattr(details, "explain", None) if name == "triton" else getattr(loader.extension, "plan_cuda_kmeans", None)
-    if explain_here is None:
-        return Plan(path="own", flops=2.0 * B * num_iters * N * K * D, workspace_bytes=0, threads=None, launches=None,
-                    reason="the first backend that can run this", **common)
-    found = explain_here(B, N, K, D, num_iters, item)
-    return Plan(path=found["path"], flops=found["flops"], workspace_bytes=found["workspace_bytes"], threads=None,
-                launches=found["launches"], reason=found["reason"], **common)
+    if name == "cuda":
+        return _plan_cuda(B, N, K, D, dtype, num_iters, torch.cuda.get_device_capability(device), refusals)
+    found = registry.REGISTRY[name].ops().explain(B, N, K, D, num_iters, dtype)
+    return Plan(
+        path=found["path"],
+        flops=found["flops"],
+        workspace_bytes=found["workspace_bytes"],
+        threads=None,
+        launches=found["launches"],
+        reason=found["reason"],
+        **common,
+    )
+
+
+def _plan_cuda(B, N, K, D, dtype, num_iters, capability, refusals) -> Plan:
+    if loader.extension is None:
+        raise ValueError(f"explain: plans for CUDA need the compiled extension: {loader.extension_reason}")
+    code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
+    if code is None:
+        raise ValueError(f"explain: the CUDA kernels take float32, bfloat16 and float16, got {dtype}")
+    major, minor = capability
+    found = loader.extension.plan_cuda(B, N, K, D, num_iters, code, major=major, minor=minor)
+    return Plan(
+        problem=f"{_problem(B, N, K, D, num_iters, dtype)} on a GPU of compute capability {major}.{minor}",
+        backend="cuda",
+        path=found["path"],
+        flops=found["flops"],
+        bytes=found["bytes"],
+        workspace_bytes=found["workspace_bytes"],
+        threads=None,
+        launches=found["launches"],
+        reason=found["reason"],
+        refusals=refusals,
+    )
+
+
+def _problem(B, N, K, D, num_iters, dtype) -> str:
+    return f"{B} x {N} tokens x {D} features -> {K} clusters, {num_iters} iterations, {str(dtype).split('.')[-1]}"
 
 
 class _Probe:
