@@ -9,7 +9,7 @@ namespace tokenpool {
 namespace cuda {
 
 template <typename T>
-__global__ void __launch_bounds__(128) means_kernel(MeansArgs a) {
+__global__ void __launch_bounds__(128, 4) means_kernel(MeansArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(128) inertia_kernel(InertiaArgs a) {
 
 // First centers of the streaming path, in scaled and centred units: given tokens or given centers. Clears `done`.
 template <typename T>
-__global__ void __launch_bounds__(128) gather_kernel(GatherArgs a) {
+__global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(128) gather_kernel(GatherArgs a) {
 
 // Next centers of the streaming path: means, or the members nearest to them (K-Medoids).
 template <typename T>
-__global__ void __launch_bounds__(128) update_kernel(UpdateArgs a) {
+__global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();

@@ -1,0 +1,125 @@
+"""The CUDA planner's decisions for every architecture, on a machine without a GPU. Needs only a C++ compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
+import simulator  # noqa: E402
+
+pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
+
+ARCHS = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
+LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory a block may ask for
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+FIELDS = ("path", "launches", "threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global", "blocks_per_sm",
+          "images_per_pass", "passes", "blocks", "workspace_bytes")
+VIT_SUITE = [(196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288), (256, 1024, 64),
+             (576, 1024, 64), (1030, 128, 343), (4096, 320, 1024), (75600, 128, 1000)]
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory):
+    library = tmp_path_factory.mktemp("planner") / "planner.so"
+    subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(library),
+                    str(simulator.CSRC / "planner_cuda.cpp")], check=True)
+    lib = ctypes.CDLL(str(library))
+
+    def plan(n, d, k, *, arch=90, dtype="bfloat16", batch=256, iterations=5, medoids=False, centers=False, limit=0, force=None):
+        given = (ctypes.c_int64 * 13)(batch, n, d, k, iterations, DTYPES[dtype], medoids, centers, *ARCHS[arch], 132, limit,
+                                      -1 if force is None else simulator.PATHS.index(force))
+        out, reason = (ctypes.c_int64 * 12)(), ctypes.create_string_buffer(512)
+        lib.tokenpool_plan_cuda(given, out, reason, 512)
+        result = dict(zip(FIELDS, out))
+        result["path"] = simulator.PATHS[result["path"]]
+        result["reason"] = reason.value.decode()
+        return result
+
+    return plan
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", VIT_SUITE, ids=str)
+def test_every_plan_can_be_launched(planner, arch, dtype, shape):
+    for medoids in (False, True):
+        for centers in ((False,) if medoids else (False, True)):
+            plan = planner(*shape, arch=arch, dtype=dtype, medoids=medoids, centers=centers)
+            assert 0 <= plan["shared_bytes"] <= LIMIT[arch] * 1024 - 512
+            assert plan["threads"] % 32 == 0 and 32 <= plan["threads"] <= 1024
+            assert 1 <= plan["bucket_warps"] <= plan["threads"] // 32
+            assert plan["images_per_pass"] * plan["passes"] >= 256 and plan["blocks"] >= 1
+            assert plan["workspace_bytes"] <= (512 << 20) * 1.01 or plan["images_per_pass"] == 1
+            assert plan["launches"] >= 1 and plan["reason"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_vit_base_shapes_need_one_launch_everywhere(planner, arch):
+    for shape in [(196, 192, 98), (196, 384, 98), (196, 768, 49)]:
+        plan = planner(*shape, arch=arch)
+        assert plan["path"] == "resident" and plan["launches"] == 1 and plan["workspace_bytes"] == 0
+        assert plan["blocks_per_sm"] == (2 if arch in (90, 100) else 1)
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_256_tokens_fit_where_shared_memory_is_large(planner, arch):
+    assert planner(256, 384, 128, arch=arch)["path"] == "resident"
+    assert planner(256, 384, 128, arch=86)["path"] == "gram"
+
+
+def test_small_shared_memory_leaves_the_resident_path(planner):
+    assert planner(196, 384, 98, arch=90, limit=64 * 1024)["path"] == "gram"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_paths_of_longer_sequences(planner, arch):
+    assert planner(576, 768, 288, arch=arch)["path"] == "gram"
+    assert planner(75600, 128, 1000, arch=arch)["path"] == "streaming"
+    assert planner(4096, 320, 1024, arch=arch)["path"] == "streaming"
+    assert "more than" in planner(75600, 128, 1000, arch=arch)["reason"]
+
+
+def test_few_clusters_and_iterations_take_direct_products(planner):
+    assert planner(2048, 64, 2, iterations=1)["path"] == "streaming"
+    assert planner(1030, 768, 343)["path"] == "gram"
+
+
+def test_plan_does_not_depend_on_the_batch(planner):
+    """Only the number of blocks and passes may: an image's result must not change with its batch mates."""
+    for n, d, k in VIT_SUITE + [(17, 3, 5), (2048, 64, 700)]:
+        plans = [planner(n, d, k, batch=batch) for batch in (1, 8, 256, 70000)]
+        for name in ("path", "threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global"):
+            assert len({plan[name] for plan in plans}) == 1, name
+
+
+def test_a_huge_batch_runs_in_passes(planner):
+    plan = planner(576, 768, 288, batch=70000)
+    assert plan["passes"] > 1 and plan["images_per_pass"] * plan["passes"] >= 70000
+    assert plan["workspace_bytes"] <= 513 << 20
+    assert planner(196, 384, 98, batch=70000)["blocks"] == 70000  # resident: no workspace, one pass
+
+
+def test_forced_paths(planner):
+    for path in simulator.PATHS:
+        assert planner(196, 384, 98, force=path)["path"] == path
+    assert planner(75600, 128, 1000, force="resident")["path"] == "streaming"  # cannot hold it
+
+
+def test_many_clusters_count_in_global_memory(planner):
+    assert planner(200000, 64, 1000)["bucket_in_global"] == 0
+    assert planner(200000, 64, 20000)["bucket_in_global"] == 1
+
+
+def test_given_centers_add_the_launches_that_assign_to_them(planner):
+    assert planner(196, 384, 98, centers=True)["launches"] == 5
+    assert planner(576, 768, 288, centers=True)["launches"] == planner(576, 768, 288)["launches"] + 2
+
+
+def test_streaming_takes_three_launches_an_iteration(planner):
+    few, many = planner(75600, 128, 1000, iterations=5), planner(75600, 128, 1000, iterations=6)
+    assert many["launches"] - few["launches"] == 3
