@@ -1,0 +1,214 @@
+"""What the Triton backend would launch, for real sizes, without a GPU: launches are recorded on the meta device.
+
+A meta tensor has no values, so any synchronisation (reading a value on the host) would raise here.
+"""
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tokenpool_ext.triton import clustering, heuristics, launch, segments  # noqa: E402
+
+VIT = ((196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288), (256, 1024, 64),
+       (576, 1024, 64), (1030, 128, 343))
+LONG = ((4096, 320, 1024), (75600, 128, 1000))
+DEVICES = tuple(heuristics.Device(sm, kib * 1024) for sm, kib in
+                ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99), (75, 64), (0, 64)))
+ITERATION = {"assign_kernel", "settle_kernel", "update_kernel"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def recorded(B, N, D, K, num_iters=5, dtype=torch.bfloat16, medoids=False, centers=False, weighted=True):
+    init = meta(B, K, D) if centers else meta(B, K, dtype=torch.int64)
+    with launch.record() as launches:
+        clustering.cluster(meta(B, N, D, dtype=dtype), meta(B, N) if weighted else None, meta(B, N, dtype=torch.bool),
+                           meta(B, dtype=torch.int64), init, K, num_iters, True, medoids)
+    return launches
+
+
+def counts(launches):
+    names = [one.kernel.fn.__name__ for one in launches]
+    return {name: names.count(name) for name in names}
+
+
+@pytest.mark.parametrize("medoids", (False, True))
+@pytest.mark.parametrize("shape", VIT + LONG, ids=str)
+def test_launches(shape, medoids):
+    """At most three launches an iteration, none per cluster, six around them; no host synchronisation (meta)."""
+    N, D, K = shape
+    for num_iters in (1, 5):
+        launches = recorded(2, N, D, K, num_iters, medoids=medoids)
+        found = counts(launches)
+        looped = sum(found.get(name, 0) for name in ITERATION)
+        which, _ = heuristics.path(N, K, num_iters)
+        assert looped == (0 if which == "gram" else 3 * num_iters)
+        assert len(launches) - looped <= 6
+        plan = heuristics.plan(2, N, K, D, torch.bfloat16, num_iters)
+        assert len(launches) == plan.launches_before + plan.launches_per_iteration * num_iters + plan.launches_after
+        assert plan.path == which and str(plan)
+
+
+def test_launches_do_not_depend_on_k_or_the_batch():
+    one = len(recorded(1, 4096, 64, 16))
+    assert len(recorded(1, 4096, 64, 1024)) == one
+    assert len(recorded(512, 4096, 64, 16)) == one
+
+
+def test_given_centers_on_the_gram_path_cost_two_more_launches():
+    assert len(recorded(2, 196, 384, 98, centers=True)) == len(recorded(2, 196, 384, 98)) + 2
+
+
+@pytest.mark.parametrize("B", (1, 8, 70000))
+def test_plans_do_not_depend_on_the_batch(B):
+    """Same kernels, same tiles and same flags for an image, whatever the batch: so the same rounding."""
+    for N, D, K in ((196, 384, 98), (300, 64, 8)):
+        launches, single = recorded(B, N, D, K, dtype=torch.float32), recorded(1, N, D, K, dtype=torch.float32)
+        for many, one in zip(launches, single):
+            assert many.kernel is one.kernel and many.config == one.config
+            flags = [p.name for p in one.kernel.params if p.is_constexpr and p.name in one.arguments]
+            assert [many.arguments[f] for f in flags] == [one.arguments[f] for f in flags]
+        assert all(one.programs <= 2**31 - 1 for one in launches)
+
+
+def test_gram_memory_is_bounded():
+    launches = recorded(1024, 1030, 128, 343)
+    grams = [one.arguments["gram"] for one in launches if one.kernel.fn.__name__ == "gram_kernel"]
+    assert len(grams) > 1 and sum(g.shape[0] for g in grams) == 1024
+    assert all(g.numel() * 4 <= heuristics.GRAM_BYTES_LIMIT for g in grams)
+
+
+@pytest.mark.parametrize("shape", VIT + LONG, ids=str)
+def test_nothing_of_size_n_by_k_in_memory(shape):
+    N, D, K = shape
+    direct = heuristics.path(N, K, 5)[0] == "direct"
+    for one in recorded(2, N, D, K):
+        for name, value in one.arguments.items():
+            if isinstance(value, torch.Tensor) and name != "gram":
+                assert value.numel() <= 2 * max(N * D, K * D, 2 * K, N), name
+                assert not (direct and value.shape[-2:] in ((N, K), (K, N)) and D != K), name
+
+
+@pytest.mark.parametrize("shape", VIT + LONG, ids=str)
+def test_bytes_moved(shape):
+    """Bytes through L2 of one iteration, against what eager PyTorch moves at least: the tokens and an N x K matrix
+    written and read twice (product, argmin) and the one-hot sums."""
+    N, D, K = shape
+    plan = heuristics.plan(1, N, K, D, torch.bfloat16)
+    eager = 2 * N * D * 2 + 4 * 4 * N * K
+    assert plan.bytes_per_iteration < 3 * eager
+    if plan.path == "gram":
+        assert plan.bytes_per_iteration < 6 * N * N + 10**6
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_tiles_fit_the_shared_memory(device):
+    """Every config offered for a device fits its limit, for every dtype and feature count; never an empty list."""
+    for D in (1, 3, 15, 16, 64, 80, 128, 384, 1536, 4096):
+        for itemsize in (2, 4):
+            for configs, estimate in ((heuristics.assign_configs(device, D, itemsize), heuristics.shared_assign),
+                                      (heuristics.gram_configs(device, D, itemsize), heuristics.shared_gram),
+                                      (heuristics.attention_configs(device, D, itemsize), heuristics.shared_attention)):
+                assert configs
+                for config in configs:
+                    assert estimate(config, itemsize) <= device.shared
+                    tiles = [v for k, v in config.items() if k in ("BN", "BK", "BD", "BM", "BQ")]
+                    assert all(t >= 16 and t & (t - 1) == 0 for t in tiles)  # tensor cores need 16, Triton a power of two
+
+
+def test_a_tiny_shared_memory_still_gets_a_plan():
+    tiny = heuristics.Device(0, 1024)
+    assert len(heuristics.assign_configs(tiny, 4096, 4)) == 1
+    assert heuristics.assign_configs(tiny, 4096, 4)[0]["BN"] == 16
+
+
+def test_tuned_rows_come_first_only_where_they_fit(monkeypatch):
+    row = dict(BN=256, BK=128, BD=64, HOLD=False, num_warps=8, num_stages=2)
+    small = dict(BN=32, BK=64, BD=32, HOLD=False, num_warps=4, num_stages=2)
+    monkeypatch.setitem(heuristics.TUNED, (90, "assign", 2), row)
+    monkeypatch.setitem(heuristics.TUNED, (89, "assign", 2), row)
+    monkeypatch.setitem(heuristics.TUNED, (80, "assign", 2), small)
+    by_capability = {d.capability: heuristics.assign_configs(d, 384, 2)[0] for d in DEVICES}
+    assert by_capability[90] == row and by_capability[80] == small and by_capability[89] != row
+
+
+def all_launches():
+    launches = []
+    for dtype in DTYPES:
+        for shape in ((2, 300, 64, 8), (2, 196, 80, 98)):
+            for medoids in (False, True):
+                launches += recorded(*shape, dtype=dtype, medoids=medoids)
+    x, a = meta(2, 9, 5), meta(2, 9, dtype=torch.int64)
+    with launch.record() as more:
+        centers, mass = segments.segment(x, a, meta(2, 9), 3, True)
+        segments.pool_backward(centers, x, centers, a, meta(2, 9), mass)
+        segments.unpool(centers, a)
+        segments.attention_received(meta(2, 2, 9, 5), meta(2, 2, 9, 5), 0.5, None)
+    return launches + more
+
+
+def test_sizes_are_runtime_values():
+    """Only tiles and flags are constexpr, and no size, stride or flag is specialised: one compilation for all shapes."""
+    allowed = {"BN", "BK", "BD", "BM", "BQ", "BI", "BJ", "TI", "TL", "BC", "R", "BLOCK", "BLOCK_E", "BLOCK_K", "HOLD",
+               "PRECISION", "CENTER", "SCALE", "CONTIG", "SPLIT", "MEDOIDS", "SORT", "MEAN", "FROM_TOKENS", "HAS_X",
+               "HAS_MASK", "HAS_WEIGHTS", "HAS_COUNTS", "HAS_INDEX"}
+    kernels = {one.kernel.fn.__name__: one for one in all_launches()}
+    assert len(kernels) >= 14
+    for name, one in kernels.items():
+        for parameter in one.kernel.params:
+            if parameter.is_constexpr:
+                assert parameter.name in allowed, (name, parameter.name)
+            elif not isinstance(one.arguments[parameter.name], torch.Tensor):
+                assert parameter.do_not_specialize, (name, parameter.name)
+
+
+def test_no_autotuning_and_no_float_atomics():
+    from pathlib import Path
+    import tokenpool_ext.triton
+    for file in Path(tokenpool_ext.triton.__file__).parent.glob("*.py"):
+        text = file.read_text()
+        assert "triton.autotune" not in text and ".item()" not in text and "synchronize" not in text, file
+        for line in text.splitlines():
+            if "atomic_" in line and "tl." in line:
+                assert "tl.atomic_add(counts" in line, (file, line)  # int32 counters: order cannot matter
+
+
+def test_tf32_only_where_the_user_allows_it(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert clustering.precision(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert clustering.precision(torch.float32) == "tf32" and clustering.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, tokenpool_ext, tokenpool_ext.triton as t; t.kmeans; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+def test_without_triton_the_reason_is_given():
+    code = ("import sys; sys.modules['triton'] = None\n"
+            "import torch, tokenpool_ext, tokenpool_ext.triton as t\n"
+            "print(t.unavailable()); print(t.can_run('kmeans', torch.zeros(1, 2, 3, device='meta')))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    first, second = done.stdout.strip().splitlines()
+    assert "cannot be imported" in first and "got one on meta" in second
+
+
+def test_plan_is_immutable_and_printable():
+    plan = heuristics.plan(256, 196, 98, 384, torch.bfloat16, device=DEVICES[3])
+    assert "gram path" in str(plan) and "sm_90" in str(plan) and "Not tuned" in str(plan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.path = "direct"
