@@ -1,6 +1,6 @@
 """How fast could it be: this machine's peak rates, measured in the same run, and the work a problem needs at least.
 
-CPU rates: a register-only multiply-add loop and a copy (bench/native/rates.cpp, compiled with g++ at first use), and
+CPU rates: a register-only multiply-add loop and a copy (bench/native/rates.cpp, compiled with g++ at first use; CPU time of each thread), and
 the library's GEMM. GPU rates: a large GEMM and a large copy by events (there is no register loop).
 bfloat16 and float16 on a CPU without their own dot products run at the float32 multiply-add rate, and are floored so.
 
@@ -57,7 +57,7 @@ def cpu_rates(threads: int, seconds: float = 0.1, runs: int = 4) -> dict:
     found = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
              for _ in range(runs)]
     rates = {key: max(f[key] for f in found) for key in found[0]}
-    clock = timing.WallClock()
+    clock = timing.CpuClock() if threads == 1 else timing.WallClock()
     for name, n in (("gemm_float32", 1536), ("gemm_bfloat16", 256), ("gemm_float64", 1024)):
         dtype = getattr(torch, name.removeprefix("gemm_"))
         a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
