@@ -110,30 +110,29 @@ def compiled(function, **options):
     return torch.compile(function, fullgraph=True, **options)
 
 
-@pytest.fixture(params=["eager", "aot_eager"])
-def compiler(request):
-    return request.param
-
-
 def skip_interpreter(backend):
     if backend.name == "triton" and backend.device == "cpu":
         pytest.skip("the Triton interpreter is plain Python and cannot be traced")
+    if backend.env:
+        pytest.skip("the path inside a compiled op makes no difference to the compiler")
 
 
 @pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
-def test_clustering_compiles_without_graph_breaks(backend, algorithm, compiler):
+def test_clustering_compiles_without_graph_breaks(backend, algorithm):
     skip_interpreter(backend)
+    if backend.name == "reference" and algorithm == "kmeans":
+        pytest.skip("its graph is part of K-Medoids', and the reference's graphs are long")
 
     def function(x, w):
-        c = getattr(tp, algorithm)(x * 1.0, 4, weights=w, backend=backend.name)
+        c = getattr(tp, algorithm)(x * 1.0, 4, weights=w, num_iters=2, backend=backend.name)
         return c.centers, c.assignment, c.mass, c.inertia, tp.unpool(c.centers, c.assignment, backend=backend.name)
 
-    fast = compiled(function, dynamic=True, backend=compiler)
+    fast = compiled(function, dynamic=True, backend="aot_eager")
     x, w = tokens(2, 12, 3, device=backend.device), positive_weights(2, 12, device=backend.device)
     assert_identical(function(x, w), fast(x, w))
 
 
-def test_pool_and_attention_compile(backend, compiler):
+def test_pool_and_attention_compile(backend):
     skip_interpreter(backend)
 
     def function(x, a, w):
@@ -142,7 +141,7 @@ def test_pool_and_attention_compile(backend, compiler):
 
     x, w = tokens(2, 12, 3, device=backend.device), positive_weights(2, 12, device=backend.device)
     a = torch.arange(12, device=backend.device).expand(2, 12) % 4
-    assert_identical(function(x, a, w), compiled(function, dynamic=True, backend=compiler)(x, a, w))
+    assert_identical(function(x, a, w), compiled(function, dynamic=True, backend="aot_eager")(x, a, w))
 
 
 @pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
@@ -150,7 +149,7 @@ def test_gradients_through_compiled_code(backend, algorithm):
     skip_interpreter(backend)
 
     def loss(x, w):
-        c = getattr(tp, algorithm)(x, 4, weights=w, backend=backend.name)
+        c = getattr(tp, algorithm)(x, 4, weights=w, num_iters=2, backend=backend.name)
         return (tp.unpool(c.centers, c.assignment, backend=backend.name) - x).square().sum()
 
     w = positive_weights(2, 12, device=backend.device)
@@ -165,7 +164,7 @@ def test_five_resolutions_and_three_batch_sizes_need_two_compilations(backend):
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
-    function = compiled(lambda x: tp.kmeans(x, x.shape[1] // 2, backend=backend.name).centers, dynamic=True,
+    function = compiled(lambda x: tp.kmeans(x, x.shape[1] // 2, num_iters=2, backend=backend.name).centers, dynamic=True,
                         backend=counter)
     for n in (10, 16, 21, 28, 37):
         for b in (2, 3, 5):
@@ -177,8 +176,8 @@ def test_five_resolutions_and_three_batch_sizes_need_two_compilations(backend):
 def test_inductor(backend):
     """The default compiler, once."""
     skip_interpreter(backend)
-    if backend.env:
-        pytest.skip("one run is enough")
-    function = lambda x: tp.kmeans(x + 1, 4, backend=backend.name).centers.tanh()
+    if backend.name == "reference":
+        pytest.skip("a long graph of library calls: a minute of C++ compilation that proves nothing about this project")
+    function = lambda x: tp.kmeans(x + 1, 4, num_iters=2, backend=backend.name).centers.tanh()
     x = tokens(2, 12, 3, device=backend.device)
     torch.testing.assert_close(function(x), compiled(function, dynamic=True)(x))

@@ -204,7 +204,7 @@ def test_without_triton_the_reason_is_given():
             "print(t.unavailable()); print(t.can_run('kmeans', torch.zeros(1, 2, 3, device='meta')))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     first, second = done.stdout.strip().splitlines()
-    assert "cannot be imported" in first and "got one on meta" in second
+    assert "cannot be imported" in first and "got one on meta" in second, done.stdout
 
 
 def test_plan_is_immutable_and_printable():

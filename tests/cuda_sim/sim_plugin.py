@@ -1,0 +1,48 @@
+"""pytest plugin: the shared test bodies on the simulated CUDA backend, one target per path.
+
+    PYTHONPATH=tests/cuda_sim python -m pytest -p sim_plugin tests/test_clustering.py
+
+Registers the simulator in the backends' registry as cuda_sim_resident, cuda_sim_gram and cuda_sim_streaming and makes
+them the only targets (TOKENPOOL_EXT_CUDA_SIM=name,name keeps some paths). float64 and tests marked large are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+
+import pytest
+import torch
+
+import simulator
+
+
+def pytest_configure(config):
+    from tokenpool_ext import registry
+    from helpers import Target
+
+    conftest = sys.modules["conftest"]
+    library = simulator.build()
+    kept = [name for name in simulator.PATHS if name in os.environ.get("TOKENPOOL_EXT_CUDA_SIM", ",".join(simulator.PATHS))]
+    targets = []
+    for path in kept:
+        ops = simulator.Simulator(library, path=path)
+        namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in registry.OPS})
+        name = f"cuda_sim_{path}"
+        registry.REGISTRY[name] = registry.Backend(name, lambda: None, _refuses, lambda namespace=namespace: namespace)
+        targets.append(Target(name))
+    conftest.TARGETS[:] = targets
+
+
+def _refuses(op, x):
+    return "the CUDA kernels take float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("dtype") == torch.float64:
+            item.add_marker(pytest.mark.skip(reason="no float64 on CUDA"))
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="too large for the simulator"))
