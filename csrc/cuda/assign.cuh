@@ -18,7 +18,7 @@ struct AssignScratch {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(256) assign_kernel(AssignArgs a) {
+__global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ AssignScratch scratch;
   constexpr DType kType = TypeTraits<T>::kType;

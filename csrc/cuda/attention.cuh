@@ -51,7 +51,7 @@ __device__ inline RowSum merge(RowSum a, RowSum b) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(256) lse_kernel(AttentionArgs a) {
+__global__ void __launch_bounds__(256, 2) lse_kernel(AttentionArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ RowSum partial[2][kBlockTile];
   T* rows = reinterpret_cast<T*>(memory);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(256) lse_kernel(AttentionArgs a) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(256) received_kernel(AttentionArgs a) {
+__global__ void __launch_bounds__(256, 2) received_kernel(AttentionArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ float partial[4][kAssignClusters];
   T* rows = reinterpret_cast<T*>(memory);

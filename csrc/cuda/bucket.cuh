@@ -7,7 +7,7 @@
 namespace tokenpool {
 namespace cuda {
 
-__global__ void __launch_bounds__(1024) bucket_kernel(BucketArgs a) {
+__global__ void __launch_bounds__(1024, 1) bucket_kernel(BucketArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ BlockScratch scratch;
   const int n = a.shape.tokens, k = a.shape.clusters;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(1024) bucket_kernel(BucketArgs a) {
 
 // One block per image: the streaming path's results in the order asked for. With `sort`, clusters are ranked by
 // their first member, so the segments and medoids are permuted (through scratch).
-__global__ void __launch_bounds__(1024) finish_kernel(FinishArgs a) {
+__global__ void __launch_bounds__(1024, 1) finish_kernel(FinishArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters;
   for (int64_t b = blockIdx.x; b < a.shape.batch; b += gridDim.x) {
     const int clusters = a.stats[b].clusters;

@@ -11,7 +11,7 @@ namespace tokenpool {
 namespace cuda {
 
 template <typename T>
-__global__ void __launch_bounds__(256) gram_kernel(GramArgs a) {
+__global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   constexpr DType kType = TypeTraits<T>::kType;
   const int chunk = stage_chunk(kType), stride = stage_stride(kType, chunk);

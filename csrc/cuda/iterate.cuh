@@ -8,7 +8,7 @@ namespace cuda {
 
 constexpr int kIterateColumns = 2;  // columns of G that a thread adds at a time
 
-__global__ void __launch_bounds__(1024) iterate_kernel(IterateArgs a) {
+__global__ void __launch_bounds__(1024, 1) iterate_kernel(IterateArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ BlockScratch scratch;
   const int n = a.shape.tokens, k = a.shape.clusters;

@@ -10,7 +10,7 @@ namespace cuda {
 
 // One block per (image, 64 tokens): partial maxima and counts. Reads x once.
 template <typename T>
-__global__ void absmax_kernel(StatsArgs a) {
+__global__ void __launch_bounds__(256, 2) absmax_kernel(StatsArgs a) {
   __shared__ BlockScratch scratch;
   const int chunks = stats_chunks(a.shape.tokens);
   const int64_t work_items = a.shape.batch * chunks;
@@ -47,7 +47,7 @@ __global__ void absmax_kernel(StatsArgs a) {
 // One block (256 threads) per (image, 32 features): combines the partial maxima, then sums its features over the
 // valid tokens: eight warps take every eighth token each, then the warps are added in order.
 template <typename T>
-__global__ void center_kernel(StatsArgs a) {
+__global__ void __launch_bounds__(256, 2) center_kernel(StatsArgs a) {
   __shared__ float column[8][kWarp];
   __shared__ ImageStats shared_stats;
   const int groups = a.mean == nullptr ? 1 : max(1, (a.shape.features + kWarp - 1) / kWarp);

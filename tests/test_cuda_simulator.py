@@ -1,0 +1,262 @@
+"""The CUDA kernels' own source on the CPU (tests/cuda_sim), against the float64 reference: every path and dtype.
+
+The shared bodies (test_clustering.py and others) run on the simulator too:
+    PYTHONPATH=tests/cuda_sim python -m pytest -p sim_plugin tests/test_clustering.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
+import simulator  # noqa: E402
+from helpers import assert_consistent, assert_identical, positive_weights, spread_indices, tokens  # noqa: E402
+from tokenpool_ext import reference  # noqa: E402
+from tokenpool_ext.functional import Clusters  # noqa: E402
+
+pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return simulator.build()
+
+
+@pytest.fixture(params=simulator.PATHS)
+def path(request):
+    return request.param
+
+
+@pytest.fixture(params=["kmeans", "kmedoids"])
+def algorithm(request):
+    return request.param
+
+
+@pytest.fixture(params=list(simulator.DTYPES), ids=lambda d: str(d)[6:])
+def dtype(request):
+    return request.param
+
+
+def cluster(sim, algorithm, x, init, k, *, weights=None, mask=None, counts=None, iters=3, sort=False) -> Clusters:
+    out = getattr(sim, algorithm)(x, weights, mask, counts, init, k, iters, sort)
+    return Clusters(out[0], out[1], out[2], out[3] if algorithm == "kmedoids" else None, out[-1])
+
+
+def expected(algorithm, x, init, k, *, weights=None, mask=None, counts=None, iters=3, sort=False) -> Clusters:
+    init = init if init.dtype == torch.int64 else init.double()
+    weights = None if weights is None else weights.double()
+    out = getattr(reference, algorithm)(x.double(), weights, mask, counts, init, k, iters, sort)
+    return Clusters(out[0], out[1], out[2], out[3] if algorithm == "kmedoids" else None, out[-1])
+
+
+def assert_close(got: Clusters, want: Clusters, x, *, flips=0.03):
+    """Chaotic iterations: few labels differ, inertia agrees (contract section 8)."""
+    assert (got.assignment != want.assignment).float().mean() <= flips
+    torch.testing.assert_close(got.inertia.double(), want.inertia, rtol=1e-3 if flips == 0 else 2e-2, atol=1e-5)
+    if bool((got.assignment == want.assignment).all()):
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[x.dtype]
+        torch.testing.assert_close(got.centers.double(), want.centers, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got.mass.double(), want.mass, rtol=1e-5, atol=1e-6)
+        if got.medoids is not None:
+            assert torch.equal(got.medoids, want.medoids)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 20, 7), (1, 1, 1, 1), (2, 9, 3, 9), (1, 70, 33, 40)], ids=str)
+def test_clustering_agrees_with_the_reference(library, path, algorithm, dtype, shape):
+    b, n, d, k = shape
+    sim = simulator.Simulator(library, path=path)
+    x = tokens(b, n, d, dtype, groups=max(1, k // 2))
+    w = positive_weights(b, n) if n == 37 else None
+    init = spread_indices(b, n, k)
+    one = cluster(sim, algorithm, x, init, k, weights=w, iters=1)
+    assert sim.taken == path
+    assert_consistent(one, x, k, weights=w, algorithm=algorithm, init=init)
+    got = cluster(sim, algorithm, x, init, k, weights=w, iters=4)
+    assert_consistent(got, x, k, weights=w, algorithm=algorithm)
+    assert_close(got, expected(algorithm, x, init, k, weights=w, iters=4), x)
+
+
+def test_more_than_one_tile_of_tokens_and_centers(library, path, algorithm):
+    sim = simulator.Simulator(library, path=path)
+    x, init = tokens(1, 140, 12, torch.bfloat16, groups=30), spread_indices(1, 140, 70)
+    got = cluster(sim, algorithm, x, init, 70, iters=2)
+    assert_consistent(got, x, 70, algorithm=algorithm)
+    assert_close(got, expected(algorithm, x, init, 70, iters=2), x)
+
+
+def test_given_centers(library, path, dtype):
+    sim = simulator.Simulator(library, path=path)
+    x, start = tokens(2, 33, 9, dtype, groups=5), tokens(2, 5, 9, seed=4)
+    got = cluster(sim, "kmeans", x, start, 5)
+    assert_consistent(got, x, 5)
+    assert_close(got, expected("kmeans", x, start, 5), x)
+
+
+def test_mask_counts_weights_and_sort(library, path, algorithm):
+    sim = simulator.Simulator(library, path=path)
+    x, w = tokens(3, 26, 11, groups=6), positive_weights(3, 26)
+    mask = torch.rand(3, 26, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[2] = False
+    x[~mask] = float("nan")
+    counts = torch.tensor([4, 6, 2])
+    first = torch.stack([torch.where(mask[b])[0][:6] if mask[b].any() else torch.zeros(6, dtype=torch.int64) for b in range(3)])
+    for sort in (False, True):
+        got = cluster(sim, algorithm, x, first, 6, weights=w, mask=mask, counts=counts, sort=sort)
+        want = expected(algorithm, x, first, 6, weights=w, mask=mask, counts=counts, sort=sort)
+        assert_close(got, want, x, flips=0)
+        assert bool((got.assignment[2] == -1).all()) and bool((got.centers[2] == 0).all()) and bool((got.mass[2] == 0).all())
+        if algorithm == "kmedoids":
+            assert bool((got.medoids[2] == -1).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 3.7])
+def test_constant_tokens_are_repaired_to_k_clusters(library, path, algorithm, value):
+    sim = simulator.Simulator(library, path=path)
+    x = torch.full((2, 17, 5), value)
+    got = cluster(sim, algorithm, x, torch.zeros(2, 6, dtype=torch.int64), 6)
+    assert_consistent(got, x, 6, algorithm=algorithm)
+    assert_identical(got.assignment, expected(algorithm, x, torch.zeros(2, 6, dtype=torch.int64), 6).assignment)
+
+
+@pytest.mark.parametrize("power", [-120, -40, 30, 125])
+def test_scaling_by_a_power_of_two_changes_no_bit(library, path, algorithm, power):
+    """Also the resident kernel's second product, when the first leaves the safe range."""
+    sim = simulator.Simulator(library, path=path)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = tokens(1, 20, 6, dtype, groups=4).clamp(-3.9, 3.9)
+        x = torch.where(x.abs() < 2.0**-5, 2.0**-5, x)
+        init = spread_indices(1, 20, 4)
+        plain = cluster(sim, algorithm, x, init, 4)
+        scaled = cluster(sim, algorithm, torch.ldexp(x, torch.tensor(power)).to(dtype), init, 4)
+        assert_identical(plain.assignment, scaled.assignment)
+        assert_identical(plain.centers, torch.ldexp(scaled.centers.double(), torch.tensor(-power)).to(dtype))
+        assert bool(torch.isfinite(scaled.inertia).all())
+
+
+def test_numbers_that_are_not_finite_stay_in_their_image(library, path, algorithm):
+    sim = simulator.Simulator(library, path=path)
+    x, init = tokens(3, 24, 6, groups=5), spread_indices(3, 24, 5)
+    clean = cluster(sim, algorithm, x, init, 5)
+    for bad in (float("nan"), float("inf")):
+        dirty = x.clone()
+        dirty[1, 3, 2] = bad
+        got = cluster(sim, algorithm, dirty, init, 5)
+        assert bool(((got.assignment >= 0) & (got.assignment < 5)).all())
+        for a, b in zip(got, clean):
+            if a is not None:
+                assert_identical(a[::2], b[::2])
+
+
+def test_no_bit_depends_on_batch_order_passes_layout_or_device(library, path, algorithm):
+    sim = simulator.Simulator(library, path=path)
+    x, w, init = tokens(3, 29, 16, torch.bfloat16, groups=5), positive_weights(3, 29), spread_indices(3, 29, 5)
+    base = cluster(sim, algorithm, x, init, 5, weights=w)
+    for other in (simulator.Simulator(library, path=path, reverse=True), simulator.Simulator(library, path=path, images_per_pass=2),
+                  simulator.Simulator(library, (8, 6), path=path), simulator.Simulator(library, (12, 0), path=path)):
+        assert_identical(base, cluster(other, algorithm, x, init, 5, weights=w))
+    alone = cluster(sim, algorithm, x[1:2], init[1:2], 5, weights=w[1:2])
+    assert_identical(alone, Clusters(*[None if t is None else t[1:2] for t in base]))
+    wide = torch.zeros(3, 29, 19, dtype=x.dtype)
+    wide[:, :, 3:] = x
+    assert_identical(base, cluster(sim, algorithm, wide[:, :, 3:], init, 5, weights=w))
+    assert_identical(base, cluster(sim, algorithm, x.transpose(1, 2).contiguous().transpose(1, 2), init, 5, weights=w))
+    assert_identical(cluster(sim, algorithm, x, init, 5), cluster(sim, algorithm, x, init, 5, weights=torch.ones(3, 29)))
+
+
+def test_paths_agree_on_integers(library, algorithm):
+    """Small integers, clusters of two: all arithmetic is exact, so the paths agree to the last bit."""
+    x = torch.randint(-4, 5, (2, 16, 8), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.cat([x, x], 1)
+    init = torch.arange(16).expand(2, 16).contiguous()
+    results = [cluster(simulator.Simulator(library, path=p), algorithm, x.to(t), init, 16, iters=1)
+               for p in simulator.PATHS for t in HALF]
+    for other in results[1:]:
+        assert_identical(results[0].assignment, other.assignment)
+        assert_identical(results[0].mass, other.mass)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("limit", [0, 512], ids=["shared", "global"])
+def test_pool_and_its_gradient(library, dtype, weighted, limit):
+    sim = simulator.Simulator(library, shared_limit=limit)
+    b, n, d, k = 2, 41, 13, 7
+    x, g = tokens(b, n, d, dtype), tokens(b, k, d, dtype, seed=3)
+    labels = torch.randint(-1, k + 2, (b, n), generator=torch.Generator().manual_seed(2))
+    labels[0][labels[0] == 2] = 3  # an empty cluster
+    w = positive_weights(b, n) if weighted else None
+    if weighted:
+        w[1][labels[1] == 4] = 0.0
+    w64 = None if w is None else w.double()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    centers, mass = sim.pool(x, labels, w, k)
+    want, want_mass = reference.pool(x.double(), labels, w64, k)
+    torch.testing.assert_close(centers.double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mass.double(), want_mass, rtol=1e-5, atol=1e-6)
+    before = g.clone()
+    grad_x, grad_w = sim.pool_backward(g, x, centers, labels, w, mass)
+    want_x, want_w = reference.pool_backward(g.double(), x.double(), centers.double(), labels, w64, mass.double())
+    torch.testing.assert_close(grad_x.double(), want_x, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad_w.double(), torch.zeros_like(want_w) if want_w is None else want_w, rtol=1e-4, atol=1e-4)
+    assert_identical(g, before)
+    spread = g.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_identical(grad_x, sim.pool_backward(spread, x, centers, labels, w, mass)[0])
+
+
+def test_unpool_and_its_gradient(library, dtype):
+    sim = simulator.Simulator(library)
+    labels = torch.randint(-1, 5, (2, 23), generator=torch.Generator().manual_seed(4))
+    centers, grad = tokens(2, 5, 10, dtype), tokens(2, 23, 10, dtype, seed=5)
+    assert_identical(sim.unpool(centers, labels), reference.unpool(centers, labels))
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(sim.unpool_backward(grad, labels, 5).double(), reference.unpool_backward(grad.double(), labels, 5),
+                               rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 21, 37, 16), (1, 2, 140, 70, 12)], ids=str)
+def test_attention_received(library, dtype, shape):
+    sim = simulator.Simulator(library)
+    b, h, nq, n, d = shape
+    q, k = tokens(b * h, nq, d, dtype).view(b, h, nq, d), tokens(b * h, n, d, dtype, seed=1).view(b, h, n, d)
+    want = reference.attention_received(q.double(), k.double(), 0.25, None)
+    torch.testing.assert_close(sim.attention_received(q, k, 0.25, None).double(), want, rtol=1e-4, atol=1e-6)
+    lse = torch.logsumexp(0.25 * q.float() @ k.float().transpose(-1, -2), -1)
+    torch.testing.assert_close(sim.attention_received(q, k, 0.25, lse).double(), want, rtol=1e-4, atol=1e-6)
+    heads_last = q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_identical(sim.attention_received(heads_last, k, 0.25, lse), sim.attention_received(q, k, 0.25, lse))
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory):
+    """Output of the check program: every kernel on small shapes from exactly sized buffers, one line of checksums each."""
+    folder = tmp_path_factory.mktemp("checks")
+
+    def run(sanitizer, *arguments):
+        program = folder / f"check_{sanitizer or 'plain'}"
+        if not program.exists():
+            units = [str(simulator.HERE / "check.cpp"), *[str(p) for p in simulator.sources() if p.suffix == ".cpp"]]
+            done = subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+                                   f"-I{simulator.HERE}", *simulator.SANITIZERS[sanitizer], "-o", str(program), *units],
+                                  capture_output=True, text=True)
+            if done.returncode and "cannot find" in done.stderr:
+                pytest.skip(f"the {sanitizer} sanitizer's library is not installed")
+            assert done.returncode == 0, done.stderr
+        done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and not done.stderr.strip(), done.stderr[:6000]
+        return done.stdout
+
+    return run
+
+
+def test_the_order_of_threads_and_blocks_changes_nothing(checks):
+    assert checks("") == checks("", "reverse")
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers_find_no_race_and_no_bad_index(checks, sanitizer):
+    assert checks(sanitizer) == checks("")
