@@ -22,6 +22,24 @@ _SHIPPED = {
     "camera": ("skimage", "data/camera.png", (0.0, 0.0, 1.0)),
 }
 
+# who to thank: the two photos of scikit-learn are under CC BY 2.0, scikit-image's are free of restrictions
+CREDITS = {
+    "chelsea": "S. van der Walt (CC0)",
+    "astronaut": "NASA (public domain)",
+    "flower": "vultilion (CC BY 2.0)",
+    "coffee": "R. Michetti (CC0)",
+    "china": "danielbuechele (CC BY 2.0)",
+    "motorcycle": "Middlebury stereo benchmark 2014",
+    "rocket": "SpaceX (public domain)",
+    "camera": "L. Varshney (CC0)",
+}
+
+
+def credits_line(names) -> str:
+    """One line that names the photographers of the shipped photos among ``names``; empty when there is none."""
+    known = [CREDITS[name] for name in names if name in CREDITS]
+    return "Photos: " + ", ".join(known) if known else ""
+
 
 def photo_files() -> dict[str, Path]:
     """Name -> path of each shipped photo that is present. Packages are located, not imported."""

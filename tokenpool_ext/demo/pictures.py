@@ -10,7 +10,7 @@ import torch
 from .. import viz
 from . import compare
 from .pretrained import load_dinov2_small, need
-from .photos import square, to_pixels
+from .photos import credits_line, square, to_pixels
 
 SIDE = 448                                   # 32 x 32 patches: finer than the table's 16 x 16, and DINOv2 likes it
 SCHEDULE = {3: 256, 6: 128, 9: 64}           # block: tokens left; block 10 of 12 ends with 64 of 1024
@@ -51,7 +51,7 @@ def pooled_labels(model, pixels, pooling: str, options: dict) -> dict[int, torch
     return token_labels(copy, pixels)
 
 
-def clusters_sheet(images: list, labels: dict[int, torch.Tensor], *, tile: int = TILE, blocks=(3, 9)):
+def clusters_sheet(images: list, labels: dict[int, torch.Tensor], *, tile: int = TILE, blocks=(3, 9), note: str = ""):
     """Photo, then its clusters after each block of ``blocks``: a row a photo. Returns a ``PIL.Image``."""
     side = round(next(iter(labels.values())).shape[-1] ** 0.5)
     rows = []
@@ -60,10 +60,10 @@ def clusters_sheet(images: list, labels: dict[int, torch.Tensor], *, tile: int =
                     [viz.draw_clusters(image, labels[b][i].view(side, side), size=tile) for b in blocks])
     columns = [(f"{side * side} tokens", "one a patch")]
     columns += [(f"{int(labels[b].max()) + 1} tokens", f"after block {b + 1} of 12") for b in blocks]
-    return viz.sheet(rows, columns)
+    return viz.sheet(rows, columns, note=note)
 
 
-def pairs_sheet(images: list, labels: torch.Tensor, *, tile: int = TILE, across: int = 2):
+def pairs_sheet(images: list, labels: torch.Tensor, *, tile: int = TILE, across: int = 2, note: str = ""):
     """Before and after side by side, ``across`` photos a row. ``labels``: (B, patches). Returns a ``PIL.Image``."""
     side = round(labels.shape[-1] ** 0.5)
     pairs = [[viz.draw_grid(image, side, side, size=tile), viz.draw_clusters(image, one.view(side, side), size=tile)]
@@ -71,10 +71,10 @@ def pairs_sheet(images: list, labels: torch.Tensor, *, tile: int = TILE, across:
     pairs += [[None, None]] * (-len(pairs) % across)
     rows = [sum(pairs[i:i + across], []) for i in range(0, len(pairs), across)]
     columns = [(f"{side * side} tokens", "one a patch"), (f"{int(labels.max()) + 1} tokens", "weighted K-Means in DINOv2")]
-    return viz.sheet(rows, columns * across, group=2)
+    return viz.sheet(rows, columns * across, group=2, note=note)
 
 
-def methods_sheet(images: list, labels: dict[str, torch.Tensor], *, tile: int = TILE):
+def methods_sheet(images: list, labels: dict[str, torch.Tensor], *, tile: int = TILE, note: str = ""):
     """Photo, then what each method makes of it at the same number of tokens: a row a photo."""
     side = round(next(iter(labels.values())).shape[-1] ** 0.5)
     rows = []
@@ -84,7 +84,7 @@ def methods_sheet(images: list, labels: dict[str, torch.Tensor], *, tile: int = 
     count = max(int(one.max()) + 1 for one in labels.values())
     return viz.sheet(rows, [("photo", f"{side * side} patches")] +
                      [(name, f"{count} tokens" if (one >= 0).all() else f"{count} kept, the others dropped")
-                      for name, one in labels.items()])
+                      for name, one in labels.items()], note=note)
 
 
 def draw_all(options, own: list[tuple[str, Path]], photos: dict, say: Callable[[str], None]):
@@ -108,9 +108,12 @@ def draw_all(options, own: list[tuple[str, Path]], photos: dict, say: Callable[[
 
     first = [names.index(n) for n in README_PHOTOS if n in names] or list(range(min(4, len(names))))
     say("drawing")
-    yield save(pairs_sheet([images[i] for i in first], labels[max(labels)][first]), options.out / "clusters.png")
+    note = credits_line(() if own else [names[i] for i in first])
+    yield save(pairs_sheet([images[i] for i in first], labels[max(labels)][first], note=note),
+               options.out / "clusters.png")
     for i, name in enumerate(names):
-        one = clusters_sheet([images[i]], {b: t[i:i + 1] for b, t in labels.items()}, tile=SIDE, blocks=tuple(SCHEDULE))
+        one = clusters_sheet([images[i]], {b: t[i:i + 1] for b, t in labels.items()}, tile=SIDE, blocks=tuple(SCHEDULE),
+                             note=credits_line(() if own else [name]))
         yield save(one, options.out / f"clusters_{name}.png")
     if options.quick:
         return
@@ -123,7 +126,8 @@ def draw_all(options, own: list[tuple[str, Path]], photos: dict, say: Callable[[
         except Exception as error:  # noqa: BLE001 - a method that cannot run is left out of the picture, and said so
             say(f"left out of methods.png: {label}: {error}")
     if kinds:
-        yield save(methods_sheet([images[i] for i in first], kinds, tile=256), options.out / "methods.png")
+        note = credits_line(() if own else [names[i] for i in first])
+        yield save(methods_sheet([images[i] for i in first], kinds, tile=256, note=note), options.out / "methods.png")
 
 
 def save(image, path: Path) -> Path:
