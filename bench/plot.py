@@ -72,7 +72,7 @@ def figure(groups: list[list[dict]], out: Path) -> Path:
                        label=shown)
     speed.axvline(1, color="black", lw=0.8)
     speed.set_xscale("log")
-    speed.set_xlabel("time over tokenpool_ext's (right of 1: slower than ours)")
+    speed.set_xlabel("time over tokenpool_ext's (right of 1: slower than ours; *: does another job)")
     speed.set_yticks(range(len(groups)), [f"{g[0]['shape'].replace(':', ' → ').replace('x', ' × ')}"
                                           + (f"\n{g[0]['label']}" if g[0]["label"] else "") for g in groups])
     speed.invert_yaxis()

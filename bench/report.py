@@ -43,6 +43,9 @@ def table(records: list[dict]) -> str:
              for r in rows] if done else []
     if any(r["objective"] == "other" for r in done):
         lines.append("  * another objective or algorithm: its loss need not agree")
+    converted = [r["provider"] for r in done if r.get("input_dtype", r["dtype"]) != r["dtype"]]
+    if converted:
+        lines.append(f"  fed float32 copies of the {done[0]['dtype']} tokens: {', '.join(converted)}")
     for r in done:
         if r["images_timed"] < r["B"]:
             lines.append(f"  {r['provider']}: slow, so timed on {r['images_timed']} of {r['B']} images")

@@ -186,9 +186,16 @@ def sized_call(provider: Provider, data, settings: Settings, clock):
         images = data.images if estimate / images * data.images <= 2 * settings.sample_s else min(wanted, images * 8)
 
 
+def input_dtype(problem: Problem, provider: Provider) -> str:
+    """What this provider is fed: most peers take float32 only, so a half-precision problem is converted beforehand."""
+    native = provider.is_ours or getattr(provider.module, "NATIVE_DTYPE", False) or problem.dtype == "float64"
+    native = native or (provider.name == "flash-kmeans" and problem.device == "cuda")
+    return problem.dtype if native else "float32"
+
+
 def base_record(problem: Problem, provider: Provider, context: dict) -> dict:
     return {**problem.as_dict(), "provider": provider.name, "ours": provider.is_ours,
-            "objective": provider.objective, "start": provider.start, "note": provider.note,
+            "input_dtype": input_dtype(problem, provider), "objective": provider.objective, "start": provider.start, "note": provider.note,
             "versions": {**context["versions"], "provider": provider.version},
             **{key: context[key] for key in ("machine", "threads", "commit", "command", "date")}}
 

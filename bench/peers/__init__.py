@@ -5,8 +5,9 @@ A peer module has
     unavailable(problem) -> str | None      why this problem cannot be given to it (checked before anything runs)
     setup(data) -> call                     everything that is not part of the job; `call()` does the whole job
     centers(result, data) -> (B, K', D)     cluster centers (or medoids) of `call()`'s result, for the inertia check
-and optionally `variant(data) -> str` (which formulation was picked) and START = "own" for a peer that cannot be given
-initial centers.
+and optionally `variant(data) -> str` (which formulation was picked), START = "own" for a peer that cannot be given
+initial centers, NATIVE_DTYPE = True for one that takes the problem's dtype (others get float32 copies, made beforehand),
+and TOLERANCE, the relative difference of its loss that is accepted.
 """
 
 from __future__ import annotations

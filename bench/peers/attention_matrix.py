@@ -9,6 +9,7 @@ PACKAGE = "torch"
 OPS = ("attention_received",)
 DEVICES = ("cpu", "cuda")
 OBJECTIVE = "same"
+NATIVE_DTYPE = True
 NOTE = "softmax(q k^T / sqrt(d)).mean over heads and queries, faster of whole batch and image by image"
 
 

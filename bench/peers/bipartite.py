@@ -14,6 +14,7 @@ PACKAGE = "torch"
 OPS = ("kmeans",)
 DEVICES = ("cpu", "cuda")
 OBJECTIVE = "other"
+NATIVE_DTYPE = True
 NOTE = "ToMe's one-shot matching + size-weighted merge, batched PyTorch; not clustering: a higher loss"
 
 

@@ -7,6 +7,7 @@ PACKAGE = "torch"
 OPS = ("pool_backward",)
 DEVICES = ("cpu", "cuda")
 OBJECTIVE = "same"
+NATIVE_DTYPE = True
 NOTE = "(grad / mass).gather(1, assignment): the formula, no autograd around it"
 
 
