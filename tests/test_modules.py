@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import tokenpool_ext
 from tokenpool_ext.baselines import (
@@ -214,13 +215,18 @@ def test_compile_fullgraph(name, tokens):
         torch.testing.assert_close(y, layer(x, scores))
 
 
-def test_compile_dynamic_ratio():
-    layer = TokenPooling(keep_ratio=0.5)
+@pytest.mark.parametrize("options", [dict(num_tokens=6), dict(keep_ratio=0.5)])
+def test_compile_dynamic(options):
+    layer = TokenPooling(**options)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for n in (17, 26, 37):
-        x = torch.randn(2, n, 4)
-        torch.testing.assert_close(compiled(x), layer(x))
+        for batch in (2, 3):
+            x = torch.randn(batch, n, 4)
+            torch.testing.assert_close(compiled(x), layer(x))
+    # One graph serves every length when K is given; the number of clusters itself is part of a graph.
+    assert counter.frame_count <= (1 if "num_tokens" in options else 3)
 
 
 def test_keep_ratio_is_the_published_schedule():

@@ -10,6 +10,7 @@ tokens, D features a token, K patch tokens kept.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Optional
 
 import torch
@@ -28,7 +29,8 @@ class TokenReduction(nn.Module):
 
     Args:
         num_tokens: K, the number of *patch* tokens kept (prefix tokens come on top).
-        keep_ratio: instead of ``num_tokens``: K = max(1, round(keep_ratio * n)), 0 < keep_ratio <= 1.
+        keep_ratio: instead of ``num_tokens``: K = keep_ratio * n, 0 < keep_ratio <= 1, rounded to the nearest (halves
+            down), at least 1.
         num_prefix_tokens: P, tokens in front that pass through unchanged.
         return_clusters: whether ``forward`` also returns :class:`~tokenpool_ext.Clusters`.
         backend: passed to the functions of ``tokenpool_ext.functional``; None chooses.
@@ -62,6 +64,7 @@ class TokenReduction(nn.Module):
             raise TypeError(f"{name}: backend must be a str or None, got {type(backend).__name__}")
         self.num_tokens = num_tokens
         self.keep_ratio = None if keep_ratio is None else float(keep_ratio)
+        self._ratio = None if keep_ratio is None else as_fraction(keep_ratio)
         self.num_prefix_tokens = num_prefix_tokens
         self.return_clusters = return_clusters
         self.backend = backend
@@ -70,7 +73,7 @@ class TokenReduction(nn.Module):
         """K for an image of ``num_patches`` patch tokens (never more than it has)."""
         if self.num_tokens is not None:
             return min(self.num_tokens, num_patches)
-        return min(max(1, round(self.keep_ratio * num_patches)), num_patches)
+        return kept_by_ratio(num_patches, *self._ratio)
 
     def reduce(
         self,
@@ -296,6 +299,20 @@ def _identity(x: Tensor, scores: Optional[Tensor], mask: Optional[Tensor]) -> Cl
     if mask is not None:
         index, mass = torch.where(mask, index, -1), torch.where(mask, mass, 0)
     return Clusters(x, index, mass, index, torch.zeros(b, dtype=acc, device=x.device))
+
+
+def as_fraction(ratio: float) -> tuple[int, int]:
+    """A ratio as numerator and denominator (at most 10000): 0.7 is 7/10."""
+    fraction = Fraction(ratio).limit_denominator(10000)
+    return max(fraction.numerator, 1), fraction.denominator
+
+
+def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
+    """Tokens kept of n: the nearest integer, halves down, at least 1 (0 of 0).
+
+    In integers, so that one compiled graph serves every n. 196 tokens at 1/2 three times: 98, 49, 24.
+    """
+    return min(max(1, (2 * numerator * n + denominator - 1) // (2 * denominator)), n)
 
 
 def check_int(name: str, argument: str, value, least: int) -> None:

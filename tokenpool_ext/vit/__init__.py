@@ -45,7 +45,8 @@ def patch(
             are left after each pooling block. Either ``{block index: count}``, counts being an int, or a float in
             (0, 1] that is a ratio of the tokens entering the pooling; or one int per block, the paper's
             ``K = [K_1 .. K_L]``.  See ``tokenpool_ext.vit.schedule`` for helpers.
-        keep_ratio: instead of ``num_tokens``: the ratio kept at each pooling block, ``max(1, round(ratio * n))``.
+        keep_ratio: instead of ``num_tokens``: the ratio kept at each pooling block (nearest count, halves down, at
+            least 1).
         layers: with ``keep_ratio``: the block indices (from 0) that pool. Default: the blocks at 1/4, 1/2 and 3/4 of
             the depth, so 3, 6 and 9 of 12 (the schedule of "Which Tokens to Use?", arXiv 2308.04657).
         pooling: ``"kmeans"`` (default), ``"kmedoids"``, or a baseline: ``"prune"`` (PoWER-BERT), ``"importance"``,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Mapping, Optional, Sequence, Union
 
+from ..modules import as_fraction, kept_by_ratio
+
 Schedule = dict[int, Union[int, float]]
 
 __all__ = ["Schedule", "constant", "default_layers", "explicit", "geometric", "normalise", "tokens_after"]
@@ -98,7 +100,7 @@ def kept(num_patches: int, value: Union[int, float, None]) -> int:
         return num_patches
     if isinstance(value, int):
         return min(value, num_patches)
-    return min(max(1, round(value * num_patches)), num_patches)
+    return kept_by_ratio(num_patches, *as_fraction(value))
 
 
 def _check_depth(depth: int) -> None:
