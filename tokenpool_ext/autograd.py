@@ -6,21 +6,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import registry
 
 
-def _plain(x: Tensor):
-    """No autocast inside: the dtype of the inputs rules."""
-    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
-
-
 class KMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, weights, mask, counts, init, num_clusters, num_iters, sort):
-        with _plain(x):
+        with registry.no_autocast(x):
             centers, assignment, mass, inertia = registry.call(
                 chain, "kmeans", x, weights, mask, counts, init, num_clusters, num_iters, sort
             )
@@ -40,7 +34,7 @@ class KMeans(torch.autograd.Function):
 class KMedoids(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, weights, mask, counts, init, num_clusters, num_iters, sort):
-        with _plain(x):
+        with registry.no_autocast(x):
             centers, assignment, mass, medoids, inertia = registry.call(
                 chain, "kmedoids", x, weights, mask, counts, init, num_clusters, num_iters, sort
             )
@@ -67,7 +61,7 @@ class KMedoids(torch.autograd.Function):
 class Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, assignment, weights, num_clusters):
-        with _plain(x):
+        with registry.no_autocast(x):
             centers, mass = registry.call(chain, "pool", x, assignment, weights, num_clusters)
         ctx.chain = chain
         ctx.save_for_backward(x, centers, assignment, weights, mass)
@@ -93,11 +87,11 @@ class Unpool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (assignment,) = ctx.saved_tensors
-        with _plain(grad):
+        with registry.no_autocast(grad):
             return None, registry.call(ctx.chain, "unpool_backward", grad, assignment, ctx.num_clusters), None
 
 
 def _pool_backward(ctx, grad_centers, x, centers, assignment, weights, mass):
-    with _plain(x):
+    with registry.no_autocast(x):
         grad_x, grad_weights = registry.call(ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass)
     return grad_x, None if weights is None else grad_weights

@@ -220,7 +220,7 @@ def attention_received(
         _check_device(name, "lse", lse, q)
         lse = lse.detach().to(accumulate_dtype(q.dtype))
     chain = registry.select("attention_received", q, backend)
-    with torch.no_grad(), _no_autocast(q):
+    with torch.no_grad(), registry.no_autocast(q):
         return registry.call(chain, "attention_received", q.detach(), k.detach(), float(scale), lse)
 
 
@@ -244,7 +244,7 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     if check_finite:
         _check_finite(name, x3, weights, mask)
     chain = registry.select(name, x3, backend)
-    with torch.no_grad(), _no_autocast(x3):
+    with torch.no_grad(), registry.no_autocast(x3):
         start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched)
         if check_finite and start.is_floating_point() and not torch.isfinite(start).all():
             raise ValueError(f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it")
@@ -255,11 +255,6 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     if batched:
         return Clusters(centers, assignment, mass, medoids, inertia)
     return Clusters(centers[0], assignment[0], mass[0], None if medoids is None else medoids[0], inertia[0])
-
-
-def _no_autocast(x: Tensor):
-    """The dtype of the inputs rules, also under autocast."""
-    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
 
 
 def _check_tensor(name: str, argument: str, value) -> None:

@@ -11,6 +11,7 @@ with one warning. A backend asked for by name never falls back. TOKENPOOL_EXT_BA
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import warnings
@@ -131,6 +132,14 @@ def _willing(op: str, x: Tensor):
     else:
         order = ("triton", "reference") if device == "xpu" else ("reference",)
     return [name for name in order if REGISTRY[name].can_run(op, x) is None]
+
+
+def no_autocast(x: Tensor):
+    """A context in which the dtype of the inputs rules, also under autocast."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 _warned = set()
