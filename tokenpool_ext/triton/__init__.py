@@ -18,8 +18,10 @@ __all__ = ["KernelUnavailable", "attention_received", "can_run", "kmeans", "kmed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Several kernels hand values from thread to thread through global memory, across a barrier of the block.  CUDA and AMD's
-# gfx9 order such accesses; elsewhere (other AMD GPUs, Intel's) nobody has shown it, so those are refused.
+# Several kernels hand values from thread to thread through global memory, across a barrier of the block (tl.debug_barrier).
+# CUDA's barrier orders such accesses by definition.  On AMD this Triton, whose barrier was read in the machine code
+# (gfx942, gfx1100), or a later one is asked for; Intel's GPUs are refused until somebody has looked.
+BARRIER_VERSION = (3, 9)
 
 
 def interpreting() -> bool:
@@ -59,8 +61,10 @@ def _unproven(x: torch.Tensor) -> str | None:
         return None
     properties = torch.cuda.get_device_properties(x.device)
     if torch.version.hip:
-        name = getattr(properties, "gcnArchName", "unknown")
-        return None if name.startswith("gfx9") else f"on AMD only gfx9 orders global memory at a block barrier, got {name}"
+        import triton
+        version = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in triton.__version__.split(".")[:2])
+        needed = ".".join(map(str, BARRIER_VERSION))
+        return None if version >= BARRIER_VERSION else f"on ROCm triton >= {needed} is needed, got {triton.__version__}"
     if (properties.major, properties.minor) < (7, 5):
         return f"triton supports compute capability 7.5 and later, got {properties.major}.{properties.minor}"
     return None
