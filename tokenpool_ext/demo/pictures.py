@@ -47,7 +47,8 @@ def step_labels(watch: compare.Watch, index: int) -> torch.Tensor:
 def pooled_labels(model, pixels, pooling: str, options: dict) -> dict[int, torch.Tensor]:
     from ..vit import patch
 
-    copy = patch(compare.shared_copy(model), num_tokens=SCHEDULE, pooling=pooling, **options)
+    copy = patch(compare.shared_copy(model), num_tokens=SCHEDULE, pooling=pooling,
+                 **compare.options_at(options, SCHEDULE[min(SCHEDULE)] / (SIDE // 14) ** 2))
     return token_labels(copy, pixels)
 
 
