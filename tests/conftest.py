@@ -70,6 +70,7 @@ def missing() -> list[str]:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "large: shapes too large for the Triton interpreter; skipped there")
+    config.addinivalue_line("markers", "one_path: the cpu backend's path makes no difference; not repeated for each")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
@@ -93,7 +94,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", TARGETS, indirect=True, ids=[t.id for t in TARGETS])
+        one_path = metafunc.definition.get_closest_marker("one_path")
+        targets = [t for t in TARGETS if not (one_path and t.env)]
+        metafunc.parametrize("backend", targets, indirect=True, ids=[t.id for t in targets])
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import oracle
 import tokenpool_ext as tp
 from helpers import DTYPES, assert_identical, assert_same_bits, f64, tokens
 
+pytestmark = pytest.mark.one_path
+
 # Relative error of one exp of a logit with absolute rounding error e is e.  Logits here are of order 10 and sums of
 # d <= 128 products in float32: about 10 * sqrt(128) * 2^-24 = 7e-6.  Half types: the inputs are exact, so the same.
 RTOL = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 3e-5, torch.bfloat16: 3e-5}

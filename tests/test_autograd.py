@@ -8,8 +8,9 @@ import torch
 import tokenpool_ext as tp
 from helpers import DTYPES, TOLERANCES, assert_identical, f64, positive_weights, spread_indices, tokens
 
+pytestmark = pytest.mark.one_path
+
 ALGORITHMS = ["kmeans", "kmedoids"]
-needs_float64 = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def float64_or_skip(backend):

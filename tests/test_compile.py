@@ -7,6 +7,8 @@ import torch
 import tokenpool_ext as tp
 from helpers import assert_identical, positive_weights, spread_indices, tokens
 
+pytestmark = pytest.mark.one_path
+
 CPU_OPS = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no compiled ops: {tp.backends()['cpu']}")
 OPS = ["kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received"]
 
@@ -113,8 +115,6 @@ def compiled(function, **options):
 def skip_interpreter(backend):
     if backend.name == "triton" and backend.device == "cpu":
         pytest.skip("the Triton interpreter is plain Python and cannot be traced")
-    if backend.env:
-        pytest.skip("the path inside a compiled op makes no difference to the compiler")
 
 
 @pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])

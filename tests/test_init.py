@@ -10,6 +10,8 @@ import tokenpool_ext as tp
 from helpers import assert_consistent, assert_identical, f64, integer_tokens, positive_weights, tokens
 from tokenpool_ext.init import STRATEGIES, initial
 
+pytestmark = pytest.mark.one_path
+
 TOKEN_STRATEGIES = ["topk", "strided", "random", "kmeans++", "farthest"]
 
 

@@ -8,6 +8,8 @@ import torch
 import tokenpool_ext as tp
 from helpers import DTYPES, TOLERANCES, assert_identical, assert_same_bits, f64, positive_weights, tokens, weighted_mean
 
+pytestmark = pytest.mark.one_path
+
 SMALL = [(3, 20, 5, 4), (1, 1, 1, 1), (2, 7, 3, 7), (2, 9, 1, 2), (2, 16, 15, 5)]
 LARGE = [(2, 197, 64, 49), (1, 300, 193, 300), (2, 33, 1537, 5)]
 
