@@ -103,24 +103,28 @@ def _update(gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, med
 
     Each pass compares every token i with every token l: its cost does not depend on how the labels are distributed.
     """
-    big = 2147483647
     for i0 in range(0, N, TI):  # pass 1: rank, size and weight of each token's cluster
         i = i0 + tl.arange(0, TI)
         label = tl.load(lab + i, mask=i < N, other=-1)
         w = tl.load(wn + i, mask=i < N, other=0.0)
-        rank = tl.zeros([TI], tl.int32)  # members of the cluster before i
-        below = tl.zeros([TI], tl.int32)  # tokens in lower clusters
-        size = tl.zeros([TI], tl.int32)
-        total = tl.zeros([TI], tl.float32)
+        ranks = tl.zeros([TI, TL], tl.int32)  # members of the cluster before i
+        belows = tl.zeros([TI, TL], tl.int32)  # tokens in lower clusters
+        sizes = tl.zeros([TI, TL], tl.int32)
+        totals = tl.zeros([TI, TL], tl.float32)
         for l0 in range(0, N, TL):
             k = l0 + tl.arange(0, TL)
             other = tl.load(lab + k, mask=k < N, other=-1)
             wk = tl.load(wn + k, mask=k < N, other=0.0)
-            same = (other[None, :] == label[:, None]) & (other >= 0)[None, :]
-            rank += tl.sum((same & (k[None, :] < i[:, None])).to(tl.int32), axis=1)
-            below += tl.sum(((other[None, :] < label[:, None]) & (other >= 0)[None, :]).to(tl.int32), axis=1)
-            size += tl.sum(same.to(tl.int32), axis=1)
-            total += tl.sum(tl.where(same, wk[None, :], 0.0), axis=1)
+            real = (other >= 0)[None, :]
+            same = (other[None, :] == label[:, None]) & real
+            ranks += (same & (k[None, :] < i[:, None])).to(tl.int32)
+            belows += ((other[None, :] < label[:, None]) & real).to(tl.int32)
+            sizes += same.to(tl.int32)
+            totals += tl.where(same, wk[None, :], 0.0)
+        rank = tl.sum(ranks, axis=1)
+        below = tl.sum(belows, axis=1)
+        size = tl.sum(sizes, axis=1)
+        total = tl.sum(totals, axis=1)
         valid = label >= 0
         p = coefficient(w, total, size)
         tl.store(lst + below + rank, i, mask=valid)
@@ -134,15 +138,15 @@ def _update(gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, med
     for i0 in range(0, N, TI):  # pass 2: inner product of each token with its cluster's mean
         i = i0 + tl.arange(0, TI)
         label = tl.load(lab + i, mask=i < N, other=-1)
-        h = tl.zeros([TI], tl.float32)
+        products = tl.zeros([TI, TL], tl.float32)
         for l0 in range(0, N, TL):
             k = l0 + tl.arange(0, TL)
             other = tl.load(lab + k, mask=k < N, other=-1)
             same = (other[None, :] == label[:, None]) & (other >= 0)[None, :]
             p = tl.load(share + k, mask=other >= 0, other=0.0)
             g = tl.load(gram + k.to(tl.int64)[None, :] * row + i[:, None], mask=same, other=0.0)
-            h += tl.sum(tl.where(same, p[None, :] * g, 0.0), axis=1)
-        tl.store(inner + i, h, mask=label >= 0)
+            products += tl.where(same, p[None, :] * g, 0.0)
+        tl.store(inner + i, tl.sum(products, axis=1), mask=label >= 0)
     tl.debug_barrier()
     for i0 in range(0, N, TI):  # pass 3: squared norm of the mean; or the member nearest to it
         i = i0 + tl.arange(0, TI)
@@ -155,7 +159,7 @@ def _update(gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, med
             e = tl.load(gram + i.to(tl.int64) * (row + 1), mask=valid, other=0.0)
             e = no_nan(e - 2.0 * tl.load(inner + i, mask=valid, other=0.0), float("inf"))
             w = tl.load(wn + i, mask=valid, other=0.0)
-            beaten = tl.zeros([TI], tl.int32)
+            beaten = tl.zeros([TI, TL], tl.int32)
             for l0 in range(0, N, TL):
                 k = l0 + tl.arange(0, TL)
                 other = tl.load(lab + k, mask=k < N, other=-1)
@@ -168,22 +172,21 @@ def _update(gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, med
                 heavier = (wk[None, :] > w[:, None]) | ((wk[None, :] == w[:, None]) & before)
                 ahead = tl.where(pair[:, None], heavier, ahead)
                 ahead = tl.where(zero[:, None], before, ahead)
-                beaten += tl.sum((same & ahead).to(tl.int32), axis=1)
-            chosen = valid & (beaten == 0)
+                beaten += (same & ahead).to(tl.int32)
+            chosen = valid & (tl.sum(beaten, axis=1) == 0)
             tl.store(medoids + label, i, mask=chosen)
             tl.store(norms + label, tl.load(gram + i.to(tl.int64) * (row + 1), mask=chosen, other=0.0), mask=chosen)
         else:
-            q = tl.zeros([TI], tl.float32)
-            lead = tl.full([TI], big, tl.int32)
+            first = tl.load(lst + tl.load(start + label, mask=valid, other=0), mask=valid, other=-1)
+            squares = tl.zeros([TI, TL], tl.float32)
             for l0 in range(0, N, TL):
                 k = l0 + tl.arange(0, TL)
                 other = tl.load(lab + k, mask=k < N, other=-1)
                 same = (other[None, :] == label[:, None]) & (other >= 0)[None, :]
                 p = tl.load(share + k, mask=other >= 0, other=0.0)
                 h = tl.load(inner + k, mask=other >= 0, other=0.0)
-                q += tl.sum(tl.where(same, (p * h)[None, :], 0.0), axis=1)
-                lead = tl.minimum(lead, tl.min(tl.where(same, k[None, :], big), axis=1))
-            tl.store(norms + label, q, mask=valid & (lead == i))
+                squares += tl.where(same, (p * h)[None, :], 0.0)
+            tl.store(norms + label, tl.sum(squares, axis=1), mask=valid & (first == i))
     tl.debug_barrier()
 
 

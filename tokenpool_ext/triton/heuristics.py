@@ -139,7 +139,7 @@ def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
 
 
 def iterate_configs() -> list[Config]:
-    big = dict(BI=128, BJ=32, TI=32, TL=128, BLOCK=256, BLOCK_K=256, num_warps=8, num_stages=1)
+    big = dict(BI=128, BJ=32, TI=16, TL=128, BLOCK=256, BLOCK_K=256, num_warps=8, num_stages=1)
     return [big, dict(BI=64, BJ=16, TI=16, TL=64, BLOCK=256, BLOCK_K=256, num_warps=4, num_stages=1)]
 
 
