@@ -91,7 +91,9 @@ def figure(groups: list[list[dict]], out: Path) -> Path:
         bars.set_xlim(left=0)
         bars.margins(x=0.15)
         bars.set_xlabel("our time over the floor (1: peak rate)")
-    where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, {first['threads']} threads"
+    where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, threads: {first['threads']}"
+    if any(r.get("clock") == "cpu" for g in groups for r in g):
+        where += ", CPU time"
     speed.set_title(f"{first['op']}, batch {first['B']}, {first['dtype']}, T = {first['iters']}, {first['tokens']} "
                     f"tokens; {where}; commit {first['commit']}", fontsize=8, loc="left")
     canvas.savefig(out, dpi=150, bbox_inches="tight")
