@@ -285,17 +285,17 @@ Tensor attention_received_cpu(Tensor queries, Tensor keys, double scale, std::op
 
 STABLE_TORCH_LIBRARY(tokenpool_ext, m) {
   m.def(
-      "kmeans(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters,"
+      "kmeans(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
       " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor inertia)");
   m.def(
-      "kmedoids(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters,"
+      "kmedoids(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
       " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor medoids, Tensor inertia)");
-  m.def("pool(Tensor x, Tensor assignment, Tensor? weights, int num_clusters) -> (Tensor centers, Tensor mass)");
+  m.def("pool(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor centers, Tensor mass)");
   m.def(
       "pool_backward(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
       " -> (Tensor grad_x, Tensor grad_weights)");
   m.def("unpool(Tensor centers, Tensor assignment) -> Tensor");
-  m.def("unpool_backward(Tensor grad, Tensor assignment, int num_clusters) -> Tensor");
+  m.def("unpool_backward(Tensor grad, Tensor assignment, SymInt num_clusters) -> Tensor");
   m.def("attention_received(Tensor q, Tensor k, float scale, Tensor? lse) -> Tensor");
 }
 

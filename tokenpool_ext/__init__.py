@@ -7,14 +7,20 @@
 
 from ._version import __version__
 from .registry import backends
+from .baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from .functional import Clusters, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
 from .plan import Plan, explain
 from .vit import patch, unpatch
 
 __all__ = [
+    "BipartiteMatching",
     "Clusters",
+    "GridPooling",
+    "ImportanceSampling",
     "Plan",
+    "RandomSelection",
+    "ScorePruning",
     "TokenPooling",
     "__version__",
     "attention_received",

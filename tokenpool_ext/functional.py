@@ -207,9 +207,9 @@ def attention_received(
         )
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"{name}: scale must be finite, got {scale}")
     if lse is not None:
         _check_tensor(name, "lse", lse)
