@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     progress = Progress()
     try:
         return run(options, argv, progress)
-    except (MissingPackage, WeightsUnavailable, FileNotFoundError) as error:
+    except (MissingPackage, WeightsUnavailable, OSError) as error:          # OSError: a photo or checkpoint
         progress.clear()
         print(f"tokenpool_ext demo: {error}", file=sys.stderr)
         return 1

@@ -66,7 +66,7 @@ def clusters_sheet(images: list, labels: dict[int, torch.Tensor], *, tile: int =
 
 def pairs_sheet(images: list, labels: torch.Tensor, *, tile: int = TILE, across: int = 2, note: str = ""):
     """Before and after side by side, ``across`` photos a row. ``labels``: (B, patches). Returns a ``PIL.Image``."""
-    side = round(labels.shape[-1] ** 0.5)
+    side, across = round(labels.shape[-1] ** 0.5), min(across, len(images))
     pairs = [[viz.draw_grid(image, side, side, size=tile), viz.draw_clusters(image, one.view(side, side), size=tile)]
              for image, one in zip(images, labels)]
     pairs += [[None, None]] * (-len(pairs) % across)
