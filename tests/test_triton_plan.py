@@ -212,3 +212,11 @@ def test_plan_is_immutable_and_printable():
     assert "gram path" in str(plan) and "sm_90" in str(plan) and "Not tuned" in str(plan)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.path = "direct"
+
+
+def test_explain_counts_what_would_be_launched():
+    import tokenpool_ext.triton as backend
+    for B, N, D, K in ((4, 196, 384, 98), (400, 1030, 128, 343), (2, 4096, 64, 32)):
+        found = backend.explain(B, N, K, D, 5, torch.bfloat16)
+        assert found["launches"] == len(recorded(B, N, D, K))
+        assert found["flops"] > 0 and found["workspace_bytes"] > 0 and found["path"] in ("gram", "direct")

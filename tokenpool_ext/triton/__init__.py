@@ -13,7 +13,7 @@ import torch
 
 from .errors import KernelUnavailable
 
-__all__ = ["KernelUnavailable", "attention_received", "can_run", "kmeans", "kmedoids", "plan", "pool", "pool_backward",
+__all__ = ["KernelUnavailable", "attention_received", "can_run", "explain", "kmeans", "kmedoids", "plan", "pool", "pool_backward",
            "unavailable", "unpool", "unpool_backward", "warmup"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,21 +45,21 @@ def unavailable() -> str | None:
 
 
 def can_run(op: str, x: torch.Tensor, *args, **kwargs) -> str | None:
-    """None, or why `op` cannot run on tensors like `x` (a token tensor, centers, or q)."""
+    """None, or why `op` cannot run on tensors like `x` (tokens, centers or q; only its device and dtype are read)."""
     if op not in _SCHEMAS:
         return f"triton has no operator {op!r}; it has {', '.join(_SCHEMAS)}"
     if x.dtype not in DTYPES:
         return f"triton computes float32, float16 and bfloat16, got {x.dtype}"
     if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
         return f"triton needs a tensor on a CUDA or ROCm device, got one on {x.device}"
-    return unavailable() or _unproven(x)
+    return unavailable() or _unproven(x.device)
 
 
-def _unproven(x: torch.Tensor) -> str | None:
-    """Why x's GPU is refused, or None."""
-    if not x.is_cuda:
+def _unproven(device: torch.device) -> str | None:
+    """Why this GPU is refused, or None."""
+    if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(x.device)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         import triton
         version = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in triton.__version__.split(".")[:2])
@@ -78,6 +78,16 @@ def plan(B: int, N: int, K: int, D: int, *, dtype=torch.float32, device="cuda", 
     if device.type == "cuda" and torch.cuda.is_available():
         where = heuristics.device_of(torch.empty(0, device=device))
     return heuristics.plan(B, N, K, D, dtype, num_iters, where)
+
+
+def explain(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype) -> dict:
+    """The plan as tokenpool_ext.explain wants it: path, flops, workspace_bytes, launches (of the whole batch), reason."""
+    found = plan(B, N, K, D, dtype=dtype, num_iters=num_iters)
+    chunks = -(-B // found.images_per_chunk)
+    launches = found.launches_before + found.launches_per_iteration * num_iters + found.launches_after
+    return dict(path=found.path, flops=float(B * found.flops), workspace_bytes=float(found.workspace_bytes),
+                launches=chunks * launches, reason=f"{found.reason}; {chunks} chunk{'s' * (chunks > 1)} of the batch; "
+                                                   "tiles not tuned on a GPU")
 
 
 # ---- operators ---------------------------------------------------------------------------------------------------

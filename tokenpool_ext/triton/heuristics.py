@@ -194,6 +194,7 @@ class Plan:
     bytes_per_iteration: int
     bytes_once: int
     workspace_bytes: int  # a chunk of the batch
+    flops: int  # an image, all iterations; a multiply-add is 2
     tiles: dict[str, Config]
     device: Device
 
@@ -234,6 +235,7 @@ def plan(B: int, N: int, K: int, D: int, dtype: torch.dtype, num_iters: int = 5,
         before, each = stats + 2 + 1, 0
         per_iteration = 4 * N * N + 12 * N * N // 128 * 8
         once = 3 * N * D * itemsize + N * D * itemsize * -(-N // tiles["gram"]["BM"]) + 4 * N * N
+        flops = N * N * D + 2 * N * N * num_iters
     else:
         tiles = {"assign": assign_configs(device, D, itemsize)[0], "update": update_configs(N, K, D)[0]}
         per_image = common + 4 * N + K * D * itemsize * (2 if itemsize == 2 else 1)
@@ -241,5 +243,7 @@ def plan(B: int, N: int, K: int, D: int, dtype: torch.dtype, num_iters: int = 5,
         planes = 2 if itemsize == 2 else 1
         assign = N * D * itemsize + -(-N // tiles["assign"]["BN"]) * K * D * itemsize * planes
         update = 4 * N * -(-K // tiles["update"]["BC"]) + N * D * itemsize + K * D * itemsize * planes
+        flops = 2 * N * K * D * planes * num_iters
         per_iteration, once = assign + update + 12 * N, 4 * N * D * itemsize
-    return Plan(which, reason, before, each, 2, images, per_iteration, once, images * per_image, tiles, device)
+    return Plan(which, reason, before, each, 2, images, per_iteration, once, images * per_image,
+                flops, tiles, device)

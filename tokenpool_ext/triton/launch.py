@@ -9,6 +9,7 @@ import torch
 from .errors import KernelUnavailable
 from .heuristics import GRID_LIMIT, Config
 
+
 class Launch(NamedTuple):
     """One recorded launch."""
 
