@@ -101,7 +101,10 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def backend(request):
-    """The `Target` under test; its environment is set while the test runs."""
+    """The `Target` under test; its environment is set while the test runs.  Skips a `dtype` it does not take."""
+    dtype = request.node.callspec.params.get("dtype")
+    if dtype is not None and dtype not in request.param.dtypes:
+        pytest.skip(f"{request.param.name} takes no {dtype}")
     with request.param.active():
         yield request.param
 

@@ -63,6 +63,15 @@ class Target:
     def id(self) -> str:
         return "-".join([self.name, *(value for _, value in self.env)])
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """float64 is for the reference and the CPU (contract section 5)."""
+        return [d for d in DTYPES if d != torch.float64 or self.name not in ("cuda", "triton")]
+
+    @property
+    def widest(self) -> torch.dtype:
+        return torch.float64 if torch.float64 in self.dtypes else torch.float32
+
     @contextlib.contextmanager
     def active(self):
         old = {key: os.environ.get(key) for key, _ in self.env}

@@ -222,7 +222,7 @@ def test_more_clusters_than_distinct_tokens(backend, algorithm):
 
 
 def test_ones_equal_none_bit_for_bit(backend, algorithm):
-    for dtype in DTYPES:
+    for dtype in backend.dtypes:
         x = tokens(2, 30, 6, dtype, backend.device)
         ones = torch.ones(2, 30, dtype=TOLERANCES[dtype].acc, device=backend.device)
         init = spread_indices(2, 30, 5, backend.device)
@@ -345,8 +345,7 @@ def test_padding_equals_one_call_per_item(backend, algorithm, dtype):
 def test_mask_with_holes(backend, algorithm):
     """Valid tokens anywhere: same result as the compacted image, up to rounding."""
     B, N, D, K = 3, 32, 4, 5
-    x = tokens(B, N, D, torch.float64 if backend.device == "cpu" and backend.name != "triton" else torch.float32,
-               backend.device, groups=K)
+    x = tokens(B, N, D, backend.widest, backend.device, groups=K)
     mask = torch.from_numpy(np.random.default_rng(0).random((B, N)) < 0.6).to(backend.device)
     init = torch.stack([m.nonzero()[:K, 0] for m in mask])
     spoiled = torch.where(mask[:, :, None], x, float("nan"))

@@ -49,8 +49,6 @@ def test_run_to_run(backend, op, shape):
 def test_batch_mates_slot_and_size(backend, op, shape, dtype):
     if backend.name == "reference":
         pytest.skip("library products may pick another kernel for another batch size, as its documentation says")
-    if dtype == torch.float64 and backend.name in ("cuda", "triton"):
-        pytest.skip("takes no float64")
     run = problem(op, backend, shape, dtype)
     together = run(list(range(5)))
     for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2, 2, 2]):

@@ -31,7 +31,7 @@ def problem(B, N, D, K, seed, dtype=torch.float64, device="cpu"):
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_one_iteration_matches_sklearn(backend, weighted):
     """Same centers after one update; and sklearn's labels are our next assignment, up to ties."""
-    dtype = torch.float64 if backend.device == "cpu" else torch.float32
+    dtype = backend.widest
     B, N, D, K = 4, 120, 8, 10
     x, start = problem(B, N, D, K, 0, dtype, backend.device)
     w = positive_weights(B, N, dtype, backend.device) if weighted else None
@@ -50,7 +50,7 @@ def test_one_iteration_matches_sklearn(backend, weighted):
 @pytest.mark.parametrize("num_iters", [5, 20])
 def test_inertia_matches_sklearn(backend, weighted, num_iters):
     """sklearn's inertia_ is taken between the final centers and labels assigned to them once more."""
-    dtype = torch.float64 if backend.device == "cpu" else torch.float32
+    dtype = backend.widest
     B, N, D, K = 6, 150, 6, 12
     x, start = problem(B, N, D, K, 1, dtype, backend.device)
     w = positive_weights(B, N, dtype, backend.device) if weighted else None

@@ -65,7 +65,7 @@ def test_centers_are_rows_of_x(backend, dtype):
 @pytest.mark.large
 def test_many_iterations_match_the_oracle(backend):
     """Weights without ties: the whole trajectory is the oracle's in float64."""
-    dtype = torch.float64 if backend.device == "cpu" else torch.float32
+    dtype = backend.widest
     B, N, D, K = 6, 60, 5, 9
     x, w = tokens(B, N, D, dtype, backend.device), positive_weights(B, N, dtype, backend.device)
     init = spread_indices(B, N, K, backend.device)

@@ -66,7 +66,7 @@ def problems(draw, max_n=13):
 def call(backend, p, **changes):
     p = {**p, **changes}
     move = lambda t: t.to(backend.device) if isinstance(t, torch.Tensor) else t
-    x = p["x"].float() if backend.name in ("cuda", "triton") and p["x"].dtype == torch.float64 else p["x"]
+    x = p["x"] if p["x"].dtype in backend.dtypes else p["x"].float()
     weights = p["weights"] if p["weights"] is None or x.dtype == p["x"].dtype else p["weights"].float()
     k = p["K"] if p["counts"] is None else p["counts"]
     result = getattr(tp, p["algorithm"])(

@@ -1,0 +1,49 @@
+"""explain: which code would run, and why (contract 4, 11)."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenpool_ext as tp
+
+VIT = dict(B=64, N=256, K=128, D=384)
+LONG = dict(B=1, N=20000, K=100, D=64)
+
+
+def test_one_readable_paragraph():
+    plan = tp.explain(**VIT, dtype=torch.float32, device="cpu")
+    text = str(plan)
+    assert isinstance(plan, tp.Plan) and "\n" not in text and len(text) > 80
+    for part in (plan.backend, plan.path, plan.reason, "256", "384", "128"):
+        assert str(part) in text
+    assert plan.flops > 0 and plan.bytes > 0
+
+
+@pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
+def test_the_planner_knows_when_gram_pays():
+    """gram for a ViT's tokens; direct for long sequences and few clusters."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert tp.explain(**VIT, dtype=dtype, device="cpu").path == "gram"
+        assert tp.explain(**LONG, dtype=dtype, device="cpu").path == "direct"
+
+
+@pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
+def test_the_path_does_not_depend_on_the_batch():
+    """Or an image's bits would depend on its batch mates."""
+    for shape in [(196, 98, 192), (577, 50, 64), (1030, 343, 128), (64, 3, 700), (300, 2, 16)]:
+        N, K, D = shape
+        paths = {tp.explain(B, N, K, D, dtype=torch.float32, device="cpu").path for B in (1, 2, 7, 64, 1000)}
+        assert len(paths) == 1, f"{shape}: {paths}"
+
+
+def test_the_override_is_followed(monkeypatch):
+    monkeypatch.setenv("TOKENPOOL_EXT_BACKEND", "reference")
+    assert tp.explain(**VIT, dtype=torch.float32, device="cpu").backend == "reference"
+
+
+@pytest.mark.parametrize("changes,name", [(dict(B=0), "B"), (dict(N=-1), "N"), (dict(K=0), "K"), (dict(K=257), "K"),
+                                          (dict(D=1.5), "D"), (dict(num_iters=0), "num_iters"),
+                                          (dict(dtype=torch.int64), "dtype")])
+def test_wrong_arguments_are_named(changes, name):
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+        tp.explain(**{**VIT, "dtype": torch.float32, "device": "cpu", **changes})
