@@ -131,11 +131,36 @@ def _digest(command: List[str], inputs: List[Path]) -> str:
     return digest.hexdigest()
 
 
+def _tasks(p: Dict[str, List[str]], build: Path) -> List[tuple]:
+    """(command, files it depends on, object) of every compilation, the longest first."""
+    headers = sorted([*(CSRC / "cuda").glob("*.cuh"), *(CSRC / "cuda").glob("*.h"), CSRC / "planner_cuda.h"])
+    tasks = []
+    for source in map(Path, p["kernels"]):
+        output = build / (source.stem + ".cu.o")
+        tasks.append(([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], [source, *headers], output))
+    for source in map(Path, p["cxx_sources"]):
+        output = build / (source.stem + ".o")
+        include = [f"-I{path}" for path in p["include_dirs"]]
+        tasks.append(([compiler(), *p["cxx_flags"], *include, "-c", str(source), "-o", str(output)], [source, *headers], output))
+    return tasks
+
+
+def _is_done(command: List[str], inputs: List[Path], output: Path) -> bool:
+    stamp = output.with_suffix(".stamp")
+    return output.exists() and stamp.exists() and stamp.read_text() == _digest(command, inputs)
+
+
+def is_fresh(build_dir: str, archs: Optional[str] = None) -> bool:
+    """Whether the kernels' objects in `build_dir` were made from the present sources, with the present flags."""
+    tasks = _tasks(cuda_extension_parameters(archs), Path(build_dir))
+    return all(_is_done(*task) for task in tasks if task[2].name.endswith(".cu.o"))
+
+
 def _compile(command: List[str], inputs: List[Path], output: Path) -> float:
     """Run `command` unless `output` was made by it from the same text. Keeps the tool's report beside it. Seconds."""
-    stamp, digest = output.with_suffix(".stamp"), _digest(command, inputs)
-    if output.exists() and stamp.exists() and stamp.read_text() == digest:
+    if _is_done(command, inputs, output):
         return 0.0
+    stamp, digest = output.with_suffix(".stamp"), _digest(command, inputs)
     start = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     output.with_suffix(".log").write_text(done.stdout + done.stderr)
@@ -163,18 +188,8 @@ def build_cuda(out_dir: str, archs: Optional[str] = None, build_dir: Optional[st
     jobs = max(1, int(os.environ.get("MAX_JOBS") or max(1, (os.cpu_count() or 1) // 2)))
     names = [flag.split(",code=")[1] for flag in arch_flags(archs)]
     say(f"tokenpool_ext: building the CUDA kernels for {', '.join(names)} with {find_nvcc()}, {jobs} job(s)")
-    headers = sorted([*(CSRC / "cuda").glob("*.cuh"), *(CSRC / "cuda").glob("*.h"), CSRC / "planner_cuda.h"])
-    tasks, objects = [], []
-    for source in map(Path, p["kernels"]):
-        output = build / (source.stem + ".cu.o")
-        objects.append(output)
-        tasks.append(([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], [source, *headers], output))
-    for source in map(Path, p["cxx_sources"]):
-        output = build / (source.stem + ".o")
-        objects.append(output)
-        include = [f"-I{path}" for path in p["include_dirs"]]
-        tasks.append(([compiler(), *p["cxx_flags"], *include, "-c", str(source), "-o", str(output)], [source, *headers], output))
-    tasks.sort(key=lambda task: not task[2].name.startswith("resident"))  # the longest first
+    tasks = _tasks(p, build)
+    objects = [task[2] for task in tasks]
     start = time.time()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(_compile, *task) for task in tasks]:

@@ -131,6 +131,7 @@ void attention_case(int dtype, int h, int queries, int keys, int d) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   sim_set_reverse(argc > 1 && std::string(argv[1]) == "reverse");
   for (int path = 0; path < 3; ++path)
     for (int dtype : {0, 2})

@@ -42,6 +42,9 @@ struct Dim {
   unsigned x, y, z;
 };
 
+constexpr int kMaxThreads = 1024;
+constexpr int kLanes = 32;
+
 // Where fibers wait for each other. Two slots, used in turn, so that a fast fiber's next arrival cannot be mistaken
 // for this one by the race detector.
 struct Barrier {
@@ -50,18 +53,16 @@ struct Barrier {
   unsigned generation = 0;
   int combined[2] = {0, 0};  // or / sum of the values the fibers brought
   char slot[2] = {0, 0};
+  int waiting[kMaxThreads];
 };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  bool finished = true;
   void* tsan = nullptr;
 };
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kLanes = 32;
-
 struct WarpState {
   Barrier barrier;
   uint64_t value[kLanes];
@@ -80,7 +81,9 @@ struct Machine {
   int threads = 0;
   int current = 0;
   int unfinished = 0;
-  uint64_t idle_yields = 0;
+  int ready[kMaxThreads];  // ring of threads that can run
+  int ready_first = 0;
+  int ready_count = 0;
   bool reverse = false;  // order in which threads run between barriers
   Dim block_index{0, 0, 0}, block_dim{1, 1, 1}, grid_dim{1, 1, 1};
   std::unique_ptr<unsigned char[]> shared;
@@ -132,16 +135,20 @@ SIM_HIDDEN inline void swap_to(ucontext_t* from, ucontext_t* to, void* to_tsan, 
 #endif
 }
 
-// Runs the next unfinished fiber; returns when this one's turn comes again.
-SIM_HIDDEN inline void yield() {
+SIM_HIDDEN inline void make_ready(int thread) {
   Machine& m = machine();
-  if (++m.idle_yields > 8ull * m.threads) fail("deadlock: some threads wait at a barrier that others never reach");
+  m.ready[(m.ready_first + m.ready_count++) % kMaxThreads] = thread;
+}
+
+// Leaves this fiber for the next one that can run, or for the host when all have finished.
+SIM_HIDDEN inline void run_next() {
+  Machine& m = machine();
   const int self = m.current;
-  int next = self;
-  do {
-    next = m.reverse ? (next + m.threads - 1) % m.threads : (next + 1) % m.threads;
-  } while (m.fibers[next].finished);
-  if (next == self) return;
+  if (m.unfinished == 0) return swap_to(&m.fibers[self].context, &m.host, m.host_tsan, nullptr);
+  if (m.ready_count == 0) fail("deadlock: some threads wait at a barrier that others never reach");
+  const int next = m.ready[m.ready_first];
+  m.ready_first = (m.ready_first + 1) % kMaxThreads;
+  --m.ready_count;
   m.current = next;
   swap_to(&m.fibers[self].context, &m.fibers[next].context, m.fibers[next].tsan, &m.fibers[next]);
 }
@@ -150,18 +157,19 @@ enum class Combine { kOr, kSum };
 
 SIM_HIDDEN inline int arrive(Barrier& barrier, int value, Combine combine) {
   Machine& m = machine();
-  const unsigned generation = barrier.generation;
-  const unsigned parity = generation % 2;
+  const unsigned parity = barrier.generation % 2;
   int& total = barrier.combined[parity];
   total = combine == Combine::kOr ? (total | (value != 0)) : total + value;
   SIM_RELEASE(&barrier.slot[parity]);
-  if (++barrier.arrived == barrier.expected) {
+  if (barrier.arrived + 1 == barrier.expected) {
+    for (int i = 0; i < barrier.arrived; ++i)
+      make_ready(barrier.waiting[m.reverse ? barrier.arrived - 1 - i : i]);
     barrier.arrived = 0;
     barrier.combined[1 - parity] = 0;
-    barrier.generation = generation + 1;
-    m.idle_yields = 0;
+    ++barrier.generation;
   } else {
-    while (barrier.generation == generation) yield();
+    barrier.waiting[barrier.arrived++] = m.current;
+    run_next();
   }
   SIM_ACQUIRE(&barrier.slot[parity]);
   return total;
@@ -210,20 +218,9 @@ SIM_HIDDEN inline void fiber_main() {
     SIM_ACQUIRE(&m.start_slot);
     m.body();
     SIM_RELEASE(&m.end_slot);
-    const int self = m.current;
-    m.fibers[self].finished = true;
-    m.idle_yields = 0;
     if (m.block_barrier.arrived != 0) fail("a thread left the kernel while others wait at __syncthreads");
-    if (--m.unfinished == 0) {
-      swap_to(&m.fibers[self].context, &m.host, m.host_tsan, nullptr);
-    } else {
-      int next = self;
-      do {
-        next = m.reverse ? (next + m.threads - 1) % m.threads : (next + 1) % m.threads;
-      } while (m.fibers[next].finished);
-      m.current = next;
-      swap_to(&m.fibers[self].context, &m.fibers[next].context, m.fibers[next].tsan, &m.fibers[next]);
-    }
+    --m.unfinished;
+    run_next();
   }
 }
 
@@ -235,7 +232,7 @@ SIM_HIDDEN inline void run_block(int threads, size_t shared_bytes) {
 #endif
   if (threads % kLanes != 0) fail("threads per block must be a multiple of 32");
   while (static_cast<int>(m.fibers.size()) < threads) {
-    m.fibers.reserve(1024);  // contexts must not move
+    m.fibers.reserve(kMaxThreads);  // contexts must not move
     m.fibers.emplace_back();
     Fiber& f = m.fibers.back();
     f.stack.reset(new char[kStackBytes]);
@@ -252,12 +249,11 @@ SIM_HIDDEN inline void run_block(int threads, size_t shared_bytes) {
   std::memset(m.shared.get(), 0xff, shared_bytes);  // NaN, -1
   m.threads = threads;
   m.unfinished = threads;
-  m.block_barrier = Barrier{};
   m.block_barrier.expected = threads;
-  m.warps.assign(threads / kLanes, WarpState{});
+  m.warps.resize(kMaxThreads / kLanes);
   for (WarpState& w : m.warps) w.barrier.expected = kLanes;
-  for (int t = 0; t < threads; ++t) m.fibers[t].finished = false;
-  m.idle_yields = 0;
+  m.ready_first = m.ready_count = 0;
+  for (int t = 1; t < threads; ++t) make_ready(m.reverse ? threads - 1 - t : t);
   m.current = m.reverse ? threads - 1 : 0;
   SIM_RELEASE(&m.start_slot);
   swap_to(&m.host, &m.fibers[m.current].context, m.fibers[m.current].tsan, &m.fibers[m.current]);

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Everything there is to learn from one visit to a GPU, in one call, under nine minutes:
+#   build for the present architecture, parity with the float64 reference, the test suite, determinism, CUDA graphs,
+#   host synchronisation, four compute-sanitizer tools, the benchmark with peers, a profile of the main kernel.
+#
+#   bash bench/gpu.sh                  results into bench/results/
+#   OUT=dir PYTHON=python3 bash bench/gpu.sh
+#
+# Every stage has a time limit and its own log; a failing stage is recorded and the next one runs. The exit status is
+# the number of failed stages that must pass (build, parity, tests, invariants, sanitizers).
+set -u -o pipefail
+cd "$(dirname "$0")/.." || exit 99
+
+OUT=${OUT:-bench/results}
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-530} # seconds for the whole script
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/gpu.log
+SUMMARY=$OUT/gpu_summary.json
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+: >"$LOG"
+
+START=$SECONDS
+FAILED=0
+RECORDS=""
+
+say() { printf '%s\n' "$*" | tee -a "$LOG"; }
+
+# stage NAME REQUIRED(1|0) SECONDS COMMAND...
+stage() {
+  local name=$1 required=$2 limit=$3 left begin status
+  shift 3
+  left=$((LIMIT - (SECONDS - START)))
+  if [ "$left" -lt 5 ]; then
+    say "== $name: skipped, no time left"
+    RECORDS="$RECORDS{\"stage\": \"$name\", \"status\": \"skipped\", \"seconds\": 0},"
+    if [ "$required" = 1 ]; then FAILED=$((FAILED + 1)); fi
+    return 0
+  fi
+  if [ "$limit" -gt "$left" ]; then limit=$left; fi
+  begin=$SECONDS
+  say "== $name (at most $limit s): $*"
+  timeout --kill-after=5 "$limit" "$@" >"$OUT/gpu_$name.log" 2>&1
+  status=$?
+  tail -n 12 "$OUT/gpu_$name.log" | tee -a "$LOG"
+  say "== $name: status $status after $((SECONDS - begin)) s"
+  RECORDS="$RECORDS{\"stage\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - begin))},"
+  if [ "$status" -ne 0 ] && [ "$required" = 1 ]; then FAILED=$((FAILED + 1)); fi
+  return 0
+}
+
+# shellcheck disable=SC2329 # called by the trap
+finish() {
+  local device
+  device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name())" 2>/dev/null || echo unknown)
+  printf '{"device": "%s", "commit": "%s", "date": "%s", "command": "bash bench/gpu.sh", "failed": %d, "stages": [%s]}\n' \
+    "$device" "$(git rev-parse HEAD 2>/dev/null || echo unknown)" "$(date -u +%FT%TZ)" "$FAILED" "${RECORDS%,}" >"$SUMMARY"
+  say "== $FAILED required stage(s) failed; $((SECONDS - START)) s; $SUMMARY"
+}
+trap finish EXIT
+
+if ! CAPABILITY=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())" 2>>"$LOG"); then
+  say "no CUDA device that torch can use: nothing to do"
+  FAILED=1
+  exit 1
+fi
+
+# The present architecture alone, so that the build takes a fraction of the release's.
+ARCH=$CAPABILITY
+case $CAPABILITY in 9.0 | 10.0 | 12.0) ARCH=${CAPABILITY}a ;; esac
+export TORCH_CUDA_ARCH_LIST=$ARCH
+export TOKENPOOL_EXT_CUDA=1
+export TOKENPOOL_EXT_CUDA_BUILD_DIR=${TOKENPOOL_EXT_CUDA_BUILD_DIR:-build/cuda_$ARCH}
+MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export MAX_JOBS
+
+# shellcheck disable=SC2016 # the inner shell expands $0
+stage environment 0 20 bash -c 'nvidia-smi; nvcc --version; "$0" -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_properties(0))"' "$PYTHON"
+stage build 1 170 "$PYTHON" setup.py build_ext --inplace
+stage info 0 30 "$PYTHON" -m tokenpool_ext info
+stage parity 1 60 "$PYTHON" -m bench.gpu_checks parity --json "$OUT/gpu_parity.json"
+stage invariants 1 45 "$PYTHON" -m bench.gpu_checks invariants --json "$OUT/gpu_invariants.json"
+
+stage bench_kmeans 0 110 "$PYTHON" -m bench --suite vit --device cuda --dtype bfloat16 --batch 256 --peers all \
+  --json "$OUT/gpu_kmeans.json"
+stage bench_small 0 40 "$PYTHON" -m bench --shapes 196x384:98 --device cuda --dtype bfloat16 --batch 1,8,64 --op kmeans,kmedoids \
+  --peers none --json "$OUT/gpu_small_batch.json"
+
+SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+for tool in memcheck racecheck initcheck synccheck; do
+  if [ -n "$SANITIZER" ]; then
+    stage "$tool" 1 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
+      --kernel-regex kns=tokenpool "$PYTHON" -m bench.gpu_checks small
+  else
+    stage "$tool" 1 5 bash -c 'echo "compute-sanitizer is not installed"; exit 3'
+  fi
+done
+
+stage tests 1 100 env TOKENPOOL_EXT_REQUIRE_CUDA=1 TOKENPOOL_EXT_TEST_BACKENDS=cuda,triton \
+  "$PYTHON" -m pytest -q --maxfail=20 tests/test_clustering.py tests/test_pool.py tests/test_attention_received.py tests/test_invariance.py
+
+NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null || true)
+if [ -n "$NCU" ]; then
+  stage ncu 0 45 "$NCU" --kernel-name regex:resident_kernel --launch-skip 2 --launch-count 1 --set full \
+    "$PYTHON" -m bench.gpu_checks profile
+fi
+exit "$FAILED"

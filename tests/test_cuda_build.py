@@ -1,0 +1,103 @@
+"""The CUDA library's build: flags, reasons, the assembler's report, and loading it under a CUDA torch. No GPU needed.
+
+The report and the library come from the build folder (build/cuda, or TOKENPOOL_EXT_CUDA_BUILD_DIR). A stale or missing
+build is brought up to date only with TOKENPOOL_EXT_REQUIRE_CUDA_BUILD=1, for it takes minutes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("_build_cuda", ROOT / "tokenpool_ext" / "_build_cuda.py")
+builder = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(builder)
+
+BUILD = Path(os.environ.get("TOKENPOOL_EXT_CUDA_BUILD_DIR") or ROOT / "build" / "cuda")
+REQUIRED = os.environ.get("TOKENPOOL_EXT_REQUIRE_CUDA_BUILD") == "1"
+OPS = ("kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received")
+DEFAULT = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The linked library, from up-to-date objects."""
+    reason = builder.cannot_build()
+    if reason:
+        if REQUIRED:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    if not REQUIRED and not builder.is_fresh(BUILD):
+        pytest.skip(f"no up-to-date build of the CUDA kernels in {BUILD}; set TOKENPOOL_EXT_REQUIRE_CUDA_BUILD=1 to build it")
+    return builder.build_cuda(str(tmp_path_factory.mktemp("cuda")), build_dir=str(BUILD), say=lambda line: None)
+
+
+def test_architecture_flags():
+    assert builder.arch_flags("8.0;9.0a") == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+    assert builder.arch_flags("8.9+PTX")[1] == "-gencode=arch=compute_89,code=compute_89"
+    assert len(builder.arch_flags(builder.DEFAULT_ARCHS)) == 7
+    for bad in ("Hopper", "9", "7.5"):
+        with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST"):
+            builder.arch_flags(bad)
+
+
+def test_architectures_follow_the_standard_variable(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0")
+    assert [flag.rsplit("=", 1)[1] for flag in builder.arch_flags()] == ["sm_86", "sm_90"]
+
+
+def test_a_missing_toolkit_is_a_reason_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(builder, "find_nvcc", lambda: None)
+    assert "install a CUDA toolkit" in builder.cannot_build()
+    with pytest.raises(RuntimeError, match="nvcc was not found"):
+        builder.build_cuda("/nonexistent")
+
+
+def test_report_parser(tmp_path):
+    (tmp_path / "k.log").write_text(
+        "ptxas info    : Compiling entry function '_ZN9tokenpool4cuda11gram_kernelI13__nv_bfloat16EEvNS0_8GramArgsE' for 'sm_90a'\n"
+        "ptxas info    : Function properties for x\n    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 127 registers, used 1 barriers\n")
+    assert builder.kernel_resources(str(tmp_path)) == [
+        {"kernel": "gram_kernel", "dtype": "bfloat16", "arch": "sm_90a", "registers": 127, "stack": 8, "spill_stores": 4, "spill_loads": 12}]
+
+
+def test_no_kernel_spills_or_uses_a_stack_at_any_architecture(library):
+    records = builder.kernel_resources(str(BUILD))
+    kernels = {r["kernel"] for r in records}
+    assert {"resident_kernel", "gram_kernel", "iterate_kernel", "assign_kernel", "means_kernel", "bucket_kernel"} <= kernels
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        assert {r["arch"] for r in records} == DEFAULT
+    bad = [r for r in records if r["stack"] or r["spill_stores"] or r["spill_loads"]]
+    assert not bad, f"kernels with a stack or spills: {bad}"
+    assert max(r["registers"] for r in records if r["kernel"] == "resident_kernel") <= 128  # two blocks an SM
+    assert max(r["registers"] for r in records if r["kernel"] == "iterate_kernel") <= 64  # 1024 threads
+
+
+def test_library_needs_no_cuda_runtime_and_no_torch_cxx_symbols(library):
+    dynamic = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True).stdout
+    assert "libcudart" not in dynamic and "libtorch_cuda.so" in dynamic
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True).stdout
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    assert not [line for line in symbols.splitlines() if "c10" in line or "2at" in line.split("_ZN")[-1][:4]]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+def test_ops_are_registered_under_a_cuda_torch(library):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, tokenpool_ext\n"
+        "from tokenpool_ext import loader\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "assert loader.extension is not None, loader.extension_reason\n"
+        f"if not has('tokenpool_ext::kmeans', 'CUDA'): torch.ops.load_library({str(library)!r})\n"
+        f"assert all(has('tokenpool_ext::' + op, 'CUDA') for op in {OPS!r})\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
