@@ -247,7 +247,9 @@ def checks(tmp_path_factory):
                 pytest.skip(f"the {sanitizer} sanitizer's library is not installed")
             assert done.returncode == 0, done.stderr
         done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0 and not done.stderr.strip(), done.stderr[:6000]
+        # AddressSanitizer announces that it watches fibers with care; nothing else may be said
+        said = [line for line in done.stderr.splitlines() if line and "makecontext/swapcontext" not in line]
+        assert done.returncode == 0 and not said, done.stderr[:6000]
         return done.stdout
 
     return run

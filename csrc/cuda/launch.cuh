@@ -20,7 +20,7 @@ int launch_kernel(void (*kernel)(Args), const Args& args, const Launch& launch) 
   }
   const unsigned grid = launch.blocks > INT32_MAX ? INT32_MAX : static_cast<unsigned>(launch.blocks);
   kernel<<<grid, launch.threads, launch.shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(args);
-  return cudaPeekAtLastError();
+  return cudaGetLastError();
 }
 
 }  // namespace cuda

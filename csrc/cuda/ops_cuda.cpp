@@ -64,6 +64,12 @@ struct OnDevice {
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()), index(t.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == 0,
                     "tokenpool_ext: torch did not give the current CUDA stream");
+    // This library has a CUDA runtime of its own; make sure that it sees the same device.
+    int current = -1;
+    if (cudaGetDevice(&current) != cudaSuccess || current != index) {
+      const cudaError_t status = cudaSetDevice(index);
+      STD_TORCH_CHECK(status == cudaSuccess, "tokenpool_ext: cudaSetDevice: ", cudaGetErrorString(status));
+    }
   }
 };
 
