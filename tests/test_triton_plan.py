@@ -181,8 +181,7 @@ def test_no_autotuning_and_no_float_atomics():
                 assert "tl.atomic_add(counts" in line, (file, line)  # int32 counters: order cannot matter
 
 
-def test_tf32_only_where_the_user_allows_it(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_tf32_only_where_the_user_allows_it():
     assert clustering.precision(torch.float32) == "ieee"
     before = torch.backends.cuda.matmul.allow_tf32
     try:

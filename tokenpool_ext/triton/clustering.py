@@ -1,8 +1,6 @@
 """Host side of kmeans and kmedoids: workspaces and launches, no arithmetic, no synchronisation."""
 from __future__ import annotations
 
-import os
-
 import torch
 
 from . import direct, finish, gram, heuristics, prepare
@@ -11,8 +9,6 @@ from .launch import launch
 
 def precision(dtype: torch.dtype) -> str:
     """Input precision of products: TF32 only for float32 and only where the user has allowed it for matmuls."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "interpreted"
     if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "ieee"

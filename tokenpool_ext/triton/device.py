@@ -5,10 +5,12 @@ Token values enter every product through `load_rows`: scaled by the image's powe
 to the image's centering vector (prepare.py).  Weights are read from `wn`: normalised, and -1 marks padding.
 """
 import inspect
+import os
 
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SIZES = ("N", "D", "K", "H", "factor")
 
 
@@ -78,9 +80,19 @@ def exponent_scales(peak, LOW: tl.constexpr, HIGH: tl.constexpr):
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32.  Triton's interpreter has no bfloat16 product: there the operands are widened, which
     changes no product."""
-    if PRECISION == "interpreted":
+    if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(v, DTYPE: tl.constexpr):
+    """float32 -> DTYPE, rounding to nearest even; Triton's interpreter would cut bfloat16 off instead."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        v = tl.where(v == v, (bits & -65536).to(tl.float32, bitcast=True), v)
+    return v.to(DTYPE)
 
 
 @triton.jit

@@ -6,18 +6,18 @@ counting sort, then means or medoids).  All return at once for an image that is 
 import triton
 import triton.language as tl
 
-from .device import (better, coefficient, eights, image_of, kernel, load_rows, no_nan, product, repair_image,
-                     settle_image)
+from .device import (better, coefficient, eights, image_of, kernel, load_rows, narrow, no_nan, product,
+                     repair_image, settle_image)
 
 
 @triton.jit
 def _store_center(high, low, at, value, live, SPLIT: tl.constexpr):
     """Store a float32 center row as `high` (+ `low`, its rounding error, for half types); returns what was kept."""
-    top = value.to(high.dtype.element_ty)
+    top = narrow(value, high.dtype.element_ty)
     tl.store(high + at, top, mask=live)
     kept = top.to(tl.float32)
     if SPLIT:
-        rest = (value - kept).to(low.dtype.element_ty)
+        rest = narrow(value - kept, low.dtype.element_ty)
         tl.store(low + at, rest, mask=live)
         kept += rest.to(tl.float32)
     return tl.where(live, kept, 0.0)

@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from .device import eights, image_of, kernel, load_rows
+from .device import eights, image_of, kernel, load_rows, narrow
 
 
 @kernel
@@ -81,7 +81,7 @@ def finish_kernel(x, scale, unscale, center, wn, w_unscale, keff, lst, coef, sta
                 acc += tl.where(live[:, None], p[:, None] * (rows - m[None, :]), 0.0)
             mean = tl.sum(acc, axis=0)
             tl.store(centers_out + out * D + offs_d,
-                     (tl.sum(raw, axis=0) * back).to(centers_out.dtype.element_ty), mask=inside)
+                     narrow(tl.sum(raw, axis=0) * back, centers_out.dtype.element_ty), mask=inside)
         for e0 in range(0, size, R):
             e = e0 + tl.arange(0, R)
             live = e < size

@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from .device import coefficient, kernel
+from .device import coefficient, kernel, narrow
 
 
 @kernel
@@ -47,7 +47,7 @@ def segment_kernel(x, lst, coef, start, cnt, out, N, D, K, x_b, x_n, x_d, MEAN: 
                 p = tl.load(coef + b * N + first + e, mask=live, other=0.0)
                 rows = tl.where(live[:, None], p[:, None] * rows, 0.0)
             acc += rows
-        tl.store(out + pid * D + offs_d, tl.sum(acc, axis=0).to(out.dtype.element_ty), mask=offs_d < D)
+        tl.store(out + pid * D + offs_d, narrow(tl.sum(acc, axis=0), out.dtype.element_ty), mask=offs_d < D)
 
 
 @kernel
@@ -75,7 +75,7 @@ def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w
             c = tl.load(centers + b * c_b + j[:, None] * c_k + offs_d[None, :] * c_d, mask=inside, other=0.0)
             dot += tl.sum((v.to(tl.float32) - c.to(tl.float32)) * g, axis=1)
         tl.store(grad_x + (b * N + i)[:, None] * D + offs_d[None, :],
-                 tl.where(inside, share[:, None] * g, 0.0).to(grad_x.dtype.element_ty),
+                 narrow(tl.where(inside, share[:, None] * g, 0.0), grad_x.dtype.element_ty),
                  mask=(i < N)[:, None] & (offs_d < D)[None, :])
     if HAS_WEIGHTS:
         regular = valid & (total != 0)
