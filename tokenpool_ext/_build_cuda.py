@@ -131,17 +131,28 @@ def _digest(command: List[str], inputs: List[Path]) -> str:
     return digest.hexdigest()
 
 
+def _with_includes(source: Path) -> List[Path]:
+    """The file and the files of csrc it includes, directly or not."""
+    found, waiting = [], [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.exists():
+            continue
+        found.append(path)
+        waiting += [(path.parent / name).resolve() for name in re.findall(r'^#include "(.+)"$', path.read_text(), re.M)]
+    return sorted(found)
+
+
 def _tasks(p: Dict[str, List[str]], build: Path) -> List[tuple]:
     """(command, files it depends on, object) of every compilation, the longest first."""
-    headers = sorted([*(CSRC / "cuda").glob("*.cuh"), *(CSRC / "cuda").glob("*.h"), CSRC / "planner_cuda.h"])
     tasks = []
     for source in map(Path, p["kernels"]):
         output = build / (source.stem + ".cu.o")
-        tasks.append(([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], [source, *headers], output))
+        tasks.append(([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], _with_includes(source), output))
     for source in map(Path, p["cxx_sources"]):
         output = build / (source.stem + ".o")
         include = [f"-I{path}" for path in p["include_dirs"]]
-        tasks.append(([compiler(), *p["cxx_flags"], *include, "-c", str(source), "-o", str(output)], [source, *headers], output))
+        tasks.append(([compiler(), *p["cxx_flags"], *include, "-c", str(source), "-o", str(output)], _with_includes(source), output))
     return tasks
 
 

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(256) count_kernel(CountArgs a) {
 }
 
 // Contract section 6: grad_x_i = (w_i / W) g_{a_i} (1 / count where W is 0), grad_w_i = (x_i - c_{a_i}) . g_{a_i} / W.
+// Without weights there is no gradient for them: zeros, and x and the centers are not read.
 template <typename T>
 __global__ void __launch_bounds__(256) pool_backward_kernel(PoolBackwardArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
@@ -60,13 +61,14 @@ __global__ void __launch_bounds__(256) pool_backward_kernel(PoolBackwardArgs a) 
     for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
       float g[4], v[4], c[4];
       load4(grad, j, f, features, g);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (f + e < features) grad_x[f + e] = from_float<T>(share * g[e]);
+      if (a.weights == nullptr) continue;
       load4(x, i, f, features, v);
       load4(centers, j, f, features, c);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        dot = fmaf(v[e] - c[e], g[e], dot);
-        if (f + e < features) grad_x[f + e] = from_float<T>(share * g[e]);
-      }
+      for (int e = 0; e < 4; ++e) dot = fmaf(v[e] - c[e], g[e], dot);
     }
     dot = warp_sum(dot);
     if (lane_index() == 0) a.grad_weights[work] = total > 0.0f ? dot / total : 0.0f;

@@ -20,7 +20,12 @@ import simulator
 
 def pytest_configure(config):
     from tokenpool_ext import registry
-    from helpers import Target
+    from helpers import DTYPES, Target
+
+    class SimulatedTarget(Target):
+        @property
+        def dtypes(self):
+            return [dtype for dtype in DTYPES if dtype != torch.float64]
 
     conftest = sys.modules["conftest"]
     library = simulator.build()
@@ -31,7 +36,7 @@ def pytest_configure(config):
         namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in registry.OPS})
         name = f"cuda_sim_{path}"
         registry.REGISTRY[name] = registry.Backend(name, lambda: None, _refuses, lambda namespace=namespace: namespace)
-        targets.append(Target(name))
+        targets.append(SimulatedTarget(name))
     conftest.TARGETS[:] = targets
 
 
