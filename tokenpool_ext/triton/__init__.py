@@ -13,14 +13,15 @@ import torch
 
 from .errors import KernelUnavailable
 
-__all__ = ["KernelUnavailable", "attention_received", "can_run", "explain", "kmeans", "kmedoids", "plan", "pool", "pool_backward",
-           "unavailable", "unpool", "unpool_backward", "warmup"]
+__all__ = ["KernelUnavailable", "attention_received", "can_run", "explain", "kmeans", "kmedoids", "plan", "pool",
+           "pool_backward", "unavailable", "unpool", "unpool_backward", "warmup"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Several kernels hand values from thread to thread through global memory, across a barrier of the block (tl.debug_barrier).
-# CUDA's barrier orders such accesses by definition.  On AMD this Triton, whose barrier was read in the machine code
-# (gfx942, gfx1100), or a later one is asked for; Intel's GPUs are refused until somebody has looked.
+# Several kernels hand values from thread to thread through global memory, across a barrier of the block
+# (tl.debug_barrier).  CUDA's barrier orders such accesses by definition.  On AMD this version of Triton, whose barrier
+# was read in the machine code for gfx942 and gfx1100, or a later one is asked for; Intel's GPUs are refused until
+# somebody has looked.
 BARRIER_VERSION = (3, 9)
 
 
@@ -81,7 +82,7 @@ def plan(B: int, N: int, K: int, D: int, *, dtype=torch.float32, device="cuda", 
 
 
 def explain(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype) -> dict:
-    """The plan as tokenpool_ext.explain wants it: path, flops, workspace_bytes, launches (of the whole batch), reason."""
+    """The plan as tokenpool_ext.explain wants it: path, flops, workspace_bytes, launches (all chunks), reason."""
     found = plan(B, N, K, D, dtype=dtype, num_iters=num_iters)
     chunks = -(-B // found.images_per_chunk)
     launches = found.launches_before + found.launches_per_iteration * num_iters + found.launches_after
@@ -92,7 +93,8 @@ def explain(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype) 
 
 # ---- operators ---------------------------------------------------------------------------------------------------
 
-_CLUSTER = "(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters, bool sort)"
+_CLUSTER = ("(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters,"
+            " bool sort)")
 _SCHEMAS = {
     "kmeans": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor)",
     "kmedoids": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -137,7 +139,8 @@ def _check_cluster(op, x, weights, mask, counts, init, K, num_iters):
 def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     _check_cluster("kmeans", x, weights, mask, counts, init, num_clusters, num_iters)
     from .clustering import cluster
-    centers, assignment, mass, _, inertia = cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
+    found = cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
+    centers, assignment, mass, _, inertia = found
     return centers, assignment, mass, inertia
 
 

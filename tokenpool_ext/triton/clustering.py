@@ -64,9 +64,9 @@ class Chunk:
         if has_x:
             def stats(config):
                 d_tiles = -(-D // config["BD"])
-                return B * chunks * d_tiles, dict(part, x=x, mask=mask, N=N, D=D, chunks=chunks, d_tiles=d_tiles, pre=pre,
-                                                  HAS_MASK=self.mask is not None, CONTIG=self.flags["CONTIG"],
-                                                  **self.xs, **mask_s)
+                return B * chunks * d_tiles, dict(
+                    part, x=x, mask=mask, N=N, D=D, chunks=chunks, d_tiles=d_tiles, pre=pre, **self.xs, **mask_s,
+                    HAS_MASK=self.mask is not None, CONTIG=self.flags["CONTIG"])
             launch(prepare.x_stats_kernel, x, heuristics.stats_configs(D), stats)
         weights = self.weights if self.weights is not None else self.wn
         counts = self.counts if self.counts is not None else self.label_out
@@ -114,7 +114,8 @@ class Chunk:
             members, following = self.members[t % 2], self.members[(t + 1) % 2]
             self.direct_assign(members)
             launch(direct.settle_kernel, x, heuristics.settle_configs(N), lambda config: (B, dict(
-                keff=self.keff, done=self.done, lab=self.lab, prev=self.prev, cost=self.cost, counts=members, N=N, K=K)))
+                keff=self.keff, done=self.done, lab=self.lab, prev=self.prev, cost=self.cost, counts=members, N=N,
+                K=K)))
             means = int(self.medoids or t + 1 < num_iters)  # finish_kernel takes the last means itself
 
             def make(config):

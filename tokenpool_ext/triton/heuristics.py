@@ -15,7 +15,6 @@ import os
 import torch
 
 KIB = 1024
-SAFE_SHARED = 99 * KIB  # sm_86, sm_89 and sm_120: the least of all supported GPUs since Ampere
 GRAM_BYTES_LIMIT = 256 * KIB * KIB  # Gram matrices of one chunk of the batch
 GRAM_MAX_TOKENS = 1536  # one program walks an image's Gram matrix: N^2 * 4 bytes, 9.4 MB, still L2-resident
 GRID_LIMIT = 2**31 - 1  # programs a launch (grid.x)

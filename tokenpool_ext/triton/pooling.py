@@ -51,8 +51,8 @@ def segment_kernel(x, lst, coef, start, cnt, out, N, D, K, x_b, x_n, x_d, MEAN: 
 
 
 @kernel
-def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w, N, D, K, tiles, g_b, g_k, g_d, x_b, x_n,
-                         x_d, c_b, c_k, c_d, HAS_WEIGHTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w, N, D, K, tiles, g_b, g_k, g_d, x_b,
+                         x_n, x_d, c_b, c_k, c_d, HAS_WEIGHTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
     """grad_x_i = share_i g[a_i] and, HAS_WEIGHTS, grad_w_i = (x_i - c_{a_i}) . g[a_i] / W (0 when W = 0); one program
     per (image, BN tokens).  grad, centers (B, K, D) and x (B, N, D) any strides; mass float32 (B, K) contiguous; lab,
     wn, counts from labels_kernel; grad_x (B, N, D) x.dtype and grad_w float32 (B, N) contiguous."""
@@ -84,7 +84,8 @@ def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w
 
 
 @kernel
-def unpool_kernel(centers, assignment, out, N, D, K, tiles, c_b, c_k, c_d, a_b, a_n, BN: tl.constexpr, BD: tl.constexpr):
+def unpool_kernel(centers, assignment, out, N, D, K, tiles, c_b, c_k, c_d, a_b, a_n, BN: tl.constexpr,
+                  BD: tl.constexpr):
     """out[b, i] = centers[b, a_i], zeros where a_i is outside 0 .. K - 1.  One program per (image, BN tokens)."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles

@@ -62,9 +62,9 @@ def _extremes(part_min, part_max, b, chunks, D, offs_d, BD: tl.constexpr):
 
 
 @kernel
-def prepare_kernel(part_sum, part_min, part_max, mask, weights, k_per_image, init, scale, unscale, center, wn, w_unscale,
-                   keff, done, prev, label_out, lst, coef, start, cnt, N, D, K, chunks, pre, mask_b, mask_n, w_b, w_n,
-                   counts_b, init_b, init_k, HAS_X: tl.constexpr, CENTER: tl.constexpr, HAS_MASK: tl.constexpr,
+def prepare_kernel(part_sum, part_min, part_max, mask, weights, k_per_image, init, scale, unscale, center, wn,
+                   w_unscale, keff, done, prev, label_out, lst, coef, start, cnt, N, D, K, chunks, pre, mask_b, mask_n,
+                   w_b, w_n, counts_b, init_b, init_k, HAS_X: tl.constexpr, CENTER: tl.constexpr, HAS_MASK: tl.constexpr,
                    HAS_WEIGHTS: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """One program per image.  Writes
     scale, unscale (B,) powers of two; center (B, D) float32, in scaled units; wn (B, N) float32 weights times a power

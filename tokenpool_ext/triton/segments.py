@@ -38,9 +38,9 @@ def segment(x, assignment, weights, K: int, mean: bool):
         tiles = -(-K // config["BC"])
         return B * tiles, dict(
             x=idle, scale=idle, center=idle, wn=wn, keff=keff, done=done, lab=lab, counts=sizes,
-            next_counts=torch.empty_like(sizes), tmp=tmp, lst=lst, coef=coef, start=start, cnt=cnt, mass=mass, high=idle,
-            low=idle, norms=idle, medoids=lab, N=N, D=D, K=K, tiles=tiles, x_b=0, x_n=0, x_d=0, means=0, CENTER=False,
-            SCALE=False, CONTIG=False, SPLIT=False, MEDOIDS=False)
+            next_counts=torch.empty_like(sizes), tmp=tmp, lst=lst, coef=coef, start=start, cnt=cnt, mass=mass,
+            high=idle, low=idle, norms=idle, medoids=lab, N=N, D=D, K=K, tiles=tiles, x_b=0, x_n=0, x_d=0, means=0,
+            CENTER=False, SCALE=False, CONTIG=False, SPLIT=False, MEDOIDS=False)
     launch(direct.update_kernel, x, heuristics.update_configs(N, K, D), lists)
     out = x.new_empty((B, K, D))
     launch(pooling.segment_kernel, x, heuristics.segment_configs(N, K, D), lambda config: (B * K, dict(
@@ -62,8 +62,8 @@ def pool_backward(grad_centers, x, centers, assignment, weights, mass):
     def make(config):
         tiles = -(-N // config["BN"])
         return B * tiles, dict(
-            grad=grad_centers, x=x, centers=centers, lab=lab, wn=wn, mass=mass.contiguous(), counts=sizes, grad_x=grad_x,
-            grad_w=grad_w, N=N, D=D, K=K, tiles=tiles, **strides(grad_centers, g_b=0, g_k=1, g_d=2),
+            grad=grad_centers, x=x, centers=centers, lab=lab, wn=wn, mass=mass.contiguous(), counts=sizes,
+            grad_x=grad_x, grad_w=grad_w, N=N, D=D, K=K, tiles=tiles, **strides(grad_centers, g_b=0, g_k=1, g_d=2),
             **strides(x, x_b=0, x_n=1, x_d=2), **strides(centers, c_b=0, c_k=1, c_d=2),
             HAS_WEIGHTS=weights is not None)
     launch(pooling.pool_backward_kernel, x, heuristics.token_configs(D), make)
