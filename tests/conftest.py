@@ -71,6 +71,7 @@ def missing() -> list[str]:
 def pytest_configure(config):
     config.addinivalue_line("markers", "large: shapes too large for the Triton interpreter; skipped there")
     config.addinivalue_line("markers", "one_path: the cpu backend's path makes no difference; not repeated for each")
+    config.addinivalue_line("markers", "each_path: the cpu backend with each path forced, not the planner's choice as well")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
@@ -95,7 +96,8 @@ def pytest_collection_modifyitems(config, items):
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         one_path = metafunc.definition.get_closest_marker("one_path")
-        targets = [t for t in TARGETS if not (one_path and t.env)]
+        each_path = metafunc.definition.get_closest_marker("each_path")
+        targets = [t for t in TARGETS if not (one_path and t.env or each_path and t.name == "cpu" and not t.env)]
         metafunc.parametrize("backend", targets, indirect=True, ids=[t.id for t in targets])
 
 

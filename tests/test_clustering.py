@@ -10,6 +10,7 @@ import tokenpool_ext as tp
 from helpers import (DTYPES, TOLERANCES, assert_consistent, assert_identical, f64, integer_tokens, positive_weights,
                      spread_indices, take, tokens)
 
+pytestmark = pytest.mark.each_path
 ALGORITHMS = ["kmeans", "kmedoids"]
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 import tokenpool_ext as tp
 from conftest import INTERPRET
 from helpers import TOLERANCES, assert_consistent, assert_identical, f64
+
+pytestmark = pytest.mark.each_path
 
 # The fixture `backend` only sets an environment variable, the same for every example.
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
