@@ -93,9 +93,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
   if (mask) check(*mask, {B, N}, ScalarType::Bool, op, "mask");
   if (counts) check(*counts, {B}, ScalarType::Long, op, "counts");
   const bool by_index = init.scalar_type() == ScalarType::Long;
+  const bool farthest = by_index && init.dim() == 2 && init.size(1) == 0;  // no indices given: chosen inside
   STD_TORCH_CHECK(by_index || !medoids, op, ": init must be token indices");
   if (by_index)
-    check(init, {B, K}, ScalarType::Long, op, "init");
+    check(init, {B, farthest ? 0 : K}, ScalarType::Long, op, "init");
   else
     check(init, {B, K, D}, acc, op, "init");
   const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
   a.weights = pointer<void>(weights_dense);
   a.mask = pointer<bool>(mask_dense);
   a.counts = pointer<int64_t>(counts_dense);
-  a.init_index = by_index ? static_cast<const int64_t*>(init.data_ptr()) : nullptr;
+  a.init_index = by_index && !farthest ? static_cast<const int64_t*>(init.data_ptr()) : nullptr;
   a.init_centers = by_index ? nullptr : init.data_ptr();
   a.medoids = medoids;
   a.sort = sort;

@@ -245,7 +245,7 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
         _check_finite(name, x3, weights, mask)
     chain = registry.select(name, x3, backend)
     with torch.no_grad(), registry.no_autocast(x3):
-        start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched)
+        start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched, chain)
         if check_finite and start.is_floating_point() and not torch.isfinite(start).all():
             raise ValueError(f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it")
     function = autograd.KMeans if name == "kmeans" else autograd.KMedoids
@@ -350,7 +350,7 @@ def _check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
     return high, counts
 
 
-def _check_init(name, init, x3, k, weights, mask, counts, generator, batched) -> Tensor:
+def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, chain) -> Tensor:
     b, n, d = x3.shape
     if init is None:
         init = "strided" if weights is None else "topk"
@@ -359,6 +359,8 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched) ->
             raise ValueError(f"{name}: init must be one of {', '.join(map(repr, STRATEGIES))} or a tensor, got {init!r}")
         if init == "bipartite" and counts is None and mask is None and 2 * k < n:
             raise ValueError(f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init")
+        if all(init in registry.REGISTRY[backend].starts for backend in chain):
+            return x3.new_empty(b, 0, dtype=torch.int64)  # no indices: the op chooses this start itself
         weights = None if weights is None else weights.detach()
         return initial(init, x3.detach(), k, weights, mask, counts, generator, as_indices=name == "kmedoids")
     if not isinstance(init, Tensor):

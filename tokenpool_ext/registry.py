@@ -33,11 +33,12 @@ class KernelUnavailable(RuntimeError):
 class Backend:
     """A name, a reason for being absent, a check of one problem, and the operators."""
 
-    def __init__(self, name: str, unavailable: Callable, refuses: Callable, ops: Callable):
+    def __init__(self, name: str, unavailable: Callable, refuses: Callable, ops: Callable, starts: Tuple[str, ...] = ()):
         self.name = name
         self.unavailable = unavailable  # () -> reason or None
         self.refuses = refuses  # (op, x) -> reason or None
         self.ops = ops  # () -> namespace with one function per op
+        self.starts = starts  # strategies of `init` that kmeans and kmedoids choose themselves when given no indices
 
     def can_run(self, op: str, x: Tensor) -> Optional[str]:
         """None when this backend can run `op` on tokens like `x`, else the reason why not."""
@@ -86,7 +87,7 @@ REGISTRY: Dict[str, Backend] = {
     for backend in (
         Backend("cuda", _cuda_unavailable, _cuda_refuses, lambda: torch.ops.tokenpool_ext),
         Backend("triton", _triton_unavailable, _triton_refuses, _triton),
-        Backend("cpu", _cpu_unavailable, _cpu_refuses, lambda: torch.ops.tokenpool_ext),
+        Backend("cpu", _cpu_unavailable, _cpu_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
         Backend("reference", lambda: None, lambda op, x: None, lambda: reference),
     )
 }
@@ -126,7 +127,8 @@ def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
 def _willing(op: str, x: Tensor):
     device = x.device.type
     if device == "cpu":
-        order = ("cpu", "triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpu", "reference")
+        interpreted = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
+        order = interpreted if _cpu_unavailable() else ("cpu",)
     elif device == "cuda":
         order = ("cuda", "triton", "reference")
     else:

@@ -22,7 +22,7 @@ struct ClusterArgs {
   const bool* mask;           // [B, N] or null
   const int64_t* counts;      // [B] or null
   const int64_t* init_index;  // [B, K] or null
-  const void* init_centers;   // [B, K, D] acc, or null (exactly one of the two)
+  const void* init_centers;   // [B, K, D] acc, or null; without either the farthest-first start is chosen here
   bool medoids, sort;
   int path;                   // -1: the planner decides for each image
   int threads;

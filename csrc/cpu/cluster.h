@@ -1,24 +1,26 @@
-// K-Means and K-Medoids of one image: preparation, the two ways of assigning tokens, the update, the final means.
+// K-Means and K-Medoids of one image: the start, the two ways of assigning tokens, the update, the final means.
 
 template <class In>
-class Clustering {
-  using C = typename AccOf<In>::Type;
-  using I = typename Lane<C>::Int;
+class Clustering : Image<In> {
+  using Base = Image<In>;
+  using typename Base::C;
+  using typename Base::I;
+  using Base::a, Base::image_, Base::n_, Base::x_, Base::valid_, Base::weight_, Base::scale_;
+  using Base::weight_scale_, Base::mean_;
+  using Base::token, Base::row, Base::local_index, Base::center_row, Base::pack, Base::panel_norms, Base::squared_norm;
+  using Base::squared_difference;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
  public:
-  Clustering(const ClusterArgs& args, bool parallel) : a(args), parallel_(parallel) {}
+  Clustering(const ClusterArgs& args, bool parallel) : Base(args), parallel_(parallel) {}
 
   void run(int64_t b) {
-    arena_.reset();
-    image_ = b;
-    x_ = static_cast<const In*>(a.x) + b * a.x_image_stride;
-    find_valid();
+    this->take_image(b);
     k_ = std::min(a.counts ? std::min(a.counts[b], a.clusters) : a.clusters, n_);
     if (k_ < 0) k_ = 0;
     take_buffers();
     if (k_ > 0) {
-      measure();
+      this->measure();
       gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
       if (gram_path_) build_gram();
       start();
@@ -29,17 +31,6 @@ class Clustering {
 
  private:
   // ---------------------------------------------------------------------------------------------- preparation
-
-  void find_valid() {
-    valid_ = nullptr;
-    n_ = a.tokens;
-    if (!a.mask) return;
-    const bool* mask = a.mask + image_ * a.tokens;
-    valid_ = arena_.take<int32_t>(a.tokens);
-    n_ = 0;
-    for (int64_t i = 0; i < a.tokens; ++i)
-      if (mask[i]) valid_[n_++] = int32_t(i);
-  }
 
   bool plan() const {
     CpuProblem problem;
@@ -53,92 +44,48 @@ class Clustering {
     return plan_cpu(problem).gram;
   }
 
+  template <class T>
+  T* take(int64_t count) {
+    return this->arena_.template take<T>(count);
+  }
+
   void take_buffers() {
     padded_ = round_up(std::max<int64_t>(n_, 1), P);
     row_stride_ = padded_ + ((padded_ * int64_t(sizeof(C))) % 1024 == 0 ? L : 0);  // rows not a power of two apart
-    label_ = arena_.take<I>(padded_);
-    previous_ = arena_.take<I>(padded_);
-    best_ = arena_.take<C>(padded_);
-    norm_ = arena_.take<C>(padded_);
-    member_ = arena_.take<int32_t>(padded_);
-    share_ = arena_.take<C>(padded_);
-    start_ = arena_.take<int32_t>(a.clusters + 1);
-    count_ = arena_.take<int32_t>(a.clusters + 1);
-    medoid_ = arena_.take<int32_t>(a.clusters);
-    center_norm_ = arena_.take<C>(a.clusters);
-    total_ = arena_.take<C>(a.clusters);
-    error_ = arena_.take<double>(a.clusters);
-    changed_ = arena_.take<uint8_t>(a.clusters);
-    mean_ = arena_.take<C>(a.features);
-  }
-
-  int64_t token(int64_t i) const { return valid_ ? valid_[i] : i; }
-  const In* row(int64_t i) const { return x_ + token(i) * a.x_token_stride; }
-
-  // out = x * scale - mean: a token as distances see it.
-  static TP_INLINE void center_row(const C* x, C scale, const C* __restrict mean, C* out, int64_t D) {
-    for (int64_t d = 0; d < D; ++d) out[d] = x[d] * scale - mean[d];
-  }
-
-  // Scale, mean token and weights.
-  void measure() {
-    const int64_t D = a.features;
-    C* __restrict mean = mean_;
-    C* __restrict most = arena_.take<C>(D);
-    C* scratch = arena_.take<C>(D);
-    for (int64_t d = 0; d < D; ++d) mean[d] = most[d] = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      const C* x = as_acc(row(i), scratch, D);
-      for (int64_t d = 0; d < D; ++d) {
-        const C size = std::fabs(x[d]);
-        mean[d] += x[d];
-        most[d] = size > most[d] ? size : most[d];
-      }
-    }
-    C largest = 0;
-    for (int64_t d = 0; d < D; ++d) largest = most[d] > largest ? most[d] : largest;
-    scale_ = safe_scale(largest);
-    if (scale_ != C(1)) {
-      for (int64_t d = 0; d < D; ++d) mean[d] = 0;
-      for (int64_t i = 0; i < n_; ++i) {
-        const C* x = as_acc(row(i), scratch, D);
-        for (int64_t d = 0; d < D; ++d) mean[d] += x[d] * scale_;
-      }
-    }
-    for (int64_t d = 0; d < D; ++d) mean[d] /= C(n_);
-
-    weight_ = nullptr;
-    weight_scale_ = 1;
-    if (a.weights) {
-      const C* given = static_cast<const C*>(a.weights) + image_ * a.tokens;
-      C* weight = arena_.take<C>(n_);
-      C heaviest = 0;
-      for (int64_t i = 0; i < n_; ++i) heaviest = given[token(i)] > heaviest ? given[token(i)] : heaviest;
-      weight_scale_ = safe_scale(heaviest);
-      for (int64_t i = 0; i < n_; ++i) weight[i] = given[token(i)] * weight_scale_;
-      weight_ = weight;
-    }
-  }
-
-  // Centered, scaled tokens [first, first + P) as a packed panel; zeros past the end.
-  void pack(int64_t first, C* panel) const {
-    const In* rows[P];
-    for (int r = 0; r < P; ++r) rows[r] = first + r < n_ ? row(first + r) : nullptr;
-    pack_panel<In, C>(rows, a.features, scale_, mean_, panel);
+    label_ = take<I>(padded_);
+    previous_ = take<I>(padded_);
+    best_ = take<C>(padded_);
+    norm_ = take<C>(padded_);
+    member_ = take<int32_t>(padded_);
+    share_ = take<C>(padded_);
+    start_ = take<int32_t>(a.clusters + 1);
+    count_ = take<int32_t>(a.clusters + 1);
+    medoid_ = take<int32_t>(a.clusters);
+    center_norm_ = take<C>(a.clusters);
+    total_ = take<C>(a.clusters);
+    error_ = take<double>(a.clusters);
+    changed_ = take<uint8_t>(a.clusters);
   }
 
   void build_gram() {
     const int64_t D = a.features, panels = padded_ / P;
-    packed_ = arena_.take<C>(padded_ * D);
-    gram_ = arena_.take<C>(padded_ * row_stride_);
+    packed_ = take<C>(padded_ * D);
+    gram_ = take<C>(padded_ * row_stride_);
     split(a.parallel_for, parallel_, panels, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) pack(p * P, packed_ + p * P * D);
     });
     split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {
-      gram_tiles(packed_, D, panels, begin, end, gram_, row_stride_);
+      gram_tiles(packed_, D, n_, begin, end, gram_, row_stride_);
     });
-    mirror_panels(0, panels, gram_, row_stride_);
-    for (int64_t i = 0; i < n_; ++i) norm_[i] = gram_[i * row_stride_ + i];
+    clear_padding();
+    mirror(n_, gram_, row_stride_);
+    for (int64_t i = 0; i < padded_; ++i) norm_[i] = i < n_ ? gram_[i * row_stride_ + i] : C(0);
+  }
+
+  void clear_padding() {  // rows and columns past the last token, as far as vectors reach
+    const int64_t end = round_up(n_, L);
+    for (int64_t i = round_up(n_, kRows); i < end; ++i) std::memset(gram_ + i * row_stride_, 0, size_t(end) * sizeof(C));
+    for (int64_t i = 0; i < n_; ++i) std::memset(gram_ + i * row_stride_ + end, 0, size_t(row_stride_ - end) * sizeof(C));
   }
 
   // -------------------------------------------------------------------------------------------------- centers
@@ -148,10 +95,15 @@ class Clustering {
   void start() {
     const int64_t D = a.features;
     if (gram_path_) {
-      product_ = arena_.take<C>(k_ * row_stride_);
-      row_of_ = arena_.take<const C*>(k_);
+      product_ = take<C>(k_ * row_stride_);
+      row_of_ = take<const C*>(k_);
     } else {
-      center_ = arena_.take<C>(round_up(k_, kRows) * D);
+      center_ = take<C>(round_up(k_, kRows) * D);
+    }
+    if (!a.init_index && !a.init_centers) {
+      farthest_first();
+      use_medoids();
+      return;
     }
     if (a.init_index) {
       for (int64_t j = 0; j < k_; ++j) {
@@ -161,7 +113,7 @@ class Clustering {
       use_medoids();
       return;
     }
-    C* center = gram_path_ ? arena_.take<C>(round_up(k_, kRows) * D) : center_;
+    C* center = gram_path_ ? take<C>(round_up(k_, kRows) * D) : center_;
     const C* given = static_cast<const C*>(a.init_centers) + image_ * a.clusters * D;
     for (int64_t j = 0; j < k_; ++j)
       center_row(given + j * D, scale_, mean_, center + j * D, D);
@@ -179,9 +131,73 @@ class Clustering {
     for (int64_t j = 0; j < k_; ++j) row_of_[j] = product_ + j * row_stride_;
   }
 
-  int64_t local_index(int64_t token) const {  // its place among the valid tokens (the next valid one, for padding)
-    if (!valid_) return token;
-    return std::min<int64_t>(std::lower_bound(valid_, valid_ + n_, int32_t(token)) - valid_, n_ - 1);
+  // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a tie).
+  // Tokens of zero weight come after all others.
+  void farthest_first() {
+    C* distance = best_;  // to the nearest chosen token; -1: zero weight, -2: chosen or padding
+    for (int64_t i = 0; i < padded_; ++i) {
+      const C unchosen = !weight_ || weight_[i < n_ ? i : 0] > 0 ? std::numeric_limits<C>::infinity() : C(-1);
+      distance[i] = i < n_ ? unchosen : C(-2);
+    }
+    int64_t next = 0;
+    for (int64_t i = 1; weight_ && i < n_; ++i)
+      if (weight_[i] > weight_[next]) next = i;
+    C* apart = take<C>(padded_);  // squared distances from the token chosen last
+    for (int64_t j = 0;; ++j) {
+      medoid_[j] = int32_t(next);
+      distance[next] = -2;
+      if (j + 1 == k_) return;
+      if (gram_path_)
+        distances_from_gram(next, apart);
+      else
+        distances_from_tokens(next, apart);
+      next = nearer_and_farthest(apart, distance);
+    }
+  }
+
+  // distance = min(distance, apart); the index of the largest.
+  int64_t nearer_and_farthest(const C* apart, C* distance) const {
+    Vec<C> most = splat(C(-3));
+    Vec<I> where = {}, index;
+    for (int v = 0; v < L; ++v) index[v] = I(v);
+    for (int64_t i = 0; i < padded_; i += L) {
+      const Vec<C> old = load(distance + i), found = load(apart + i);
+      const Vec<C> now = found < old ? found : old;
+      store(distance + i, now);
+      const auto larger = now > most;
+      most = larger ? now : most;
+      where = larger ? index : where;
+      index += I(L);
+    }
+    int64_t best = where[0];
+    C value = most[0];
+    for (int v = 1; v < L; ++v)
+      if (most[v] > value || (most[v] == value && where[v] < best)) {
+        value = most[v];
+        best = where[v];
+      }
+    return best;
+  }
+
+  void distances_from_gram(int64_t token, C* apart) const {
+    const C* row = gram_ + token * row_stride_;
+    const Vec<C> norm = splat(norm_[token]);
+    for (int64_t i = 0; i < padded_; i += L) {
+      const Vec<C> d = load(norm_ + i) + norm - C(2) * load(row + i);
+      store(apart + i, d < C(0) ? Vec<C>{} : d);
+    }
+  }
+
+  void distances_from_tokens(int64_t token, C* apart) const {
+    const int64_t D = a.features;
+    Buffer<C> center(D), scratch(D);
+    const C* chosen = as_acc(row(token), static_cast<C*>(scratch), D);
+    for (int64_t d = 0; d < D; ++d) center[d] = chosen[d] * scale_;
+    split(a.parallel_for, worth(n_ * D), padded_, [&](int64_t begin, int64_t end) {
+      Buffer<C> other(D);
+      for (int64_t i = begin; i < end; ++i)
+        apart[i] = i < n_ ? squared_difference(as_acc(row(i), static_cast<C*>(other), D), center) : C(0);
+    });
   }
 
   void measure_centers(const C* center) {
@@ -318,30 +334,10 @@ class Clustering {
     });
   }
 
-  void panel_norms(const C* panel, C* norm) const {
-    Vec<C> sum[TP_VECTORS] = {};
-    for (int64_t d = 0; d < a.features; ++d)
-#pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> x = load(panel + d * P + v * L);
-        sum[v] += x * x;
-      }
-    for (int v = 0; v < TP_VECTORS; ++v) store(norm + v * L, sum[v]);
-  }
-
   static TP_INLINE void keep_nearer(Vec<C> score, Vec<I> index, Vec<C>& best, Vec<I>& label) {
     const auto nearer = score < best;
     best = nearer ? score : best;
     label = nearer ? index : label;
-  }
-
-  C squared_norm(const C* x) const {
-    Vec<C> sum = {};
-    C rest = 0;
-    int64_t d = 0;
-    for (; d + L <= a.features; d += L) sum += load(x + d) * load(x + d);
-    for (; d < a.features; ++d) rest += x[d] * x[d];
-    return lane_sum<C>(sum) + rest;
   }
 
   // ---------------------------------------------------------------------------------------------------- update
@@ -502,21 +498,9 @@ class Clustering {
   }
 
   double cluster_error(int64_t j, const C* mean, C* scratch) const {
-    const int64_t D = a.features;
-    const Vec<C> scale = splat(scale_);
     double error = 0;
-    for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
-      const C* x = as_acc(row(member_[m]), scratch, D);
-      Vec<C> sum = {};
-      C rest = 0;
-      int64_t d = 0;
-      for (; d + L <= D; d += L) {
-        const Vec<C> difference = load(x + d) * scale - load(mean + d);
-        sum += difference * difference;
-      }
-      for (; d < D; ++d) rest += (x[d] * scale_ - mean[d]) * (x[d] * scale_ - mean[d]);
-      error += double(weight_ ? weight_[member_[m]] : C(1)) * double(lane_sum<C>(sum) + rest);
-    }
+    for (int64_t m = start_[j]; m < start_[j + 1]; ++m)
+      error += double(weight_ ? weight_[member_[m]] : C(1)) * double(squared_difference(as_acc(row(member_[m]), scratch, a.features), mean));
     return error;
   }
 
@@ -527,16 +511,9 @@ class Clustering {
       if (place[label_[i]] < 0) place[label_[i]] = int32_t(next++);
   }
 
-  const ClusterArgs& a;
   const bool parallel_;
-  Arena arena_;
-  int64_t image_ = 0, n_ = 0, k_ = 0, padded_ = 0, row_stride_ = 0;
+  int64_t k_ = 0, padded_ = 0, row_stride_ = 0;
   bool gram_path_ = false;
-  const In* x_ = nullptr;
-  int32_t* valid_ = nullptr;    // [n] token indices, or null: all
-  const C* weight_ = nullptr;   // [n] scaled, or null
-  C scale_ = 1, weight_scale_ = 1;
-  C* mean_ = nullptr;           // [D] the image's mean token, scaled
   C *packed_ = nullptr, *gram_ = nullptr;     // gram path: [panels][D][P], [padded][row_stride]
   C* product_ = nullptr;        // gram path: [k][row_stride]
   const C** row_of_ = nullptr;  // gram path: where center j's products are

@@ -9,25 +9,25 @@ struct Tile {
   Vec<C> v[kRows][TP_VECTORS];
 };
 
-// tile[r][:] = sum over d < depth of left[r][d * left_step] * panel[d][:]
-template <class C>
+// tile[r][:] = sum over d < depth of left[r][d * left_step] * panel[d][:], for the first V vectors of the panel
+template <class C, int V = TP_VECTORS>
 TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const C* panel, int64_t depth, Tile<C>& tile) {
-  Vec<C> acc[kRows][TP_VECTORS] = {};
+  Vec<C> acc[kRows][V] = {};
   for (int64_t d = 0; d < depth; ++d) {
-    Vec<C> b[TP_VECTORS];
+    Vec<C> b[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < TP_VECTORS; ++v) b[v] = load(panel + d * kPanel<C> + v * kLanes<C>);
+    for (int v = 0; v < V; ++v) b[v] = load(panel + d * kPanel<C> + v * kLanes<C>);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec<C> a = splat(left[r][d * left_step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) acc[r][v] += a * b[v];
+      for (int v = 0; v < V; ++v) acc[r][v] += a * b[v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < TP_VECTORS; ++v) tile.v[r][v] = acc[r][v];
+    for (int v = 0; v < V; ++v) tile.v[r][v] = acc[r][v];
 }
 
 // Rows of any dtype -> panel [features][kPanel] of acc: element (d, lane) = row[lane][d] * scale - mean[d], and zero where
@@ -55,11 +55,26 @@ inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t features, C sc
 
 constexpr int64_t kDepthBlock = 192;  // features a pass: the panel's block stays in the first-level cache
 
-// The Gram matrix of packed tokens, tiles first..last of the lower triangle (column panel by column panel).
+template <class C, int V>
+TP_INLINE void gram_strip(const C* const (&rows)[kRows], const C* right, int64_t depth, bool add, C* out, int64_t stride) {
+  Tile<C> acc;
+  multiply<C, V>(rows, kPanel<C>, right, depth, acc);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      C* at = out + r * stride + v * kLanes<C>;
+      store(at, add ? load(at) + acc.v[r][v] : acc.v[r][v]);
+    }
+}
+
+// The Gram matrix of n packed tokens, tiles first..last of the lower triangle (column panel by column panel). On the
+// diagonal only the vectors that reach below it, at the end only rows of tokens.
 // gram: [panels * kPanel][stride]
 template <class C>
-inline void gram_tiles(const C* packed, int64_t features, int64_t panels, int64_t first, int64_t last, C* gram, int64_t stride) {
+inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t first, int64_t last, C* gram, int64_t stride) {
   constexpr int P = kPanel<C>;
+  const int64_t panels = (n + P - 1) / P;
   for (int64_t d0 = 0; d0 == 0 || d0 < features; d0 += kDepthBlock) {
     const int64_t depth = std::min(kDepthBlock, features - d0);
     int64_t column = 0, tile = 0;
@@ -68,32 +83,31 @@ inline void gram_tiles(const C* packed, int64_t features, int64_t panels, int64_
     for (int64_t t = first; t < last; ++t) {
       const C* right = packed + (column * features + d0) * P;
       const C* left = packed + (row * features + d0) * P;
-      for (int g = 0; g < P; g += kRows) {
+      for (int g = 0; g < P && row * P + g < n; g += kRows) {
         const C* rows[kRows];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) rows[r] = left + g + r;
-        Tile<C> acc;
-        multiply<C>(rows, P, right, depth, acc);
         C* out = gram + (row * P + g) * stride + column * P;
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-          for (int v = 0; v < TP_VECTORS; ++v) {
-            C* at = out + r * stride + v * kLanes<C>;
-            store(at, d0 ? load(at) + acc.v[r][v] : acc.v[r][v]);
-          }
+        const int vectors = row == column ? (g + kRows - 1) / kLanes<C> + 1 : TP_VECTORS;
+        if (vectors == TP_VECTORS)
+          gram_strip<C, TP_VECTORS>(rows, right, depth, d0 > 0, out, stride);
+        else if (vectors == 2)
+          gram_strip<C, 2>(rows, right, depth, d0 > 0, out, stride);
+        else
+          gram_strip<C, 1>(rows, right, depth, d0 > 0, out, stride);
       }
       if (++row == panels) row = ++column;
     }
   }
 }
+static_assert(TP_VECTORS <= 3, "gram_tiles knows strips of 1, 2 and TP_VECTORS vectors");
 
-// Copy the lower triangle above the diagonal, for rows of panels first..last.
+// Copy the lower triangle above the diagonal.
 template <class C>
-inline void mirror_panels(int64_t first, int64_t last, C* gram, int64_t stride) {
-  constexpr int P = kPanel<C>, L = kLanes<C>;
-  for (int64_t row = first * P; row < last * P; row += L)
-    for (int64_t column = 0; column < row / P * P; column += L) {
+inline void mirror(int64_t n, C* gram, int64_t stride) {
+  constexpr int L = kLanes<C>;
+  for (int64_t row = 0; row < n; row += L)
+    for (int64_t column = 0; column < row; column += L) {
       Vec<C> r[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) r[i] = load(gram + (row + i) * stride + column);

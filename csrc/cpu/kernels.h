@@ -6,6 +6,7 @@ namespace TP_ISA {
 #include "convert.h"
 #include "gemm.h"
 #include "groups.h"
+#include "image.h"
 #include "cluster.h"
 #include "pool.h"
 #include "attention.h"
