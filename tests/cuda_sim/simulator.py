@@ -116,6 +116,10 @@ class Simulator:
     def _sums(self, x, assignment, weights, num_clusters, mode, mass):
         b, n, d = x.shape
         centers = torch.full((b, num_clusters, d), float("nan"), dtype=x.dtype)
+        if b == 0 or n == 0:  # the library returns before any launch
+            if mass is not None:
+                mass.zero_()
+            return centers.zero_()
         assignment = assignment.contiguous()
         weights = None if weights is None else weights.contiguous()
         assert 0 == self.lib.sim_pool(
@@ -134,6 +138,8 @@ class Simulator:
         b, n, d = x.shape
         grad_x = torch.full((b, n, d), float("nan"), dtype=x.dtype)
         grad_weights = torch.full((b, n), float("nan"))
+        if b == 0 or n == 0:
+            return grad_x, grad_weights
         assignment, mass = assignment.contiguous(), mass.contiguous()
         weights = None if weights is None else weights.contiguous()
         assert 0 == self.lib.sim_pool_backward(
@@ -145,6 +151,8 @@ class Simulator:
         b, n = assignment.shape
         assignment = assignment.contiguous()
         out = torch.full((b, n, centers.shape[2]), float("nan"), dtype=centers.dtype)
+        if b == 0 or n == 0:
+            return out
         assert 0 == self.lib.sim_unpool(
             _numbers(b, n, centers.shape[2], centers.shape[1], DTYPES[centers.dtype], *_strides(centers)),
             _pointers(centers, assignment, out))
@@ -154,6 +162,8 @@ class Simulator:
         b, h, nq, d = q.shape
         out = torch.full((b, k.shape[2]), float("nan"))
         lse = None if lse is None else lse.contiguous()
+        if b == 0 or h == 0 or nq == 0 or k.shape[2] == 0:
+            return out.zero_()
 
         def layout(t):
             vector = 16 // t.element_size()
