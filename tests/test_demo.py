@@ -88,13 +88,6 @@ def test_schedule():
         compare.schedule(256, 1.5)
 
 
-def test_start_depends_on_the_budget():
-    options = compare.METHODS[0][2]
-    assert compare.options_at(options, 0.75)["init"] == "bipartite"
-    assert compare.options_at(options, 0.5)["init"] == "strided"
-    assert compare.options_at({"seed": 0}, 0.75) == {"seed": 0}
-
-
 def test_relative_error_is_zero_for_all_tokens_and_one_for_the_mean():
     x = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0))
     assert compare.relative_error(x, x.flip(1)).max() < 1e-12

@@ -48,7 +48,7 @@ def pooled_labels(model, pixels, pooling: str, options: dict) -> dict[int, torch
     from ..vit import patch
 
     copy = patch(compare.shared_copy(model), num_tokens=SCHEDULE, pooling=pooling,
-                 **compare.options_at(options, SCHEDULE[min(SCHEDULE)] / (SIDE // 14) ** 2))
+                 **options)
     return token_labels(copy, pixels)
 
 
