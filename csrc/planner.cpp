@@ -5,12 +5,13 @@
 namespace tokenpool {
 
 namespace {
-// Nanoseconds per element operation on one core, float32. Fitted by `python -m bench.crossover` (AMD EPYC, AVX2, 2026-11).
-// Only their ratios matter here: they are the price of a path against the other.
-constexpr double kMultiplyAdd = 0.0195;  // one multiply-add inside a register tile
-constexpr double kRowAdd = 0.05;         // one element of a Gram row added to its cluster's row
-constexpr double kCompare = 0.06;        // one token compared with one center
-constexpr double kToken = 0.12;          // one feature of one token converted, centered and packed
+// Nanoseconds per element operation on one core, float32. Fitted by `python -m bench.crossover` (AMD EPYC Zen 3, AVX2,
+// 2026-11-22: bench/results/crossover-zen3.json). Only their ratios matter: they are the price of a path against the other.
+constexpr double kGramMultiplyAdd = 0.0334;    // one multiply-add of the Gram product
+constexpr double kDirectMultiplyAdd = 0.0268;  // one of the products with the centers
+constexpr double kRowAdd = 0.113;              // one element of a Gram row added to its cluster's row
+constexpr double kCompare = 0.223;             // one token compared with one center
+constexpr double kToken = 0.437;               // one feature of one token converted, centered and packed
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
@@ -18,15 +19,16 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double n = double(p.tokens), k = double(p.clusters), d = double(p.features), t = double(p.iterations);
   const double width = p.acc_bytes / 4.0;  // a double counts twice
   const double gram_bytes = n * n * p.acc_bytes;
-  const double gram_product = 0.5 * n * n * d + (p.centers_given ? n * k * d : 0);
+  const double gram_product = 0.5 * n * n * d;
+  const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
   const double direct_product = t * n * k * d;
 
   CpuPlan plan;
-  plan.gram_ns = width * (gram_product * kMultiplyAdd + n * d * kToken + t * (n * n * kRowAdd + n * k * kCompare));
-  plan.direct_ns = width * (direct_product * kMultiplyAdd + t * (2 * n * d * kToken + n * k * kCompare));
+  plan.gram_ns = width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + t * (n * n * kRowAdd + n * k * kCompare));
+  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + t * (2 * n * d * kToken + n * k * kCompare));
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
-  plan.flops = 2 * (plan.gram ? gram_product + t * n * n : direct_product + t * n * d);
+  plan.flops = 2 * (plan.gram ? gram_product + first_product + t * n * n : direct_product + t * n * d);
   plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : 2 * k * d + 64 * d);
 
   char text[256];
