@@ -5,13 +5,14 @@
 namespace tokenpool {
 
 namespace {
-// Nanoseconds per element operation on one core, float32. Fitted by `python -m bench.crossover` (AMD EPYC Zen 3, AVX2,
-// 2026-11-22: bench/results/crossover-zen3.json). Only their ratios matter: they are the price of a path against the other.
+// Nanoseconds per element operation on one core, float32. From `python -m bench.crossover` (AMD EPYC Zen 3, AVX2,
+// 2026-11-22: bench/results/crossover-zen3.json), rounded towards the shapes of the ViT suite. Only their ratios matter:
+// they are the price of a path against the other.
 constexpr double kGramMultiplyAdd = 0.0334;    // one multiply-add of the Gram product
-constexpr double kDirectMultiplyAdd = 0.0268;  // one of the products with the centers
-constexpr double kRowAdd = 0.113;              // one element of a Gram row added to its cluster's row
-constexpr double kCompare = 0.223;             // one token compared with one center
-constexpr double kToken = 0.437;               // one feature of one token converted, centered and packed
+constexpr double kDirectMultiplyAdd = 0.0195;  // one of the products with the centers
+constexpr double kRowAdd = 0.07;               // one element of a Gram row added to its cluster's row
+constexpr double kCompare = 0.25;              // one token compared with one center
+constexpr double kToken = 0.3;                 // one feature of one token converted, centered and packed
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
@@ -24,7 +25,9 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double direct_product = t * n * k * d;
 
   CpuPlan plan;
-  plan.gram_ns = width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + t * (n * n * kRowAdd + n * k * kCompare));
+  const double gram_iterations = t * (n * n * kRowAdd + n * k * kCompare);
+  plan.gram_ns =
+      width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + gram_iterations);
   plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + t * (2 * n * d * kToken + n * k * kCompare));
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
@@ -33,10 +36,11 @@ CpuPlan plan_cpu(const CpuProblem& p) {
 
   char text[256];
   if (!fits)
-    std::snprintf(text, sizeof text, "the Gram matrix would need %.0f MB, more than the %.0f MB allowed", gram_bytes / 1048576,
-                  kMaximumGramBytes / 1048576);
+    std::snprintf(text, sizeof text, "the Gram matrix would need %.0f MB, more than the %.0f MB allowed",
+                  gram_bytes / 1048576, kMaximumGramBytes / 1048576);
   else
-    std::snprintf(text, sizeof text, "one Gram product and %lld cheap iterations (%.0f us) against %lld products with the centers (%.0f us)",
+    std::snprintf(text, sizeof text,
+                  "one Gram product and %lld cheap iterations (%.0f us) against %lld products with the centers (%.0f us)",
                   static_cast<long long>(p.iterations), plan.gram_ns / 1000, static_cast<long long>(p.iterations),
                   plan.direct_ns / 1000);
   plan.reason = text;
