@@ -1,7 +1,8 @@
 // K-Means and K-Medoids of one image: the start, the two ways of assigning tokens, the update, the final means.
 
 template <class In>
-class Clustering : Image<In> {
+class Clustering : protected Image<In> {
+ protected:
   using Base = Image<In>;
   using typename Base::C;
   using typename Base::I;
@@ -29,7 +30,7 @@ class Clustering : Image<In> {
     finish();
   }
 
- private:
+ protected:
   // ---------------------------------------------------------------------------------------------- preparation
 
   bool plan() const {

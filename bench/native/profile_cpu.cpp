@@ -1,0 +1,108 @@
+// Where a clustering's time goes: the phases of the CPU kernels, one thread, best of many, random tokens.
+// Compiled and run by `python -m bench.profile_cpu N D K`.
+#include <time.h>
+
+#include <cstdio>
+
+#include "cpu/headers.h"
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define TP_ISA avx2
+#define TP_VECTOR_BYTES 32
+#define TP_ROWS 4
+#define TP_VECTORS 3
+#define TP_F16C 1
+#include "cpu/kernels.h"
+
+using namespace tokenpool;
+using namespace tokenpool::avx2;
+
+static double now() {  // microseconds of CPU time
+  timespec t;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return t.tv_sec * 1e6 + t.tv_nsec * 1e-3;
+}
+
+template <class F>
+static double best(F f) {
+  double least = 1e18;
+  for (int i = 0; i < 40; ++i) {
+    const double start = now();
+    f();
+    least = std::min(least, now() - start);
+  }
+  return least;
+}
+
+__attribute__((noinline)) static float multiply_adds(long n) {  // twelve independent chains in registers
+  Vec<float> a[12];
+  for (int i = 0; i < 12; ++i) a[i] = splat(1.0f + i);
+  Vec<float> x = splat(0.9999f), y = splat(1e-4f);
+  for (long k = 0; k < n; ++k) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) a[i] = a[i] * x + y;
+    asm volatile("" : "+x"(x));
+  }
+  float sum = 0;
+  for (int i = 0; i < 12; ++i) sum += lane_sum<float>(a[i]);
+  return sum;
+}
+
+struct Profile : Clustering<float> {
+  explicit Profile(const ClusterArgs& args) : Clustering<float>(args, false) {}
+
+  void phases(double floor) {
+    run(0);
+    std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", best([&] { run(0); }), best([&] { run(0); }) / floor,
+                gram_path_ ? "gram" : "direct");
+    std::printf("  mean, scale      %8.1f\n", best([&] { measure(); }));
+    if (gram_path_) {
+      std::printf("  pack             %8.1f\n", best([&] {
+        for (int64_t p = 0; p < padded_ / P; ++p) pack(p * P, packed_ + p * P * a.features);
+      }));
+      const int64_t panels = padded_ / P;
+      std::printf("  Gram product     %8.1f\n", best([&] {
+        gram_tiles(packed_, a.features, n_, 0, panels * (panels + 1) / 2, gram_, row_stride_);
+      }));
+      std::printf("  mirror           %8.1f\n", best([&] { mirror(n_, gram_, row_stride_); }));
+      std::printf("  one assignment   %8.1f\n", best([&] { assign_gram(); }));
+    } else {
+      std::printf("  one assignment   %8.1f\n", best([&] { assign_direct(); }));
+    }
+    run(0);
+    std::printf("  means, inertia   %8.1f\n", best([&] { finish(); }));
+  }
+};
+
+int main(int argc, char** argv) {
+  const int64_t N = argc > 1 ? std::atol(argv[1]) : 256, D = argc > 2 ? std::atol(argv[2]) : 384,
+                K = argc > 3 ? std::atol(argv[3]) : 128;
+  volatile float sink;
+  const long rounds = 100000;
+  const double rate = rounds * 12 * 8 * 2 / best([&] { sink = multiply_adds(rounds); });  // flops a microsecond
+  (void)sink;
+  std::vector<float> x(N * D), centers(K * D), mass(K), inertia(1);
+  std::vector<int64_t> start(K), assignment(N);
+  unsigned seed = 1;
+  for (float& v : x) v = float((seed = seed * 1664525u + 1013904223u) >> 8) / (1 << 24);
+  for (int64_t j = 0; j < K; ++j) start[j] = j * N / K;
+  ClusterArgs a{};
+  a.images = 1;
+  a.tokens = N;
+  a.features = D;
+  a.clusters = K;
+  a.iterations = 5;
+  a.x = x.data();
+  a.x_token_stride = D;
+  a.init_index = start.data();
+  a.path = -1;
+  a.threads = 1;
+  a.centers = centers.data();
+  a.assignment = assignment.data();
+  a.mass = mass.data();
+  a.inertia = inertia.data();
+  const double floor = double(N) * N * D / rate;
+  std::printf("%ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n", long(N), long(D),
+              long(K), rate / 1e3, floor);
+  Profile(a).phases(floor);
+}
