@@ -20,11 +20,11 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 
 # TORCH stands in each line so that no extra replaces the pinned build.
 $(VENV)/demo: $(VENV)/torch
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $$($(PY) -c "import tomllib; print(*(r.replace(' ', '') for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['demo']))")
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $$($(PY) -c "import tomllib; print(*(r.split(';')[0].replace(' ', '') for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['demo']))")
 	touch $@
 
 $(VENV)/test: $(VENV)/demo
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $$($(PY) -c "import tomllib; print(*(r.replace(' ', '') for extra in ('test', 'triton', 'bench') for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][extra]))")
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $$($(PY) -c "import tomllib; print(*(r.split(';')[0].replace(' ', '') for extra in ('test', 'triton', 'bench') for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][extra]))")
 	touch $@
 
 demo: $(VENV)/built $(VENV)/demo

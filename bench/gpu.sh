@@ -82,11 +82,6 @@ stage info 0 30 "$PYTHON" -m tokenpool_ext info
 stage parity 1 60 "$PYTHON" -m bench.gpu_checks parity --json "$OUT/gpu_parity.json"
 stage invariants 1 45 "$PYTHON" -m bench.gpu_checks invariants --json "$OUT/gpu_invariants.json"
 
-stage bench_kmeans 0 110 "$PYTHON" -m bench --suite vit --device cuda --dtype bfloat16 --batch 256 --peers all \
-  --json "$OUT/gpu_kmeans.json"
-stage bench_small 0 40 "$PYTHON" -m bench --shapes 196x384:98 --device cuda --dtype bfloat16 --batch 1,8,64 --op kmeans,kmedoids \
-  --peers none --json "$OUT/gpu_small_batch.json"
-
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 # Only this project's kernels: torch's own make initcheck report what is none of our business.
 FILTER=()
@@ -109,6 +104,13 @@ done
 
 stage tests 1 100 env TOKENPOOL_EXT_REQUIRE_CUDA=1 TOKENPOOL_EXT_TEST_BACKENDS=cuda,triton \
   "$PYTHON" -m pytest -q --maxfail=20 tests/test_clustering.py tests/test_pool.py tests/test_attention_received.py tests/test_invariance.py
+
+stage bench_kmeans 0 100 "$PYTHON" -m bench --suite vit --device cuda --backend cuda,triton --dtype bfloat16 --batch 256 --peers all \
+  --floor --json "$OUT/gpu_kmeans.json"
+stage bench_small 0 30 "$PYTHON" -m bench --shapes 196x384:98 --device cuda --dtype bfloat16 --batch 1,8,256 --op kmeans,kmedoids \
+  --peers none --json "$OUT/gpu_small_batch.json"
+stage bench_long 0 40 "$PYTHON" -m bench --shapes 75600x128:1000 --device cuda --dtype bfloat16 --batch 32 --peers flash-kmeans \
+  --json "$OUT/gpu_long.json"
 
 NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null || true)
 if [ -n "$NCU" ]; then

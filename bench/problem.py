@@ -14,7 +14,7 @@ OPS = ("kmeans", "kmedoids", "pool_backward", "attention_received")
 MODES = ("forward", "forward+backward")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-# (label, N, D, K), see shared design: sizes of public models.
+# (label, N, D, K): sizes of public models.
 SUITES = {
     "vit": [
         ("DeiT-Ti", 196, 192, 98),

@@ -40,7 +40,7 @@ class Tolerance:
 # Origin of the numbers.  A dot product of D terms accumulated with unit roundoff u has a typical error of sqrt(D) u
 # (worst case D u) times the norms; D <= 1536 here gives 40 u, rounded up to 64 u.  A mean of n <= 1024 members has
 # a typical error of sqrt(n) u = 32 u, again 64 u; half types add the rounding of the output: 2^-11 (fp16),
-# 2^-8 (bf16), taken 1.05 times.  Inertia sums N such terms: 64 u, and demand 16 asks for 1% in half types
+# 2^-8 (bf16), taken 1.05 times.  Inertia sums N such terms: 64 u, and 1% is asked for in half types
 # (measured far below: the products are exact in float32).
 TOLERANCES = {
     torch.float64: Tolerance(torch.float64, 64 * U64, 64 * U64, 256 * U64),

@@ -68,7 +68,7 @@ def test_many_iterations_by_inertia(backend, algorithm, dtype, weighted):
     for num_iters in (2, 5, 20):
         got = run(algorithm, backend, x, K, weights=w, init=init, num_iters=num_iters)
         assert_consistent(got, x, K, weights=w, algorithm=algorithm)
-        # half types: demand 16 allows 1%; a flipped tie moves single images by more than rounding
+        # half types: 1% is allowed; a flipped tie moves single images by more than rounding
         rtol = 1e-10 if dtype == torch.float64 else 1e-4 if dtype == torch.float32 else 1e-2
         if algorithm == "kmedoids" and not weighted:  # two equal members always tie, and rounding breaks the tie
             rtol = 1e-2

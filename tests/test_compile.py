@@ -1,4 +1,4 @@
-"""opcheck on every op, fake kernels, torch.compile without graph breaks (contract 7; demand 6)."""
+"""opcheck on every op, fake kernels, torch.compile without graph breaks (contract 7)."""
 from __future__ import annotations
 
 import pytest

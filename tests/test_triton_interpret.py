@@ -20,9 +20,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
 def test_cases_in_the_interpreter():
     """Two processes side by side: the interpreter is single-threaded Python."""
     here = Path(__file__).parent
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TOKENPOOL_EXT_REQUIRE_")}
     halves = [subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(here / "test_triton_cases.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=here.parent, stdout=subprocess.PIPE,
+        env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=here.parent, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True) for part in ("gram", "not gram")]
     for half in halves:
         output = half.communicate(timeout=1800)[0]

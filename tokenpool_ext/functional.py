@@ -61,7 +61,8 @@ def kmeans(
     Args:
         x: tokens (B, N, D) or (N, D); float64, float32, bfloat16 or float16; any strides.
         num_clusters: K, 1 <= K <= N; or a (B,) integer tensor of per-image K (outputs are padded to the largest; an
-            image with fewer valid tokens than its K gets as many clusters as it has tokens).
+            image with fewer valid tokens than its K gets as many clusters as it has tokens). Reading the largest from a
+            GPU tensor synchronises with it: the output's shape depends on it.
         weights: significance of each token, (B, N), finite and >= 0. None: all ones. Only ratios matter.
         init: where to start. "topk": the K heaviest tokens (default with weights); "strided": evenly spaced tokens
             (default without); "random"; "kmeans++"; "farthest"; "bipartite" (the clusters of ToMe's matching, K >= N/2);
