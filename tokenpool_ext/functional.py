@@ -63,10 +63,11 @@ def kmeans(
         num_clusters: K, 1 <= K <= N; or a (B,) integer tensor of per-image K (outputs are padded to the largest; an
             image with fewer valid tokens than its K gets as many clusters as it has tokens). Reading the largest from a
             GPU tensor synchronises with it: the output's shape depends on it.
-        weights: significance of each token, (B, N), finite and >= 0. None: all ones. Only ratios matter.
+        weights: significance of each token, (B, N), finite and >= 0, taken as acc. None: all ones. Only ratios matter.
         init: where to start. "topk": the K heaviest tokens (default with weights); "strided": evenly spaced tokens
             (default without); "random"; "kmeans++"; "farthest"; "bipartite" (the clusters of ToMe's matching, K >= N/2);
-            a (B, K) integer tensor of token indices; or a (B, K, D) tensor of centers.
+            a (B, K) integer tensor of token indices (of valid tokens); or a (B, K, D) tensor of centers. A tie in
+            "farthest" that rounding breaks may fall differently on another backend.
         num_iters: upper bound on iterations, >= 1. The paper: converges "usually within 5".
         mask: (B, N) bool, True for real tokens. Padding is assigned -1 and never influences anything, even NaN.
         sort: order clusters by their smallest token index (keeps spatial order) instead of by `init`.
@@ -235,19 +236,25 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     b, n, _ = x3.shape
     mask = _check_mask(name, mask, x3, batched)
     k, counts = _check_num_clusters(name, num_clusters, x3, batched)
-    weights = _check_weights(name, weights, x3, batched)
+    weights = _check_weights(name, weights, x3, batched, mask)
     _check_count(name, "num_iters", num_iters)
     for flag, value in (("sort", sort), ("check_finite", check_finite)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: {flag} must be a bool, got {type(value).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != x3.device.type:
+        raise ValueError(
+            f"{name}: generator must be on the device of the tokens, {x3.device}, got {generator.device};"
+            f" make it with torch.Generator({str(x3.device)!r})"
+        )
     if check_finite:
         _check_finite(name, x3, weights, mask)
     chain = registry.select(name, x3, backend)
     with torch.no_grad(), registry.no_autocast(x3):
         start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched, chain)
-        if check_finite and start.is_floating_point() and not torch.isfinite(start).all():
+        used = start if counts is None or not start.is_floating_point() else start[torch.arange(k, device=x3.device) < counts[:, None]]
+        if check_finite and start.is_floating_point() and not torch.isfinite(used).all():
             raise ValueError(f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it")
     function = autograd.KMeans if name == "kmeans" else autograd.KMedoids
     result = function.apply(chain, x3, weights, mask, counts, start, k, num_iters, sort)
@@ -289,8 +296,8 @@ def _check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:
 def _check_count(name: str, argument: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
+    if value < 1 or (isinstance(value, int) and value >= 2**31):
+        raise ValueError(f"{name}: {argument} must be from 1 to 2^31 - 1, got {value}")
 
 
 def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: bool) -> Tensor:
@@ -312,15 +319,18 @@ def _check_mask(name: str, mask, x3: Tensor, batched: bool) -> Optional[Tensor]:
     return _per_token(name, "mask", mask, x3, batched)
 
 
-def _check_weights(name: str, weights, x3: Tensor, batched: bool) -> Optional[Tensor]:
+def _check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Optional[Tensor] = None) -> Optional[Tensor]:
     if weights is None:
         return None
     _check_tensor(name, "weights", weights)
     if weights.dtype.is_complex:
         raise TypeError(f"{name}: weights must be real, got {weights.dtype}")
     weights = _per_token(name, "weights", weights, x3, batched).to(accumulate_dtype(x3.dtype))
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel() and weights.amin() < 0:
-        raise ValueError(f"{name}: weights must be >= 0, got a minimum of {float(weights.detach().amin()):g}")
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        negative = weights < 0 if mask is None else (weights < 0) & mask
+        if negative.any():
+            least = float(weights.detach()[negative].amin())
+            raise ValueError(f"{name}: weights must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
     return weights
 
 
@@ -360,6 +370,13 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
             raise ValueError(f"{name}: init must be one of {', '.join(map(repr, STRATEGIES))} or a tensor, got {init!r}")
         if init == "bipartite" and counts is None and mask is None and 2 * k < n:
             raise ValueError(f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init")
+        if init == "bipartite" and (counts is not None or mask is not None) and x3.device.type == "cpu" and b:
+            num_valid = torch.full((b,), n) if mask is None else mask.sum(1)
+            fewest = torch.full((b,), k) if counts is None else counts
+            if not torch.compiler.is_compiling() and (2 * fewest < num_valid).any():
+                raise ValueError(
+                    f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid tokens; use another init"
+                )
         if all(init in registry.REGISTRY[backend].starts for backend in chain):
             return x3.new_empty(b, 0, dtype=torch.int64)  # no indices: the op chooses this start itself
         weights = None if weights is None else weights.detach()
@@ -381,6 +398,11 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
                     f"{name}: init must hold token indices from 0 to N-1 = {n - 1},"
                     f" got values from {int(used.amin())} to {int(used.amax())}"
                 )
+            if mask is not None:
+                slot = torch.arange(k) < torch.minimum(mask.sum(1), mask.new_full((b,), k, dtype=torch.int64))[:, None]
+                slot = slot if counts is None else slot & (torch.arange(k) < counts[:, None])
+                if (slot & ~mask.gather(1, used)).any():
+                    raise ValueError(f"{name}: init must name valid tokens, got the index of a padded one (mask False)")
         return init.clamp(0, max(n - 1, 0))
     if init.dtype not in FLOATING:
         raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")
@@ -407,7 +429,10 @@ def _check_finite(name: str, x3: Tensor, weights: Optional[Tensor], mask: Option
         bad = ~torch.isfinite(weights) if mask is None else ~torch.isfinite(weights) & mask
         if bad.any():
             image, token = (int(i) for i in bad.nonzero()[0])
-            raise ValueError(f"{name}: weights must be finite, got {weights[image, token]} at image {image}, token {token}")
+            raise ValueError(
+                f"{name}: weights must be finite, got {float(weights[image, token].detach()):g} at image {image}, token {token};"
+                " replace it or pass check_finite=False"
+            )
 
 
 def _check_assignment(name: str, assignment, values: Tensor, batched: bool, same_length: bool = True) -> Tensor:

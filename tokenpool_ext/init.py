@@ -143,7 +143,8 @@ def _bipartite(
     order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # valid tokens first
     half = (n + 1) // 2
     tokens = torch.where(valid[:, :, None], x.to(acc), 0)
-    direction = torch.nn.functional.normalize(tokens, dim=-1)
+    scale = power_of_two_scale(tokens.abs().amax((1, 2)))[0] if d else tokens.new_ones(b)
+    direction = torch.nn.functional.normalize(tokens * scale[:, None, None], dim=-1, eps=torch.finfo(acc).tiny)
     direction = direction.gather(1, order[:, :, None].expand(-1, -1, d))
     set_a, set_b = direction[:, 0::2], direction[:, 1::2]
     rank_a = torch.arange(0, n, 2, device=device)  # position among valid tokens

@@ -58,4 +58,7 @@ def _load_cuda() -> None:
 _load_extension()
 _load_cuda()
 if extension is not None:
-    fakes.register("tokenpool_ext")
+    try:
+        fakes.register("tokenpool_ext")
+    except RuntimeError as error:  # a library from another version of this package
+        extension, extension_reason = None, f"tokenpool_ext._C is not of this version, build it again ({error})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Optional, Tuple, Union
 
@@ -61,6 +62,7 @@ def explain(
 
     Raises:
         ValueError: a size below 1, K above N, or a dtype no backend takes.
+        RuntimeError: TOKENPOOL_EXT_BACKEND names a backend that cannot run this.
     """
     for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
         if not isinstance(value, int) or value < 1:
@@ -76,16 +78,20 @@ def explain(
     probe = _Probe(device, dtype)
     chain = registry.select("kmeans", probe)
     name = chain[0]
-    refusals = "; ".join(
-        f"{other} ({registry.REGISTRY[other].can_run('kmeans', probe)})"
-        for other in list(registry.REGISTRY)[: list(registry.REGISTRY).index(name)]
-    )
+    better = list(registry.REGISTRY)[: list(registry.REGISTRY).index(name)]
+    reasons = {other: registry.REGISTRY[other].can_run("kmeans", probe) for other in better}
+    asked = os.environ.get(registry.ENVIRONMENT)
+    otherwise = f"{registry.ENVIRONMENT}={asked} asks for another" if asked else "not preferred on this device"
+    refusals = "; ".join(f"{other} ({reason or otherwise})" for other, reason in reasons.items())
     item = torch.empty((), dtype=dtype).element_size()
     moved = B * (N * D + K * D) * item + B * N * 8
     problem = f"{_problem(B, N, K, D, num_iters, dtype)} on {device}"
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize)
+        forced = os.environ.get("TOKENPOOL_EXT_CPU_PATH")
+        if forced and forced != plan["path"]:
+            plan = {**plan, "path": forced, "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}"}
         threads = torch.get_num_threads()
         return Plan(
             path=plan["path"],

@@ -136,10 +136,13 @@ def _membership(assignment: Tensor, weights: Tensor, k: int) -> Tuple[Tensor, Te
     index = assignment.clamp(min=0)
     inside = assignment >= 0
     one_hot = _one_hot(assignment, k, weights.dtype)
+    scale, unscale = power_of_two_scale(weights.amax(1)) if weights.shape[1] else (weights.new_ones(len(weights)),) * 2
+    weights = weights * scale[:, None]
     mass = (one_hot * weights[:, :, None]).sum(1)
     count = one_hot.sum(1)
     w, n = mass.gather(1, index), count.gather(1, index).clamp(min=1)
     share = torch.where(w > 0, weights / torch.where(w > 0, w, 1), 1 / n)
+    mass = (mass * unscale[:, None]).clamp(max=torch.finfo(mass.dtype).max)
     return mass, torch.where(inside, share, 0)
 
 

@@ -107,9 +107,9 @@ def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
     """
     source = "backend"
     if name is None:
-        name = os.environ.get(ENVIRONMENT)
+        name = os.environ.get(ENVIRONMENT) or None
         source = ENVIRONMENT
-    if not name:
+    if name is None:
         return tuple(_willing(op, x))
     if not isinstance(name, str):
         raise TypeError(f"{op}: backend must be a string or None, got {type(name).__name__}")

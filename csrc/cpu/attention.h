@@ -4,10 +4,11 @@
 // turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Heads are summed
 // in order at the end.
 
-// exp of every lane, for x <= 0 (relative error about 2e-7): 2^n * p(r), with x = n ln 2 + r.
+// exp of every lane (relative error about 2e-7; nothing below exp(-87)): 2^n * p(r), with x = n ln 2 + r.
 TP_INLINE Vec<float> exp_lanes(Vec<float> x) {
   const Vec<float> low = splat(-87.0f);
-  x = x < low ? low : x;
+  const auto overflows = x > splat(88.7f);  // only when a given log-sum-exp is not that of these logits
+  x = x < low ? low : overflows ? Vec<float>{} : x;
   const Vec<float> shifted = x * 1.44269504088896f + 12582912.0f;  // rounds to an integer in the low bits
   const Vec<float> n = shifted - 12582912.0f;
   const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -19,7 +20,8 @@ TP_INLINE Vec<float> exp_lanes(Vec<float> x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const Vec<int32_t> exponent = (Vec<int32_t>)shifted << 23;  // the low bits of `shifted` are n
-  return (Vec<float>)((Vec<int32_t>)p + exponent);
+  const Vec<float> result = (Vec<float>)((Vec<int32_t>)p + exponent);
+  return overflows ? splat(std::numeric_limits<float>::infinity()) : result;
 }
 
 TP_INLINE Vec<double> exp_lanes(Vec<double> x) {

@@ -132,7 +132,8 @@ class Clustering : protected Image<In> {
     for (int64_t j = 0; j < k_; ++j) row_of_[j] = product_ + j * row_stride_;
   }
 
-  // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a tie).
+  // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a tie;
+  // a tie that rounding breaks may fall differently on the two paths).
   // Tokens of zero weight come after all others.
   void farthest_first() {
     C* distance = best_;  // to the nearest chosen token; -1: zero weight, -2: chosen or padding

@@ -11,6 +11,11 @@ class Arena {
   T* take(int64_t count) {
     const int64_t bytes = round_up(std::max<int64_t>(count, 1) * int64_t(sizeof(T)), 64);
     while (block_ < int64_t(blocks_.size()) && used_ + bytes > sizes_[size_t(block_)]) {
+      if (used_ == 0) {  // too small even when empty: give way to a larger one
+        blocks_.erase(blocks_.begin() + block_);
+        sizes_.erase(sizes_.begin() + block_);
+        continue;
+      }
       ++block_;
       used_ = 0;
     }
@@ -56,14 +61,21 @@ inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int3
   start[0] = 0;
 }
 
-// Each member's share of its cluster's mean: w/W, or 1/count where W = 0. Returns W.
+// Each member's share of its cluster's mean: w/W, or 1/count where W = 0. Returns W (saturated). Weights are brought to a
+// safe range by an exact power of two, so that neither huge nor tiny ones are lost.
 template <class C>
 inline C shares(const int32_t* member, int64_t count, const C* weight, C* share) {
-  C total = 0;
-  for (int64_t m = 0; m < count; ++m) total += weight ? weight[member[m]] : C(1);
-  for (int64_t m = 0; m < count; ++m)
-    share[m] = total > 0 ? (weight ? weight[member[m]] : C(1)) / total : C(1) / C(count);
-  return total;
+  C total = 0, scale = 1;
+  if (!weight) {
+    for (int64_t m = 0; m < count; ++m) share[m] = C(1) / C(count);
+    return C(count);
+  }
+  C heaviest = 0;
+  for (int64_t m = 0; m < count; ++m) heaviest = std::max(heaviest, weight[member[m]]);
+  scale = safe_scale(heaviest);
+  for (int64_t m = 0; m < count; ++m) total += weight[member[m]] * scale;
+  for (int64_t m = 0; m < count; ++m) share[m] = total > 0 ? weight[member[m]] * scale / total : C(1) / C(count);
+  return std::min(total / scale, std::numeric_limits<C>::max());
 }
 
 // Fill every empty cluster below k, in ascending order, with the token of the largest cost whose cluster has at least two
@@ -80,7 +92,7 @@ inline void repair_empty(int64_t n, int64_t k, const C* weight, const C* distanc
       if (count[label[i]] < 2) continue;
       C cost = (weight ? weight[i] : C(1)) * distance[i];
       if (!(cost == cost)) cost = 0;
-      if (cost > most) {
+      if (donor < 0 || cost > most) {
         most = cost;
         donor = i;
       }

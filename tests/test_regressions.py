@@ -1,0 +1,82 @@
+"""Defects that were found in review, each with its smallest reproduction."""
+
+import pytest
+import torch
+
+import tokenpool_ext as tp
+from tokenpool_ext import loader
+
+needs_cpu = pytest.mark.skipif(loader.extension is None, reason=str(loader.extension_reason))
+
+
+def test_a_nan_weight_does_not_hide_negative_ones():
+    w = torch.ones(2, 8)
+    w[0, 0], w[1] = float("nan"), -1e3
+    with pytest.raises(ValueError, match="weights must be >= 0, got -1000"):
+        tp.kmeans(torch.randn(2, 8, 3), 2, weights=w)
+
+
+@needs_cpu
+def test_negative_weights_cannot_corrupt_memory():
+    """The op itself, past the public checks: every label stays in range."""
+    x = torch.arange(64.0)[None, :, None] * 100
+    init = torch.full((1, 8, 1), 1e6)
+    init[:, 0] = 0
+    labels = torch.ops.tokenpool_ext.kmeans(x, torch.full((1, 64), -1e3), None, None, init, 8, 5, False)[1]
+    assert labels.min() >= 0 and labels.max() < 8
+
+
+def test_weights_of_padding_are_not_looked_at():
+    mask = torch.tensor([[True] * 4 + [False] * 2])
+    x = torch.randn(1, 6, 2)
+    w = torch.tensor([[1.0, 1, 1, 1, -1, float("-inf")]])
+    expected = tp.kmeans(x[:, :4], 2, weights=w[:, :4], init="topk")
+    assert torch.equal(tp.kmeans(x, 2, weights=w, mask=mask, init="topk").assignment[:, :4], expected.assignment)
+
+
+@pytest.mark.parametrize("size", [1e38, 1e-44])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_pool_with_huge_and_tiny_weights(size, backend):
+    x = torch.randn(1, 6, 2)
+    pooled = tp.pool(x, torch.zeros(1, 6, dtype=torch.int64), 1, weights=torch.full((1, 6), size), backend=backend)
+    torch.testing.assert_close(pooled, x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e-20, 2.0**-60])
+def test_bipartite_start_does_not_depend_on_the_scale(factor):
+    x = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(0))
+    once = [tp.kmeans(x * f, 20, init="bipartite", num_iters=1).assignment for f in (1.0, factor)]
+    assert torch.equal(*once)
+
+
+def test_bipartite_start_refuses_few_clusters_also_with_a_mask():
+    x = torch.randn(1, 32, 4)
+    for options in ({"mask": torch.ones(1, 32, dtype=torch.bool)}, {"num_clusters": torch.tensor([3])}):
+        with pytest.raises(ValueError, match="at least half"):
+            tp.kmeans(x, **{"num_clusters": 3, "init": "bipartite", **options})
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_a_wrong_log_sum_exp_gives_infinity_not_garbage(backend):
+    q = torch.full((1, 1, 4, 4), 20.0)
+    assert torch.isinf(tp.attention_received(q, q, lse=torch.zeros(1, 1, 4), backend=backend)).all()
+
+
+def test_index_of_padding_is_refused_as_a_start():
+    mask = torch.tensor([[True, True, True, False]])
+    with pytest.raises(ValueError, match="init must name valid tokens"):
+        tp.kmeans(torch.randn(1, 4, 2), 2, mask=mask, init=torch.tensor([[0, 3]]))
+
+
+def test_numbers_and_names_outside_their_range_are_named():
+    x = torch.randn(1, 8, 2)
+    with pytest.raises(ValueError, match="num_iters must be from 1 to"):
+        tp.kmeans(x, 2, num_iters=2**70)
+    with pytest.raises(TypeError, match="backend must be a string"):
+        tp.kmeans(x, 2, backend=0)
+
+
+def test_explain_tells_what_was_forced(monkeypatch):
+    monkeypatch.setenv("TOKENPOOL_EXT_BACKEND", "reference")
+    text = str(tp.explain(2, 16, 4, 8))
+    assert "(None)" not in text and "'reference'" in text
