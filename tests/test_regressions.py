@@ -35,10 +35,10 @@ def test_weights_of_padding_are_not_looked_at():
 
 
 @pytest.mark.parametrize("size", [1e38, 1e-44])
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
-def test_pool_with_huge_and_tiny_weights(size, backend):
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_pool_with_huge_and_tiny_weights(size, name):
     x = torch.randn(1, 6, 2)
-    pooled = tp.pool(x, torch.zeros(1, 6, dtype=torch.int64), 1, weights=torch.full((1, 6), size), backend=backend)
+    pooled = tp.pool(x, torch.zeros(1, 6, dtype=torch.int64), 1, weights=torch.full((1, 6), size), backend=name)
     torch.testing.assert_close(pooled, x.mean(1, keepdim=True))
 
 
@@ -56,10 +56,10 @@ def test_bipartite_start_refuses_few_clusters_also_with_a_mask():
             tp.kmeans(x, **{"num_clusters": 3, "init": "bipartite", **options})
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
-def test_a_wrong_log_sum_exp_gives_infinity_not_garbage(backend):
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_a_wrong_log_sum_exp_gives_infinity_not_garbage(name):
     q = torch.full((1, 1, 4, 4), 20.0)
-    assert torch.isinf(tp.attention_received(q, q, lse=torch.zeros(1, 1, 4), backend=backend)).all()
+    assert torch.isinf(tp.attention_received(q, q, lse=torch.zeros(1, 1, 4), backend=name)).all()
 
 
 def test_index_of_padding_is_refused_as_a_start():
