@@ -22,7 +22,7 @@ def test_cases_in_the_interpreter():
     here = Path(__file__).parent
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TOKENPOOL_EXT_REQUIRE_")}
     halves = [subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, str(here / "test_triton_cases.py")],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", part, str(here / "test_triton_cases.py")],
         env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=here.parent, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True) for part in ("gram", "not gram")]
     for half in halves:
