@@ -62,10 +62,13 @@ def test_a_wrong_log_sum_exp_gives_infinity_not_garbage(name):
     assert torch.isinf(tp.attention_received(q, q, lse=torch.zeros(1, 1, 4), backend=name)).all()
 
 
-def test_index_of_padding_is_refused_as_a_start():
-    mask = torch.tensor([[True, True, True, False]])
-    with pytest.raises(ValueError, match="init must name valid tokens"):
-        tp.kmeans(torch.randn(1, 4, 2), 2, mask=mask, init=torch.tensor([[0, 3]]))
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_index_of_padding_means_the_next_valid_token(name):
+    mask = torch.tensor([[False, True, True, False, True, False]])
+    x = torch.randn(1, 6, 2)
+    given, meant = torch.tensor([[0, 3, 5]]), torch.tensor([[1, 4, 4]])
+    results = [tp.kmeans(x, 3, mask=mask, init=init, num_iters=1, backend=name).assignment for init in (given, meant)]
+    assert torch.equal(*results)
 
 
 def test_numbers_and_names_outside_their_range_are_named():

@@ -66,7 +66,7 @@ def kmeans(
         weights: significance of each token, (B, N), finite and >= 0, taken as acc. None: all ones. Only ratios matter.
         init: where to start. "topk": the K heaviest tokens (default with weights); "strided": evenly spaced tokens
             (default without); "random"; "kmeans++"; "farthest"; "bipartite" (the clusters of ToMe's matching, K >= N/2);
-            a (B, K) integer tensor of token indices (of valid tokens); or a (B, K, D) tensor of centers. A tie in
+            a (B, K) integer tensor of token indices (one of padding means the next valid token); or a (B, K, D) tensor of centers. A tie in
             "farthest" that rounding breaks may fall differently on another backend.
         num_iters: upper bound on iterations, >= 1. The paper: converges "usually within 5".
         mask: (B, N) bool, True for real tokens. Padding is assigned -1 and never influences anything, even NaN.
@@ -398,12 +398,8 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
                     f"{name}: init must hold token indices from 0 to N-1 = {n - 1},"
                     f" got values from {int(used.amin())} to {int(used.amax())}"
                 )
-            if mask is not None:
-                slot = torch.arange(k) < torch.minimum(mask.sum(1), mask.new_full((b,), k, dtype=torch.int64))[:, None]
-                slot = slot if counts is None else slot & (torch.arange(k) < counts[:, None])
-                if (slot & ~mask.gather(1, used)).any():
-                    raise ValueError(f"{name}: init must name valid tokens, got the index of a padded one (mask False)")
-        return init.clamp(0, max(n - 1, 0))
+        init = init.clamp(0, max(n - 1, 0))
+        return init if mask is None or n == 0 else _next_valid(mask).gather(1, init)
     if init.dtype not in FLOATING:
         raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")
     if name == "kmedoids":
@@ -413,6 +409,15 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         label = "(B, K, D)" if batched else "(K, D)"
         raise ValueError(f"{name}: init must hold centers of shape {label} = {expected}, got {tuple(init.shape)}")
     return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
+
+
+def _next_valid(mask: Tensor) -> Tensor:
+    """(B, N): the first valid token from each place on, or the last valid one; 0 in an image of padding alone."""
+    n = mask.shape[1]
+    index = torch.arange(n, device=mask.device).expand_as(mask)
+    after = torch.where(mask, index, n).flip(1).cummin(1).values.flip(1)
+    last = torch.where(mask, index, 0).amax(1, keepdim=True)
+    return torch.where(after < n, after, last)
 
 
 def _check_finite(name: str, x3: Tensor, weights: Optional[Tensor], mask: Optional[Tensor]) -> None:
