@@ -16,6 +16,11 @@ from tokenpool_ext.vit import patching
 
 transformers = pytest.importorskip("transformers")
 
+# Under torch.compile with torch 2.11, transformers 5 hands every block an explicit attention mask (of ones), which pooling
+# blocks refuse, for they cannot look at its values. With torch 2.13 it hands none.
+old_torch = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 13)
+needs_no_mask = pytest.mark.skipif(old_torch, reason="transformers passes an attention mask under torch.compile with this torch")
+
 COMMON = dict(
     hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, num_labels=5,
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -278,6 +283,7 @@ def test_two_threads_one_model(images):
     assert before == {n: set(m.__dict__) for n, m in model.named_modules()}, "nothing is left on the model"
 
 
+@needs_no_mask
 @torch.no_grad()
 @pytest.mark.parametrize("track_size", [False, True])
 def test_compile_fullgraph(track_size, images):
@@ -288,6 +294,7 @@ def test_compile_fullgraph(track_size, images):
     torch.testing.assert_close(compiled(images).logits, expected)
 
 
+@needs_no_mask
 @torch.no_grad()
 def test_compile_dynamic_batch(images):
     model = patch(build("vit"), num_tokens={1: 10, 2: 5})
