@@ -4,9 +4,11 @@ A meta tensor has no values, so any synchronisation (reading a value on the host
 """
 from __future__ import annotations
 
+import ast
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,7 +173,6 @@ def test_sizes_are_runtime_values():
 
 
 def test_no_autotuning_and_no_float_atomics():
-    from pathlib import Path
     import tokenpool_ext.triton
     for file in Path(tokenpool_ext.triton.__file__).parent.glob("*.py"):
         text = file.read_text()
@@ -189,6 +190,17 @@ def test_tf32_only_where_the_user_allows_it():
         assert clustering.precision(torch.float32) == "tf32" and clustering.precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_imports_go_downward():
+    """Of the rest of the library this backend knows the exceptions alone; the registry knows the backend."""
+    import tokenpool_ext.triton
+    for file in Path(tokenpool_ext.triton.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level > 1:
+                assert node.module is None and [name.name for name in node.names] == ["errors"], (file, ast.unparse(node))
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "tokenpool_ext" not in ast.unparse(node), (file, ast.unparse(node))
 
 
 def test_importing_the_package_does_not_import_triton():

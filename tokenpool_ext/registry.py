@@ -21,13 +21,10 @@ import torch
 from torch import Tensor
 
 from . import loader, reference
+from .errors import KernelUnavailable
 
 OPS = ("kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received")
 ENVIRONMENT = "TOKENPOOL_EXT_BACKEND"
-
-
-class KernelUnavailable(RuntimeError):
-    """A kernel that should run here cannot (it failed to compile, or needs more of a resource than the device has)."""
 
 
 class Backend:

@@ -1,10 +1,10 @@
 """The one exception with which this backend hands a problem back to the registry."""
 from __future__ import annotations
 
-from .. import registry
+from .. import errors
 
 
-class KernelUnavailable(registry.KernelUnavailable):
+class KernelUnavailable(errors.KernelUnavailable):
     """A Triton kernel could not be compiled or does not fit this GPU, in any of its plans.
 
     Raised before any output has been produced, so the caller may run the same operation on another backend.
