@@ -10,7 +10,6 @@ struct CpuProblem {
   int64_t tokens, clusters, features, iterations;
   int acc_bytes = 4;          // 4 (float32 arithmetic) or 8
   bool centers_given = false; // the start is centers, not tokens: the gram path needs one direct pass first
-  bool medoids = false;
 };
 
 struct CpuPlan {

@@ -56,8 +56,9 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
   for (int64_t i = 0; i < d; ++i) zero[i] = 0;
   for (int64_t p = 0; p < padded; p += P) {
     const In* row[P];
-    for (int64_t r = 0; r < P; ++r) row[r] = p + r < a.keys ? k + (p + r) * a.k_strides[2] : nullptr;
-    pack_panel<In, C>(row, d, C(1), zero, packed + p * d);
+    const int64_t count = std::min<int64_t>(P, a.keys - p);
+    for (int64_t r = 0; r < count; ++r) row[r] = k + (p + r) * a.k_strides[2];
+    pack_panel<In, C>(row, count, d, C(1), zero, packed + p * d);
   }
 
   for (int64_t first = 0; first < a.queries; first += kRows) {

@@ -1,19 +1,25 @@
-// K-Means and K-Medoids of one image: the start, the two ways of assigning tokens, the update, the final means.
+// K-Means and K-Medoids of one image: the start, the assignment of tokens, the update.
+//
+// Every center keeps its products with all tokens, a row as long as a row of the Gram matrix. They come from the Gram matrix
+// (gram path) or from the center itself (direct path), and only for centers whose members changed. A direct problem whose
+// products or packed tokens need more than kKeptBytes multiplies every center again and keeps nothing.
+
+constexpr int64_t kKeptBytes = 24 << 20;
 
 template <class In>
-class Clustering : protected Image<In> {
+class Clustering : protected Result<In> {
  protected:
-  using Base = Image<In>;
+  using Base = Result<In>;
   using typename Base::C;
   using typename Base::I;
-  using Base::a, Base::image_, Base::n_, Base::x_, Base::valid_, Base::weight_, Base::scale_;
-  using Base::weight_scale_, Base::mean_;
-  using Base::token, Base::row, Base::local_index, Base::center_row, Base::pack, Base::panel_norms, Base::squared_norm;
-  using Base::squared_difference;
+  using Base::a, Base::image_, Base::n_, Base::weight_, Base::scale_, Base::mean_, Base::k_, Base::padded_;
+  using Base::label_, Base::norm_, Base::member_, Base::share_, Base::start_, Base::count_, Base::medoid_, Base::total_;
+  using Base::local_index, Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference, Base::worth;
+  using Base::center_token, Base::parallel_;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
  public:
-  Clustering(const ClusterArgs& args, bool parallel) : Base(args), parallel_(parallel) {}
+  Clustering(const ClusterArgs& args, bool parallel) : Base(args, parallel) {}
 
   void run(int64_t b) {
     this->take_image(b);
@@ -23,11 +29,13 @@ class Clustering : protected Image<In> {
     if (k_ > 0) {
       this->measure();
       gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
+      kept_ = gram_path_ || std::max(k_ * row_stride_, padded_ * a.features) * int64_t(sizeof(C)) <= kKeptBytes;
+      if (kept_) pack_all();
       if (gram_path_) build_gram();
       start();
       iterate();
     }
-    finish();
+    this->finish();
   }
 
  protected:
@@ -41,7 +49,6 @@ class Clustering : protected Image<In> {
     problem.iterations = a.iterations;
     problem.acc_bytes = sizeof(C);
     problem.centers_given = a.init_centers != nullptr;
-    problem.medoids = a.medoids;
     return plan_cpu(problem).gram;
   }
 
@@ -51,32 +58,32 @@ class Clustering : protected Image<In> {
   }
 
   void take_buffers() {
-    padded_ = round_up(std::max<int64_t>(n_, 1), P);
+    Base::take_buffers();
     row_stride_ = padded_ + ((padded_ * int64_t(sizeof(C))) % 1024 == 0 ? L : 0);  // rows not a power of two apart
-    label_ = take<I>(padded_);
     previous_ = take<I>(padded_);
     best_ = take<C>(padded_);
-    norm_ = take<C>(padded_);
-    member_ = take<int32_t>(padded_);
-    share_ = take<C>(padded_);
-    start_ = take<int32_t>(a.clusters + 1);
-    count_ = take<int32_t>(a.clusters + 1);
-    medoid_ = take<int32_t>(a.clusters);
     center_norm_ = take<C>(a.clusters);
-    total_ = take<C>(a.clusters);
-    error_ = take<double>(a.clusters);
+    used_ = take<int32_t>(a.clusters);
+    stale_ = take<int32_t>(a.clusters);
     changed_ = take<uint8_t>(a.clusters);
   }
 
-  void build_gram() {
-    const int64_t D = a.features, panels = padded_ / P;
+  void pack_all() {
+    const int64_t D = a.features;
     packed_ = take<C>(padded_ * D);
-    gram_ = take<C>(padded_ * row_stride_);
-    split(a.parallel_for, parallel_, panels, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) pack(p * P, packed_ + p * P * D);
+    split(a.parallel_for, worth(n_ * D), padded_ / P, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        pack(p * P, packed_ + p * P * D);
+        if (!gram_path_) panel_norms(packed_ + p * P * D, norm_ + p * P);
+      }
     });
+  }
+
+  void build_gram() {
+    const int64_t panels = padded_ / P;
+    gram_ = take<C>(padded_ * row_stride_);
     split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {
-      gram_tiles(packed_, D, n_, begin, end, gram_, row_stride_);
+      gram_tiles(packed_, a.features, n_, begin, end, gram_, row_stride_);
     });
     clear_padding();
     mirror(n_, gram_, row_stride_);
@@ -91,45 +98,33 @@ class Clustering : protected Image<In> {
 
   // -------------------------------------------------------------------------------------------------- centers
 
-  // The gram path keeps, for every center, its products with all tokens (a row as long as a Gram row); the direct path
-  // keeps the centers themselves. A center that is a token has its products in the Gram matrix already.
   void start() {
     const int64_t D = a.features;
-    if (gram_path_) {
+    if (kept_) {
       product_ = take<C>(k_ * row_stride_);
       row_of_ = take<const C*>(k_);
-    } else {
-      center_ = take<C>(round_up(k_, kRows) * D);
+      for (int64_t j = 0; j < k_; ++j) row_of_[j] = product_ + j * row_stride_;
     }
-    if (!a.init_index && !a.init_centers) {
-      farthest_first();
-      use_medoids();
+    if (!gram_path_ || a.init_centers) center_ = take<C>(k_ * D);
+    for (int64_t j = 0; j < k_; ++j) used_[j] = -1;
+    if (a.init_centers) {
+      const C* given = static_cast<const C*>(a.init_centers) + image_ * a.clusters * D;
+      for (int64_t j = 0; j < k_; ++j) {
+        for (int64_t d = 0; d < D; ++d) center_[j * D + d] = given[j * D + d] * scale_ - mean_[d];
+        center_norm_[j] = squared_norm(center_ + j * D);
+        stale_[j] = int32_t(j);
+      }
+      multiply_centers(k_);
       return;
     }
-    if (a.init_index) {
+    if (a.init_index)
       for (int64_t j = 0; j < k_; ++j) {
         const int64_t asked = a.init_index[image_ * a.clusters + j];
         medoid_[j] = int32_t(local_index(std::min(std::max<int64_t>(asked, 0), a.tokens - 1)));
       }
-      use_medoids();
-      return;
-    }
-    C* center = gram_path_ ? take<C>(round_up(k_, kRows) * D) : center_;
-    const C* given = static_cast<const C*>(a.init_centers) + image_ * a.clusters * D;
-    for (int64_t j = 0; j < k_; ++j)
-      center_row(given + j * D, scale_, mean_, center + j * D, D);
-    measure_centers(center);
-    if (!gram_path_) return;
-    split(a.parallel_for, parallel_, padded_ / P, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p)
-        for (int64_t j = 0; j < k_; j += kRows) {
-          Tile<C> tile;
-          multiply_centers(center, j, packed_ + p * P * D, tile);
-          for (int r = 0; r < kRows && j + r < k_; ++r)
-            for (int v = 0; v < TP_VECTORS; ++v) store(product_ + (j + r) * row_stride_ + p * P + v * L, tile.v[r][v]);
-        }
-    });
-    for (int64_t j = 0; j < k_; ++j) row_of_[j] = product_ + j * row_stride_;
+    else
+      farthest_first();
+    use_medoids();
   }
 
   // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a tie;
@@ -192,55 +187,65 @@ class Clustering : protected Image<In> {
 
   void distances_from_tokens(int64_t token, C* apart) const {
     const int64_t D = a.features;
-    Buffer<C> center(D), scratch(D);
-    const C* chosen = as_acc(row(token), static_cast<C*>(scratch), D);
-    for (int64_t d = 0; d < D; ++d) center[d] = chosen[d] * scale_;
+    Buffer<C> center(D);
+    const In* chosen = row(token);
+    for (int64_t d = 0; d < D; ++d) center[d] = C(to_float(chosen[d])) * scale_;
     split(a.parallel_for, worth(n_ * D), padded_, [&](int64_t begin, int64_t end) {
-      Buffer<C> other(D);
-      for (int64_t i = begin; i < end; ++i)
-        apart[i] = i < n_ ? squared_difference(as_acc(row(i), static_cast<C*>(other), D), center) : C(0);
+      for (int64_t i = begin; i < end; ++i) apart[i] = i < n_ ? squared_difference(row(i), center) : C(0);
     });
-  }
-
-  void measure_centers(const C* center) {
-    const int64_t D = a.features;
-    for (int64_t j = 0; j < k_; ++j) {
-      C norm = 0;
-      for (int64_t d = 0; d < D; ++d) norm += center[j * D + d] * center[j * D + d];
-      center_norm_[j] = norm;
-    }
-  }
-
-  TP_INLINE void multiply_centers(const C* center, int64_t j, const C* panel, Tile<C>& tile) const {
-    const C* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = center + std::min(j + r, k_ - 1) * a.features;
-    multiply<C>(rows, 1, panel, a.features, tile);
   }
 
   void use_medoids() {  // the centers are the tokens medoid_[j]
     const int64_t D = a.features;
-    if (gram_path_) {
-      for (int64_t j = 0; j < k_; ++j) {
-        row_of_[j] = gram_ + medoid_[j] * row_stride_;
-        center_norm_[j] = norm_[medoid_[j]];
-      }
-      return;
-    }
+    int64_t count = 0;
     for (int64_t j = 0; j < k_; ++j) {
-      C* out = center_ + j * D;
-      center_row(as_acc(row(medoid_[j]), out, D), scale_, mean_, out, D);
+      if (gram_path_) {
+        row_of_[j] = gram_ + medoid_[j] * row_stride_;
+      } else if (medoid_[j] != used_[j]) {
+        center_token(medoid_[j], center_ + j * D);
+        stale_[count++] = int32_t(j);
+      }
+      center_norm_[j] = kept_ ? norm_[medoid_[j]] : squared_norm(center_ + j * D);
+      used_[j] = medoid_[j];
     }
-    measure_centers(center_);
+    multiply_centers(count);
   }
 
-  // ------------------------------------------------------------------------------------------------ iteration
+  // Products of the centers stale_[0..count) with a panel, into out[i * stride + lane].
+  TP_INLINE void multiply_panel(const int32_t* stale, int64_t count, const C* panel, C* const* out) const {
+    const int64_t D = a.features;
+    for (int64_t d0 = 0; d0 == 0 || d0 < D; d0 += kDepthBlock)
+      for (int64_t i = 0; i < count; i += kRows) {
+        const C* rows[kRows];
+        C* to[kRows];
+        C nowhere[P];
+        for (int r = 0; r < kRows; ++r) {
+          rows[r] = center_ + stale[std::min(i + r, count - 1)] * D + d0;
+          to[r] = i + r < count ? out[i + r] : nowhere;
+        }
+        product_strip<C, TP_VECTORS>(rows, 1, panel + d0 * P, std::min(kDepthBlock, D - d0), d0 > 0, to);
+      }
+  }
+
+  // The products of the centers stale_[0..count) with all tokens, where they are kept.
+  void multiply_centers(int64_t count) {
+    if (!kept_ || count == 0) return;
+    const int64_t D = a.features;
+    split(a.parallel_for, worth(n_ * count * D / 8), padded_ / P, [&](int64_t begin, int64_t end) {
+      Buffer<C*> out(count);
+      for (int64_t p = begin; p < end; ++p) {
+        for (int64_t i = 0; i < count; ++i) out[i] = product_ + stale_[i] * row_stride_ + p * P;
+        multiply_panel(stale_, count, packed_ + p * P * D, out);
+      }
+    });
+  }
 
   void iterate() {
     for (int64_t t = 0;; ++t) {
-      if (gram_path_)
-        assign_gram();
+      if (kept_)
+        assign_kept();
       else
-        assign_direct();
+        assign_streamed();
       if (a.medoids)  // a medoid belongs to its own cluster, the lowest if several name it
         for (int64_t j = k_; j-- > 0;) {
           label_[medoid_[j]] = I(j);
@@ -254,9 +259,7 @@ class Clustering : protected Image<In> {
       const bool same = t > 0 && !std::memcmp(label_, previous_, size_t(n_) * sizeof(I));
       if (same) break;
       mark_changes(t);
-      group(label_, n_, k_, start_, member_);
-      for (int64_t j = 0; j < k_; ++j)
-        total_[j] = shares(member_ + start_[j], start_[j + 1] - start_[j], weight_, share_ + start_[j]);
+      this->group_members();
       if (a.medoids) {
         update_medoids();
         if (t + 1 == a.iterations) break;
@@ -276,70 +279,68 @@ class Clustering : protected Image<In> {
       if (label_[i] != previous_[i]) changed_[label_[i]] = changed_[previous_[i]] = 1;
   }
 
-  // Worth waking the other threads for `operations` element operations?
-  bool worth(int64_t operations) const { return parallel_ && operations > 200000; }
+  // The nearest centers of a panel's tokens so far.
+  struct Nearest {
+    Vec<C> best[TP_VECTORS];
+    Vec<I> label[TP_VECTORS];
 
-  void assign_gram() {
+    TP_INLINE Nearest() {
+      for (int v = 0; v < TP_VECTORS; ++v) {
+        best[v] = splat(std::numeric_limits<C>::infinity());
+        label[v] = Vec<I>{};
+      }
+    }
+    TP_INLINE void compare(int64_t j, C center_norm, const C* products) {
+      const Vec<C> norm = splat(center_norm);
+      const Vec<I> index = splat(I(j));
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v) {
+        const Vec<C> score = norm - C(2) * load(products + v * L);
+        const auto nearer = score < best[v];
+        best[v] = nearer ? score : best[v];
+        label[v] = nearer ? index : label[v];
+      }
+    }
+    TP_INLINE void write(C* best_out, I* label_out) const {
+      for (int v = 0; v < TP_VECTORS; ++v) {
+        store(best_out + v * L, best[v]);
+        store(label_out + v * L, label[v]);
+      }
+    }
+  };
+
+  void assign_kept() {
     split(a.parallel_for, worth(n_ * k_), padded_ / P, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * P; i < end * P; i += P) {
-        Vec<C> best[TP_VECTORS];
-        Vec<I> label[TP_VECTORS];
-        for (int v = 0; v < TP_VECTORS; ++v) {
-          best[v] = splat(std::numeric_limits<C>::infinity());
-          label[v] = Vec<I>{};
-        }
-        for (int64_t j = 0; j < k_; ++j) {
-          const C* products = row_of_[j] + i;
-          const Vec<C> norm = splat(center_norm_[j]);
-          const Vec<I> index = splat(I(j));
-#pragma GCC unroll 4
-          for (int v = 0; v < TP_VECTORS; ++v) keep_nearer(norm - C(2) * load(products + v * L), index, best[v], label[v]);
-        }
-        for (int v = 0; v < TP_VECTORS; ++v) {
-          store(best_ + i + v * L, best[v]);
-          store(label_ + i + v * L, label[v]);
-        }
+        Nearest nearest;
+        for (int64_t j = 0; j < k_; ++j) nearest.compare(j, center_norm_[j], row_of_[j] + i);
+        nearest.write(best_ + i, label_ + i);
       }
     });
   }
 
-  void assign_direct() {
-    const int64_t D = a.features;
-    split(a.parallel_for, worth(n_ * k_ * D / 8), padded_ / P, [&](int64_t begin, int64_t end) {
-      Buffer<C> panel(P * D);
+  void assign_streamed() {
+    constexpr int64_t kTogether = 64;  // centers whose products wait for the comparison
+    split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
+      Buffer<C> panel(P * a.features), product(kTogether * P);
+      int32_t center[kTogether];
+      C* out[kTogether];
       for (int64_t i = begin * P; i < end * P; i += P) {
         pack(i, panel);
         panel_norms(panel, norm_ + i);
-        Vec<C> best[TP_VECTORS];
-        Vec<I> label[TP_VECTORS];
-        for (int v = 0; v < TP_VECTORS; ++v) {
-          best[v] = splat(std::numeric_limits<C>::infinity());
-          label[v] = Vec<I>{};
-        }
-        for (int64_t j = 0; j < k_; j += kRows) {
-          Tile<C> tile;
-          multiply_centers(center_, j, panel, tile);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            if (j + r >= k_) break;
-            const Vec<C> norm = splat(center_norm_[j + r]);
-            const Vec<I> index = splat(I(j + r));
-#pragma GCC unroll 4
-            for (int v = 0; v < TP_VECTORS; ++v) keep_nearer(norm - C(2) * tile.v[r][v], index, best[v], label[v]);
+        Nearest nearest;
+        for (int64_t first = 0; first < k_; first += kTogether) {
+          const int64_t count = std::min(kTogether, k_ - first);
+          for (int64_t j = 0; j < count; ++j) {
+            center[j] = int32_t(first + j);
+            out[j] = product + j * P;
           }
+          multiply_panel(center, count, panel, out);
+          for (int64_t j = 0; j < count; ++j) nearest.compare(first + j, center_norm_[first + j], out[j]);
         }
-        for (int v = 0; v < TP_VECTORS; ++v) {
-          store(best_ + i + v * L, best[v]);
-          store(label_ + i + v * L, label[v]);
-        }
+        nearest.write(best_ + i, label_ + i);
       }
     });
-  }
-
-  static TP_INLINE void keep_nearer(Vec<C> score, Vec<I> index, Vec<C>& best, Vec<I>& label) {
-    const auto nearer = score < best;
-    best = nearer ? score : best;
-    label = nearer ? index : label;
   }
 
   // ---------------------------------------------------------------------------------------------------- update
@@ -353,13 +354,16 @@ class Clustering : protected Image<In> {
       return;
     }
     split(a.parallel_for, worth(n_ * a.features), k_, [&](int64_t begin, int64_t end) {
-      Buffer<C> scratch(a.features);
       for (int64_t j = begin; j < end; ++j)
         if (changed_[j]) {
-          mean_row(j, true, scratch, center_ + j * a.features);
+          this->template mean_row<true>(j, center_ + j * a.features);
           center_norm_[j] = squared_norm(center_ + j * a.features);
         }
     });
+    int64_t count = 0;
+    for (int64_t j = 0; j < k_; ++j)
+      if (changed_[j]) stale_[count++] = int32_t(j);
+    multiply_centers(count);
   }
 
   // Products of cluster j's mean with all tokens, from the Gram rows of its members; and its squared norm.
@@ -400,54 +404,28 @@ class Clustering : protected Image<In> {
     }
   }
 
-  // The weighted mean of cluster j's tokens, scaled; minus the image's mean token when `centered`.
-  void mean_row(int64_t j, bool centered, C* scratch, C* __restrict out) const {
-    const int64_t D = a.features;
-    const C scale = scale_;
-    const C* __restrict mean = mean_;
-    for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
-      const C* x = as_acc(row(member_[m]), scratch, D);
-      const C share = share_[m];
-      const bool first = m == start_[j];
-      if (centered)
-        for (int64_t d = 0; d < D; ++d) out[d] = share * (x[d] * scale - mean[d]) + (first ? C(0) : out[d]);
-      else
-        for (int64_t d = 0; d < D; ++d) out[d] = share * (x[d] * scale) + (first ? C(0) : out[d]);
-    }
-  }
-
   // The member nearest to the mean of its cluster; the lowest index on a tie. Of two members the heavier one.
   void update_medoids() {
     split(a.parallel_for, worth(n_ * (gram_path_ ? n_ : a.features)), k_, [&](int64_t begin, int64_t end) {
-      Buffer<C> mean(gram_path_ ? padded_ : a.features), scratch(a.features);
+      Buffer<C> mean(gram_path_ ? padded_ : a.features);
       for (int64_t j = begin; j < end; ++j)
-        if (changed_[j]) medoid_[j] = nearest_member(j, mean, scratch);
+        if (changed_[j]) medoid_[j] = nearest_member(j, mean);
     });
   }
 
-  int32_t nearest_member(int64_t j, C* mean, C* scratch) const {
+  int32_t nearest_member(int64_t j, C* mean) const {
     const int32_t* member = member_ + start_[j];
-    const int64_t count = start_[j + 1] - start_[j], D = a.features;
+    const int64_t count = start_[j + 1] - start_[j];
     if (count == 1 || !(total_[j] > 0)) return member[0];
     if (count == 2) return weight_ && weight_[member[1]] > weight_[member[0]] ? member[1] : member[0];
     if (gram_path_)
       sum_gram_rows(member, share_ + start_[j], count, mean);
     else
-      mean_row(j, true, scratch, mean);
+      this->template mean_row<false>(j, mean);
     int32_t nearest = member[0];
     C least = std::numeric_limits<C>::infinity();
     for (int64_t m = 0; m < count; ++m) {
-      C distance;
-      if (gram_path_) {
-        distance = norm_[member[m]] - C(2) * mean[member[m]];
-      } else {
-        const C* x = as_acc(row(member[m]), scratch, D);
-        distance = 0;
-        for (int64_t d = 0; d < D; ++d) {
-          const C difference = x[d] * scale_ - mean_[d] - mean[d];
-          distance += difference * difference;
-        }
-      }
+      const C distance = gram_path_ ? norm_[member[m]] - C(2) * mean[member[m]] : squared_difference(row(member[m]), mean);
       if (distance < least) {
         least = distance;
         nearest = member[m];
@@ -456,85 +434,34 @@ class Clustering : protected Image<In> {
     return nearest;
   }
 
-  // ---------------------------------------------------------------------------------------------------- result
-
-  void finish() {
-    const int64_t K = a.clusters, D = a.features;
-    int64_t* assignment = a.assignment + image_ * a.tokens;
-    C* mass = static_cast<C*>(a.mass) + image_ * K;
-    In* centers = static_cast<In*>(a.centers) + image_ * K * D;
-    int64_t* medoids = a.medoid_index ? a.medoid_index + image_ * K : nullptr;
-    const C most = std::numeric_limits<C>::max();
-
-    for (int64_t i = 0; i < a.tokens; ++i) assignment[i] = -1;
-    int32_t* place = count_;  // cluster j is returned as place[j]
-    for (int64_t j = 0; j < k_; ++j) place[j] = int32_t(j);
-    if (a.sort && k_ > 0) order_by_first_token(place);
-    for (int64_t i = 0; i < (k_ > 0 ? n_ : 0); ++i) assignment[token(i)] = place[label_[i]];
-    for (int64_t j = k_; j < K; ++j) {
-      mass[j] = 0;
-      std::memset(static_cast<void*>(centers + j * D), 0, size_t(D) * sizeof(In));
-      if (medoids) medoids[j] = -1;
-    }
-    split(a.parallel_for, worth(2 * n_ * D), k_, [&](int64_t begin, int64_t end) {
-      Buffer<C> mean(D), scratch(D);
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t out = place[j];
-        mass[out] = std::min(total_[j] / weight_scale_, most);
-        if (a.medoids) {
-          const C* x = as_acc(row(medoid_[j]), scratch, D);
-          for (int64_t d = 0; d < D; ++d) mean[d] = x[d] * scale_;
-          std::memcpy(static_cast<void*>(centers + out * D), row(medoid_[j]), size_t(D) * sizeof(In));
-          if (medoids) medoids[out] = token(medoid_[j]);
-        } else {
-          mean_row(j, false, scratch, mean);
-          narrow(mean, C(1) / scale_, centers + out * D, D);
-        }
-        error_[j] = cluster_error(j, mean, scratch);
-      }
-    });
-    double inertia = 0;
-    for (int64_t j = 0; j < k_; ++j) inertia += error_[j];
-    inertia = k_ > 0 ? std::ldexp(inertia, -2 * std::ilogb(scale_) - std::ilogb(weight_scale_)) : 0;
-    static_cast<C*>(a.inertia)[image_] = inertia > double(most) ? most : C(inertia);
-  }
-
-  double cluster_error(int64_t j, const C* mean, C* scratch) const {
-    double error = 0;
-    for (int64_t m = start_[j]; m < start_[j + 1]; ++m)
-      error += double(weight_ ? weight_[member_[m]] : C(1)) * double(squared_difference(as_acc(row(member_[m]), scratch, a.features), mean));
-    return error;
-  }
-
-  void order_by_first_token(int32_t* place) {
-    int64_t next = 0;
-    for (int64_t j = 0; j < k_; ++j) place[j] = -1;
-    for (int64_t i = 0; i < n_; ++i)
-      if (place[label_[i]] < 0) place[label_[i]] = int32_t(next++);
-  }
-
-  const bool parallel_;
-  int64_t k_ = 0, padded_ = 0, row_stride_ = 0;
-  bool gram_path_ = false;
-  C *packed_ = nullptr, *gram_ = nullptr;     // gram path: [panels][D][P], [padded][row_stride]
-  C* product_ = nullptr;        // gram path: [k][row_stride]
-  const C** row_of_ = nullptr;  // gram path: where center j's products are
+  int64_t row_stride_ = 0;      // of products and the Gram matrix
+  bool gram_path_ = false, kept_ = false;
+  C *packed_ = nullptr, *gram_ = nullptr;     // if kept: [panels][D][P]; gram path: [padded][row_stride]
+  C* product_ = nullptr;        // if kept: [k][row_stride]
+  const C** row_of_ = nullptr;  // if kept: where center j's products are
   C* center_ = nullptr;         // direct path: [k][D] scaled, centered
   C* center_norm_ = nullptr;    // [k] squared norms
-  C *best_ = nullptr, *norm_ = nullptr;       // [n] squared distance to its center; squared norm
-  I *label_ = nullptr, *previous_ = nullptr;  // [n]
-  int32_t *member_ = nullptr, *start_ = nullptr, *count_ = nullptr, *medoid_ = nullptr;
-  C *share_ = nullptr, *total_ = nullptr;     // [n] by place in member_; [k] summed weights
-  double* error_ = nullptr;     // [k]
+  C* best_ = nullptr;           // [n] squared distance to its center
+  I* previous_ = nullptr;       // [n] labels of the last iteration
+  int32_t *used_ = nullptr, *stale_ = nullptr;  // [k] the token a center was; centers to multiply
   uint8_t* changed_ = nullptr;  // [k] members differ from the last iteration's
 };
 
+// Images are handed to the threads one by one: they need not take equally long, nor are all cores equally fast. An image
+// that needs much memory gets all threads, so that only one is in memory.
 template <class In>
 inline void cluster_all(const ClusterArgs& a) {
-  const bool over_images = a.images >= a.threads && a.threads > 1;
-  split(a.parallel_for, over_images, a.images, [&](int64_t begin, int64_t end) {
-    Clustering<In> clustering(a, !over_images && a.threads > 1);
-    for (int64_t b = begin; b < end; ++b) clustering.run(b);
+  constexpr int64_t kLarge = 4 << 20;  // elements
+  const bool large = a.tokens * std::max(std::min(a.tokens, a.clusters), a.features) > kLarge;
+  if (a.images < a.threads || a.threads < 2 || large) {
+    Clustering<In> clustering(a, a.threads > 1);
+    for (int64_t b = 0; b < a.images; ++b) clustering.run(b);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  split(a.parallel_for, true, a.threads, [&](int64_t, int64_t) {
+    Clustering<In> clustering(a, false);
+    for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < a.images;) clustering.run(b);
   });
 }
 

@@ -30,40 +30,51 @@ TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const 
     for (int v = 0; v < V; ++v) tile.v[r][v] = acc[r][v];
 }
 
-// Rows of any dtype -> panel [features][kPanel] of acc: element (d, lane) = row[lane][d] * scale - mean[d], and zero where
-// row[lane] is null.
-template <class In, class C>
-inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t features, C scale, const C* mean, C* panel) {
+// kLanes rows of any dtype -> one vector column of a panel; rows from `rows` on are zero.
+template <bool All, class In, class C>
+TP_INLINE void pack_rows(const In* const* row, int rows, int64_t features, C scale, const C* mean, C* panel) {
   constexpr int L = kLanes<C>;
   const Vec<C> factor = splat(scale);
   int64_t d = 0;
   for (; d + L <= features; d += L) {
     const Vec<C> shift = load(mean + d);
-    for (int g = 0; g < TP_VECTORS; ++g) {
-      Vec<C> r[L];
+    Vec<C> r[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) r[i] = row[g * L + i] ? load_acc(row[g * L + i] + d) * factor - shift : Vec<C>{};
-      transpose<C>(r);
+    for (int i = 0; i < L; ++i) r[i] = All || i < rows ? load_acc(row[i] + d) * factor - shift : Vec<C>{};
+    transpose<C>(r);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(panel + (d + i) * kPanel<C> + g * L, r[i]);
-    }
+    for (int i = 0; i < L; ++i) store(panel + (d + i) * kPanel<C>, r[i]);
   }
   for (; d < features; ++d)
-    for (int i = 0; i < kPanel<C>; ++i)
-      panel[d * kPanel<C> + i] = row[i] ? C(to_float(row[i][d])) * scale - mean[d] : C(0);
+    for (int i = 0; i < L; ++i) panel[d * kPanel<C> + i] = All || i < rows ? C(to_float(row[i][d])) * scale - mean[d] : C(0);
+}
+
+// Rows of any dtype -> panel [features][kPanel] of acc: element (d, lane) = row[lane][d] * scale - mean[d], and zero from
+// lane `rows` on.
+template <class In, class C>
+inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t rows, int64_t features, C scale, const C* mean, C* panel) {
+  constexpr int L = kLanes<C>;
+  for (int g = 0; g < kPanel<C>; g += L) {
+    if (rows >= g + L)
+      pack_rows<true>(row + g, L, features, scale, mean, panel + g);
+    else
+      pack_rows<false>(row + g, std::max(int(rows) - g, 0), features, scale, mean, panel + g);
+  }
 }
 
 constexpr int64_t kDepthBlock = 192;  // features a pass: the panel's block stays in the first-level cache
 
+// Products of kRows rows with a panel over `depth` features, stored or added to what `out` holds.
 template <class C, int V>
-TP_INLINE void gram_strip(const C* const (&rows)[kRows], const C* right, int64_t depth, bool add, C* out, int64_t stride) {
+TP_INLINE void product_strip(const C* const (&rows)[kRows], int64_t row_step, const C* panel, int64_t depth, bool add,
+                             C* const (&out)[kRows]) {
   Tile<C> acc;
-  multiply<C, V>(rows, kPanel<C>, right, depth, acc);
+  multiply<C, V>(rows, row_step, panel, depth, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      C* at = out + r * stride + v * kLanes<C>;
+      C* at = out[r] + v * kLanes<C>;
       store(at, add ? load(at) + acc.v[r][v] : acc.v[r][v]);
     }
 }
@@ -85,16 +96,19 @@ inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t fir
       const C* left = packed + (row * features + d0) * P;
       for (int g = 0; g < P && row * P + g < n; g += kRows) {
         const C* rows[kRows];
+        C* out[kRows];
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) rows[r] = left + g + r;
-        C* out = gram + (row * P + g) * stride + column * P;
+        for (int r = 0; r < kRows; ++r) {
+          rows[r] = left + g + r;
+          out[r] = gram + (row * P + g + r) * stride + column * P;
+        }
         const int vectors = row == column ? (g + kRows - 1) / kLanes<C> + 1 : TP_VECTORS;
         if (vectors == TP_VECTORS)
-          gram_strip<C, TP_VECTORS>(rows, right, depth, d0 > 0, out, stride);
+          product_strip<C, TP_VECTORS>(rows, P, right, depth, d0 > 0, out);
         else if (vectors == 2)
-          gram_strip<C, 2>(rows, right, depth, d0 > 0, out, stride);
+          product_strip<C, 2>(rows, P, right, depth, d0 > 0, out);
         else
-          gram_strip<C, 1>(rows, right, depth, d0 > 0, out, stride);
+          product_strip<C, 1>(rows, P, right, depth, d0 > 0, out);
       }
       if (++row == panels) row = ++column;
     }

@@ -1,6 +1,7 @@
 // Everything from outside that the kernels include, before any target pragma.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

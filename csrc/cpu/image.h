@@ -31,9 +31,28 @@ class Image {
     return std::min<int64_t>(std::lower_bound(valid_, valid_ + n_, int32_t(token)) - valid_, n_ - 1);
   }
 
-  // out = x * scale - mean: a token as distances see it.
-  static TP_INLINE void center_row(const C* x, C scale, const C* __restrict mean, C* out, int64_t D) {
-    for (int64_t d = 0; d < D; ++d) out[d] = x[d] * scale - mean[d];
+  // sum += rows of this many tokens from the i-th on; most: the largest magnitude seen so far, lane by lane.
+  template <int Rows>
+  TP_INLINE void add_tokens(int64_t i, C* sum, Vec<C>& most) const {
+    const In* x[Rows];
+    for (int r = 0; r < Rows; ++r) x[r] = row(i + r);
+    int64_t d = 0;
+    for (; d + L <= a.features; d += L) {
+      Vec<C> total = {};
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const Vec<C> v = load_acc(x[r] + d);
+        total += v;
+        most = larger<C>(most, magnitude<C>(v));
+      }
+      store(sum + d, load(sum + d) + total);
+    }
+    for (; d < a.features; ++d)
+      for (int r = 0; r < Rows; ++r) {
+        const C v = C(to_float(x[r][d]));
+        sum[d] += v;
+        most[0] = std::fabs(v) > most[0] ? std::fabs(v) : most[0];
+      }
   }
 
   // Scale, mean token and weights.
@@ -41,23 +60,18 @@ class Image {
     const int64_t D = a.features;
     mean_ = arena_.take<C>(D);
     C* __restrict mean = mean_;
-    C* __restrict most = arena_.take<C>(D);
-    C* scratch = arena_.take<C>(D);
-    for (int64_t d = 0; d < D; ++d) mean[d] = most[d] = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      const C* x = as_acc(row(i), scratch, D);
-      for (int64_t d = 0; d < D; ++d) {
-        const C size = std::fabs(x[d]);
-        mean[d] += x[d];
-        most[d] = size > most[d] ? size : most[d];
-      }
-    }
+    for (int64_t d = 0; d < D; ++d) mean[d] = 0;
+    Vec<C> most = {};
+    int64_t i = 0;
+    for (; i + 4 <= n_; i += 4) add_tokens<4>(i, mean, most);
+    for (; i < n_; ++i) add_tokens<1>(i, mean, most);
     C largest = 0;
-    for (int64_t d = 0; d < D; ++d) largest = most[d] > largest ? most[d] : largest;
+    for (int v = 0; v < L; ++v) largest = most[v] > largest ? most[v] : largest;
     scale_ = safe_scale(largest);
-    if (scale_ != C(1)) {
+    if (scale_ != C(1)) {  // the sum above may be out of range
+      C* scratch = arena_.take<C>(D);
       for (int64_t d = 0; d < D; ++d) mean[d] = 0;
-      for (int64_t i = 0; i < n_; ++i) {
+      for (i = 0; i < n_; ++i) {
         const C* x = as_acc(row(i), scratch, D);
         for (int64_t d = 0; d < D; ++d) mean[d] += x[d] * scale_;
       }
@@ -80,18 +94,24 @@ class Image {
   // Centered, scaled tokens [first, first + P) as a packed panel; zeros past the end.
   void pack(int64_t first, C* panel) const {
     const In* rows[P];
-    for (int r = 0; r < P; ++r) rows[r] = first + r < n_ ? row(first + r) : nullptr;
-    pack_panel<In, C>(rows, a.features, scale_, mean_, panel);
+    const int64_t count = std::min<int64_t>(P, n_ - first);
+    for (int64_t r = 0; r < count; ++r) rows[r] = row(first + r);
+    pack_panel<In, C>(rows, count, a.features, scale_, mean_, panel);
   }
 
-  void panel_norms(const C* panel, C* norm) const {
+  void panel_norms(const C* panel, C* norm) const {  // summed as products are: a token's norm is its product with itself
     Vec<C> sum[TP_VECTORS] = {};
-    for (int64_t d = 0; d < a.features; ++d)
+    for (int64_t d0 = 0; d0 < a.features; d0 += kDepthBlock) {
+      Vec<C> block[TP_VECTORS] = {};
+      const int64_t end = std::min(d0 + kDepthBlock, a.features);
+      for (int64_t d = d0; d < end; ++d)
 #pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> x = load(panel + d * P + v * L);
-        sum[v] += x * x;
-      }
+        for (int v = 0; v < TP_VECTORS; ++v) {
+          const Vec<C> x = load(panel + d * P + v * L);
+          block[v] += x * x;
+        }
+      for (int v = 0; v < TP_VECTORS; ++v) sum[v] = d0 > 0 ? sum[v] + block[v] : block[v];
+    }
     for (int v = 0; v < TP_VECTORS; ++v) store(norm + v * L, sum[v]);
   }
 
@@ -104,18 +124,34 @@ class Image {
     return lane_sum<C>(sum) + rest;
   }
 
-  C squared_difference(const C* x, const C* center) const {  // ||x * scale - center||^2
+  // The i-th token as distances see it: x * scale - mean.
+  void center_token(int64_t i, C* out) const {
+    const In* x = row(i);
+    for (int64_t d = 0; d < a.features; ++d) out[d] = C(to_float(x[d])) * scale_ - mean_[d];
+  }
+
+  C squared_difference(const In* x, const C* center) const {  // ||x * scale - center||^2
+    constexpr int W = 4;
     const int64_t D = a.features;
     const Vec<C> scale = splat(scale_);
-    Vec<C> sum = {};
+    Vec<C> sum[W] = {};
     C rest = 0;
     int64_t d = 0;
+    for (; d + W * L <= D; d += W * L)
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        const Vec<C> difference = load_acc(x + d + w * L) * scale - load(center + d + w * L);
+        sum[w] += difference * difference;
+      }
     for (; d + L <= D; d += L) {
-      const Vec<C> difference = load(x + d) * scale - load(center + d);
-      sum += difference * difference;
+      const Vec<C> difference = load_acc(x + d) * scale - load(center + d);
+      sum[0] += difference * difference;
     }
-    for (; d < D; ++d) rest += (x[d] * scale_ - center[d]) * (x[d] * scale_ - center[d]);
-    return lane_sum<C>(sum) + rest;
+    for (; d < D; ++d) {
+      const C difference = C(to_float(x[d])) * scale_ - center[d];
+      rest += difference * difference;
+    }
+    return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
   const ClusterArgs& a;

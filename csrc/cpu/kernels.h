@@ -7,6 +7,7 @@ namespace TP_ISA {
 #include "gemm.h"
 #include "groups.h"
 #include "image.h"
+#include "result.h"
 #include "cluster.h"
 #include "pool.h"
 #include "attention.h"

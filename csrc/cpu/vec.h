@@ -42,29 +42,65 @@ TP_INLINE T lane_sum(Vec<T> v) {
 
 TP_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Interleave the low (or high) halves of two vectors: a0 b0 a1 b1 ...
-template <bool High, class T, int... I>
-TP_INLINE Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-  constexpr int half = sizeof...(I) / 2;
-  return __builtin_shufflevector(a, b, ((I / 2) + (High ? half : 0) + (I % 2 ? 2 * half : 0))...);
+// Larger of two, lane by lane: a NaN in `b` is passed over.
+template <class T>
+TP_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) { return b > a ? b : a; }
+template <class T>
+TP_INLINE Vec<T> magnitude(Vec<T> v) {
+  typedef Vec<typename Lane<T>::Int> Bits;
+  return (Vec<T>)((Bits)v & ~((Bits)splat(T(-0.0))));
 }
 
-// Transpose a square of kLanes x kLanes held in vectors: log2 rounds of a perfect shuffle of the rows.
+// Lanes of `a` and `b` interleaved inside every 16 bytes, `Group` lanes at a time: of their low or their high halves.
+template <int Group, bool High, class T, int... I>
+TP_INLINE Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I), E = 16 / sizeof(T);
+  return __builtin_shufflevector(
+      a, b, (I / E * E + (I % E / Group / 2 + (High ? E / Group / 2 : 0)) * Group + I % Group + (I % E / Group % 2 ? n : 0))...);
+}
+
+// Every second run of `Step` 16-byte pieces exchanged between `a` and `b`: the first (or second) half of that exchange.
+template <int Step, bool Second, class T, int... I>
+TP_INLINE Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I), S = Step * (16 / int(sizeof(T)));
+  return __builtin_shufflevector(a, b, (I / S % 2 ? (Second ? I : I - S) + n : (Second ? I + S : I))...);
+}
+
+template <int Step, class T>
+TP_INLINE void exchange_pieces(Vec<T> (&r)[kLanes<T>]) {
+  constexpr int n = kLanes<T>, S = Step * (16 / int(sizeof(T)));
+  constexpr auto lanes = std::make_integer_sequence<int, n>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (i / S % 2) continue;
+    const Vec<T> a = r[i], b = r[i + S];
+    r[i] = exchange<Step, false, T>(a, b, lanes);
+    r[i + S] = exchange<Step, true, T>(a, b, lanes);
+  }
+}
+
+// Transpose a square of kLanes x kLanes held in vectors: first inside the 16-byte pieces, then the pieces.
 template <class T>
 TP_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
+  constexpr int n = kLanes<T>, E = 16 / sizeof(T);
   constexpr auto lanes = std::make_integer_sequence<int, n>{};
 #pragma GCC unroll 8
-  for (int round = 1; round < n; round *= 2) {
-    Vec<T> s[n];
-#pragma GCC unroll 16
-    for (int i = 0; i < n / 2; ++i) {
-      s[2 * i] = zip<false, T>(r[i], r[i + n / 2], lanes);
-      s[2 * i + 1] = zip<true, T>(r[i], r[i + n / 2], lanes);
+  for (int q = 0; q < n; q += E) {
+    if constexpr (E == 2) {
+      const Vec<T> a = r[q], b = r[q + 1];
+      r[q] = zip<1, false, T>(a, b, lanes);
+      r[q + 1] = zip<1, true, T>(a, b, lanes);
+    } else {
+      const Vec<T> a = zip<1, false, T>(r[q], r[q + 1], lanes), b = zip<1, true, T>(r[q], r[q + 1], lanes);
+      const Vec<T> c = zip<1, false, T>(r[q + 2], r[q + 3], lanes), d = zip<1, true, T>(r[q + 2], r[q + 3], lanes);
+      r[q] = zip<2, false, T>(a, c, lanes);
+      r[q + 1] = zip<2, true, T>(a, c, lanes);
+      r[q + 2] = zip<2, false, T>(b, d, lanes);
+      r[q + 3] = zip<2, true, T>(b, d, lanes);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) r[i] = s[i];
   }
+  if constexpr (n / E >= 2) exchange_pieces<1, T>(r);
+  if constexpr (n / E >= 4) exchange_pieces<2, T>(r);
 }
 
 // Memory aligned to a cache line, not initialised, freed at the end of the scope.
