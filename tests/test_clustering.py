@@ -9,6 +9,7 @@ import oracle
 import tokenpool_ext as tp
 from helpers import (DTYPES, TOLERANCES, assert_consistent, assert_identical, f64, integer_tokens, positive_weights,
                      spread_indices, take, tokens)
+from tokenpool_ext.init import initial
 
 pytestmark = pytest.mark.each_path
 ALGORITHMS = ["kmeans", "kmedoids"]
@@ -388,6 +389,40 @@ def test_per_image_k(backend, algorithm, sort, kind):
         alone = run(algorithm, backend, x[b : b + 1], k, init=init[b : b + 1, :k], sort=sort)
         assert_identical(got.assignment[b : b + 1], alone.assignment, what=f"image {b}")
         torch.testing.assert_close(got.centers[b : b + 1, :k], alone.centers, rtol=1e-5, atol=1e-5)
+
+
+# The start a backend chooses itself -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["plain", "weighted", "padded", "padded-weighted-counts"])
+def test_the_farthest_start_is_that_of_its_indices(backend, algorithm, case):
+    """Exact arithmetic with many ties and duplicates: the kernel picks what the definition picks."""
+    B, N, K = 3, 16, 7
+    x = integer_tokens(B, N, 2, device=backend.device, low=-1, high=3)
+    w = torch.from_numpy(np.random.default_rng(3).integers(0, 3, (B, N))).float().to(backend.device)
+    w[0, 3:] = 0  # fewer tokens of weight than clusters
+    mask = torch.ones(B, N, dtype=torch.bool, device=backend.device)
+    mask[0, 1::2] = False
+    mask[1, 4:] = False  # fewer valid tokens than clusters; a power of two, so that their mean is exact
+    w = w if "weighted" in case else None
+    mask = mask if "padded" in case else None
+    counts = torch.tensor([7, 7, 3], device=backend.device) if "counts" in case else None
+    index = initial("farthest", x, K, w, mask, counts, None, True)
+    if mask is not None:
+        x = torch.where(mask[:, :, None], x, float("nan"))
+        w = None if w is None else torch.where(mask, w, float("nan"))
+    got, want = (run(algorithm, backend, x, K if counts is None else counts, weights=w, mask=mask, init=init, num_iters=1)
+                 for init in ("farthest", index))
+    assert_identical(got, want)
+
+
+def test_bad_numbers_do_not_reach_the_farthest_start_of_others(backend, algorithm):
+    x, w = tokens(3, 12, 3, device=backend.device), positive_weights(3, 12, device=backend.device)
+    clean = run(algorithm, backend, x[1:2], 4, weights=w[1:2], init="farthest", num_iters=1)
+    x[0, 5], x[2, 5, 1], w[2, 3] = float("nan"), float("inf"), float("nan")
+    got = run(algorithm, backend, x, 4, weights=w, init="farthest", num_iters=1)
+    assert_identical(clean, take(got, slice(1, 2)))
+    assert ((got.assignment >= 0) & (got.assignment < 4)).all()
 
 
 # sort=True ---------------------------------------------------------------------------------------------------------

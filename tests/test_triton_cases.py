@@ -143,6 +143,38 @@ def test_initial_centers(path, dtype, monkeypatch):
 
 @names
 @paths
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_farthest_start(name, path, dtype, monkeypatch):
+    """An init of no indices: the picks of the reference, which the small integers decide exactly."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    g = torch.Generator().manual_seed(11)
+    x = torch.randint(-2, 3, (2, 14, 20), generator=g).to(DEVICE, dtype)
+    x[1, 7:] = x[1, :7]  # every token twice
+    weights = torch.randint(0, 4, (2, 14), generator=g).float().to(DEVICE)
+    mask = torch.ones(2, 14, dtype=torch.bool, device=DEVICE)
+    mask[0, 9:] = False
+    x[~mask] = weights[~mask] = float("nan")
+    options = dict(K=8, weights=weights, mask=mask, counts=torch.tensor([8, 6], device=DEVICE))
+    none = torch.empty(2, 0, dtype=torch.int64, device=DEVICE)
+    got = run(name, x, none, 1, **options)
+    picks = reference.spread(x, 8, weights, mask, None, False)
+    same(got, run(name, x, picks, 1, **options))
+    agrees(got, run(name, x, none, 1, where=reference, **options), dtype)
+
+
+def test_farthest_start_across_tiles(monkeypatch):
+    """More tokens than one tile on either path: both pick the same, with ties between tiles."""
+    x = torch.randint(-3, 4, (1, 530, 2), generator=torch.Generator().manual_seed(2)).float().to(DEVICE)
+    none = torch.empty(1, 0, dtype=torch.int64, device=DEVICE)
+    picks = reference.spread(x, 3, None, None, None, False)
+    for path in PATHS:
+        monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+        monkeypatch.setattr(heuristics, "farthest_gram_configs", lambda: [dict(BLOCK=256, num_warps=4, num_stages=1)])
+        same(run("kmedoids", x, none, 1, K=3), run("kmedoids", x, picks, 1, K=3))
+
+
+@names
+@paths
 def test_empty_clusters_are_repaired(name, path, monkeypatch):
     monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
     x = torch.zeros(3, 12, 2, device=DEVICE)  # all equal; two distinct values; one far outlier
@@ -207,6 +239,17 @@ def test_an_offset_changes_no_distance(path, monkeypatch):
     plain, moved = run("kmeans", base, init, 3), run("kmeans", base + offset, init, 3)
     assert torch.equal(plain[1], moved[1])
     torch.testing.assert_close(moved[3], plain[3], rtol=1e-3, atol=1e-3)
+
+
+@paths
+def test_a_huge_offset_beside_a_tiny_feature(path, monkeypatch):
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    x = tokens(1, 12, 2) * torch.tensor([0.0, 1e-10], device=DEVICE) + torch.tensor([1e30, 0.0], device=DEVICE)
+    got, want = (run("kmeans", tokens, starts(1, 12, 3)) for tokens in (x, x[:, :, 1:]))
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0][:, :, 0], torch.full_like(got[0][:, :, 0], 1e30))
+    torch.testing.assert_close(got[0][:, :, 1:], want[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(got[3], want[3], rtol=1e-4, atol=0)
 
 
 @names

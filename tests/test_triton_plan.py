@@ -29,8 +29,8 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def recorded(B, N, D, K, num_iters=5, dtype=torch.bfloat16, medoids=False, centers=False, weighted=True):
-    init = meta(B, K, D) if centers else meta(B, K, dtype=torch.int64)
+def recorded(B, N, D, K, num_iters=5, dtype=torch.bfloat16, medoids=False, centers=False, weighted=True, farthest=False):
+    init = meta(B, K, D) if centers else meta(B, 0 if farthest else K, dtype=torch.int64)
     with launch.record() as launches:
         clustering.cluster(meta(B, N, D, dtype=dtype), meta(B, N) if weighted else None, meta(B, N, dtype=torch.bool),
                            meta(B, dtype=torch.int64), init, K, num_iters, True, medoids)
@@ -67,6 +67,18 @@ def test_launches_do_not_depend_on_k_or_the_batch():
 
 def test_given_centers_on_the_gram_path_cost_two_more_launches():
     assert len(recorded(2, 196, 384, 98, centers=True)) == len(recorded(2, 196, 384, 98)) + 2
+
+
+@pytest.mark.parametrize("medoids", (False, True))
+@pytest.mark.parametrize("shape", VIT + LONG, ids=str)
+def test_the_farthest_start_costs_one_more_launch(shape, medoids):
+    """Whatever K is, and without a synchronisation (meta)."""
+    N, D, K = shape
+    for k in (K, 3):
+        plain, farthest = (recorded(2, N, D, k, medoids=medoids, farthest=f) for f in (False, True))
+        assert len(farthest) == len(plain) + 1
+        name = "farthest_kernel" if heuristics.path(N, k, 5)[0] == "direct" else "farthest_gram_kernel"
+        assert counts(farthest)[name] == 1 and [one.programs for one in farthest if one.kernel.fn.__name__ == name] == [2]
 
 
 @pytest.mark.parametrize("B", (1, 8, 70000))
@@ -148,6 +160,7 @@ def all_launches():
         for shape in ((2, 300, 64, 8), (2, 196, 80, 98)):
             for medoids in (False, True):
                 launches += recorded(*shape, dtype=dtype, medoids=medoids)
+                launches += recorded(*shape, dtype=dtype, medoids=medoids, farthest=True)
     x, a = meta(2, 9, 5), meta(2, 9, dtype=torch.int64)
     with launch.record() as more:
         centers, mass = segments.segment(x, a, meta(2, 9), 3, True)

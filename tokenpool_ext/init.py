@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .reference import accumulate_dtype, pool, power_of_two_scale
+from .reference import accumulate_dtype, pool, power_of_two_scale, spread
 
 STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
 
@@ -42,7 +42,7 @@ def initial(
     if name == "random":
         return _random(x, num_clusters, weights, mask, generator)
     if name in ("kmeans++", "farthest"):
-        return _spread(x, num_clusters, weights, mask, generator, sample=name == "kmeans++")
+        return spread(x, num_clusters, weights, mask, generator, sample=name == "kmeans++")
     return _bipartite(x, num_clusters, weights, mask, counts, as_indices)
 
 
@@ -64,7 +64,9 @@ def _num_valid(x: Tensor, mask: Optional[Tensor]) -> Tensor:
 
 def _strided(x: Tensor, k: int, mask: Optional[Tensor], counts: Optional[Tensor]) -> Tensor:
     """Evenly spaced valid tokens: number floor((j + 1/2) n / K) of n, for j < K."""
-    b, _, _ = x.shape
+    b, tokens, _ = x.shape
+    if mask is None and counts is None:
+        return ((2 * torch.arange(k, device=x.device) + 1) * tokens).floor_divide(2 * k).expand(b, k)
     n = _num_valid(x, mask)
     k_b = torch.minimum(torch.full_like(n, k) if counts is None else counts, n).clamp(min=1)
     j = torch.arange(k, device=x.device)
@@ -83,46 +85,6 @@ def _random(
     if weights is not None:
         key = torch.where(weights > 0, key + 1, key)
     return _largest(key, mask, k)
-
-
-def _spread(
-    x: Tensor, k: int, weights: Optional[Tensor], mask: Optional[Tensor], generator: Optional[torch.Generator], sample: bool
-) -> Tensor:
-    """K tokens one by one. k-means++: drawn with probability w_i * (squared distance to the nearest chosen so far), the
-    first by weight. Farthest: the token of largest such distance, the first the heaviest. Zero weights come last."""
-    b, n, d = x.shape
-    acc = accumulate_dtype(x.dtype)
-    valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
-    tokens = torch.where(valid[:, :, None], x.to(acc), 0)
-    tokens = tokens * power_of_two_scale(tokens.abs().amax((1, 2)))[0][:, None, None] if d else tokens
-    w = torch.where(valid, _significance(x, weights), 0)
-    w = w * power_of_two_scale(w.amax(1))[0][:, None]
-    draws = torch.rand(k, b, 1, generator=generator, device=x.device, dtype=acc) if sample else None
-
-    # Preference among tokens that cost nothing (duplicates of a chosen one, zero weight): weighted before unweighted
-    # before chosen before padding, then the lowest index.
-    rank = torch.where(valid, torch.where(w > 0, 3, 2), 0)
-    distance = torch.ones(b, n, dtype=acc, device=x.device)
-    chosen = []
-    for step in range(k):
-        gain = w * distance if sample or step == 0 else torch.where(w > 0, distance, 0)
-        gain = gain.nan_to_num(0.0)
-        fallback = rank.argmax(1, keepdim=True)
-        if sample:
-            cumulative = gain.cumsum(1)
-            total = cumulative[:, -1:]
-            pick = torch.searchsorted(cumulative, draws[step] * total, right=True).clamp(max=n - 1)
-            usable = gain.gather(1, pick) > 0
-            pick = torch.where(usable, pick, gain.argmax(1, keepdim=True))
-        else:
-            pick = gain.argmax(1, keepdim=True)
-        pick = torch.where(gain.gather(1, pick) > 0, pick, fallback)
-        chosen.append(pick)
-        rank = rank.scatter(1, pick, torch.where(rank.gather(1, pick) > 0, 1, 0))
-        new = (tokens - tokens.gather(1, pick[:, :, None].expand(-1, -1, d))).square().sum(-1)
-        distance = new if step == 0 else torch.minimum(distance, new)
-        distance = distance.scatter(1, pick, 0)
-    return torch.cat(chosen, 1)
 
 
 def _bipartite(

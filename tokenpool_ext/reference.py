@@ -201,6 +201,46 @@ def _sort_clusters(assignment: Tensor, k: int) -> Tuple[Tensor, Tensor]:
     return torch.where(assignment >= 0, rank.gather(1, assignment.clamp(min=0)), -1), order
 
 
+def spread(
+    x: Tensor, k: int, weights: Optional[Tensor], mask: Optional[Tensor], generator: Optional[torch.Generator], sample: bool
+) -> Tensor:
+    """K tokens one by one. k-means++: drawn with probability w_i * (squared distance to the nearest chosen so far), the
+    first by weight. Farthest: the token of largest such distance, the first the heaviest. Zero weights come last."""
+    b, n, d = x.shape
+    acc = accumulate_dtype(x.dtype)
+    valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
+    tokens = torch.where(valid[:, :, None], x.to(acc), 0)
+    tokens = tokens * power_of_two_scale(tokens.abs().amax((1, 2)))[0][:, None, None] if d else tokens
+    w = valid.to(acc) if weights is None else torch.where(valid, weights, 0)
+    w = w * power_of_two_scale(w.amax(1))[0][:, None]
+    draws = torch.rand(k, b, 1, generator=generator, device=x.device, dtype=acc) if sample else None
+
+    # Preference among tokens that cost nothing (duplicates of a chosen one, zero weight): weighted before unweighted
+    # before chosen before padding, then the lowest index.
+    rank = torch.where(valid, torch.where(w > 0, 3, 2), 0)
+    distance = torch.ones(b, n, dtype=acc, device=x.device)
+    chosen = []
+    for step in range(k):
+        gain = w * distance if sample or step == 0 else torch.where(w > 0, distance, 0)
+        gain = gain.nan_to_num(0.0)
+        fallback = rank.argmax(1, keepdim=True)
+        if sample:
+            cumulative = gain.cumsum(1)
+            total = cumulative[:, -1:]
+            pick = torch.searchsorted(cumulative, draws[step] * total, right=True).clamp(max=n - 1)
+            usable = gain.gather(1, pick) > 0
+            pick = torch.where(usable, pick, gain.argmax(1, keepdim=True))
+        else:
+            pick = gain.argmax(1, keepdim=True)
+        pick = torch.where(gain.gather(1, pick) > 0, pick, fallback)
+        chosen.append(pick)
+        rank = rank.scatter(1, pick, torch.where(rank.gather(1, pick) > 0, 1, 0))
+        new = (tokens - tokens.gather(1, pick[:, :, None].expand(-1, -1, d))).square().sum(-1)
+        distance = new if step == 0 else torch.minimum(distance, new)
+        distance = distance.scatter(1, pick, 0)
+    return torch.cat(chosen, 1)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # The operators
 
@@ -244,6 +284,8 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     if d == 0:  # tokens without features are all equal: one zero column says the same
         x = x.new_zeros(b, n, 1)
         init = init if init.dtype == torch.int64 else init.new_zeros(b, k, 1)
+    if init.dtype == torch.int64 and init.shape[1] == 0:  # no indices: the farthest-first start
+        init = spread(x, k, weights, mask, None, sample=False)
     p = _prepare(x, weights, mask, counts, k)
 
     if init.dtype == torch.int64:

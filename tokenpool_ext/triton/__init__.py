@@ -2,7 +2,7 @@
 
 Importing this package does not import Triton; the kernels are imported by the first call.  Map of the package:
 heuristics.py (paths, tiles, plans) -> launch.py (faults) -> clustering.py, segments.py (host side) -> kernels in
-prepare.py, gram.py, direct.py, finish.py, pooling.py, attention.py, with their shared functions in device.py.
+prepare.py, start.py, gram.py, direct.py, finish.py, pooling.py, attention.py, with their shared functions in device.py.
 """
 from __future__ import annotations
 
@@ -132,8 +132,9 @@ def _check_cluster(op, x, weights, mask, counts, init, K, num_iters):
                          f"{tuple(x.shape)=}, {K=}, {num_iters=}")
     B, N, D = x.shape
     centers = init.is_floating_point() and op == "kmeans"
+    indices = (B, 0) if tuple(init.shape) == (B, 0) else (B, K)  # (B, 0): farthest-first, chosen here
     _check(op, x, weights=(weights, (B, N), _F32), mask=(mask, (B, N), (torch.bool,)), counts=(counts, (B,), _I64),
-           init=(init, (B, K, D) if centers else (B, K), _F32 if centers else _I64))
+           init=(init, (B, K, D) if centers else indices, _F32 if centers else _I64))
 
 
 def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):

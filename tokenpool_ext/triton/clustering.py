@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from . import direct, finish, gram, heuristics, prepare
+from . import direct, finish, gram, heuristics, prepare, start
 from .launch import launch
 
 
@@ -40,6 +40,7 @@ class Chunk:
         self.flags = dict(CENTER=not self.half, SCALE=self.scaled, CONTIG=aligned_rows(x))
         self.xs = strides(x, x_b=0, x_n=1, x_d=2)
         self.from_tokens = not init.is_floating_point()
+        self.farthest = self.from_tokens and init.shape[1] == 0  # no indices: chosen by start.py
         self.scale, self.unscale, self.w_unscale = (new(B, dtype=f32) for _ in range(3))
         self.keff, self.done = (new(B, dtype=i32) for _ in range(2))
         self.center = new((B, D) if not self.half else (1,), dtype=f32)
@@ -70,7 +71,8 @@ class Chunk:
             launch(prepare.x_stats_kernel, x, heuristics.stats_configs(D), stats)
         weights = self.weights if self.weights is not None else self.wn
         counts = self.counts if self.counts is not None else self.label_out
-        init = self.init if self.from_tokens else self.label_out
+        indexed = self.from_tokens and not self.farthest
+        init = self.init if indexed else self.label_out
         launch(prepare.prepare_kernel, x, heuristics.block_configs(), lambda config: (B, dict(
             part, mask=mask, weights=weights, k_per_image=counts, init=init, scale=self.scale, unscale=self.unscale,
             center=self.center, wn=self.wn, w_unscale=self.w_unscale, keff=self.keff, done=self.done, prev=self.prev,
@@ -78,7 +80,7 @@ class Chunk:
             chunks=chunks, pre=pre, **mask_s, **strides(weights, w_b=0, w_n=1), **strides(counts, counts_b=0),
             **strides(init, init_b=0, init_k=1), HAS_X=has_x, CENTER=self.flags["CENTER"],
             HAS_MASK=self.mask is not None, HAS_WEIGHTS=self.weights is not None,
-            HAS_COUNTS=self.counts is not None, HAS_INDEX=self.from_tokens)))
+            HAS_COUNTS=self.counts is not None, HAS_INDEX=indexed)))
 
     # ---- direct ----
     def direct_centers(self) -> None:
@@ -109,6 +111,10 @@ class Chunk:
     def direct_iterate(self, num_iters: int) -> None:
         x, (B, N, D), K = self.x, self.x.shape, self.K
         tmp = torch.empty_like(self.lst)
+        if self.farthest:
+            launch(start.farthest_kernel, x, heuristics.farthest_configs(D), lambda config: (B, dict(
+                x=x, scale=self.scale, wn=self.wn, keff=self.keff, lst=self.lst, coef=self.coef, state=self.cost, N=N,
+                D=D, **self.xs, SCALE=self.flags["SCALE"], CONTIG=self.flags["CONTIG"])))
         self.direct_centers()
         for t in range(num_iters):
             members, following = self.members[t % 2], self.members[(t + 1) % 2]
@@ -144,6 +150,10 @@ class Chunk:
                 x=x, scale=self.scale, center=self.center, wn=self.wn, gram=product, N=N, D=D, row=row, tiles=tiles,
                 **self.xs, **self.flags, PRECISION=precision(x.dtype))
         launch(gram.gram_kernel, x, heuristics.gram_configs(self.device, D, x.element_size()), make)
+        if self.farthest:
+            launch(start.farthest_gram_kernel, x, heuristics.farthest_gram_configs(), lambda config: (B, dict(
+                gram=product, wn=self.wn, keff=self.keff, lst=self.lst, coef=self.coef, state=self.cost, squares=share,
+                N=N, row=row)))
         unit_coef = torch.ones(K, dtype=torch.float32, device=x.device)
         unit_cnt = torch.ones(K, dtype=torch.int32, device=x.device)
         unit_start = torch.arange(K, dtype=torch.int32, device=x.device)

@@ -169,6 +169,14 @@ def settle_configs(N: int) -> list[Config]:
     return [dict(BLOCK=256 if N <= 4096 else 2048, BLOCK_K=256, num_warps=4 if N <= 4096 else 8, num_stages=1)]
 
 
+def farthest_configs(D: int) -> list[Config]:
+    return [dict(BN=64, BD=bucket(D, 16, 128), BLOCK=256, num_warps=8, num_stages=1)]
+
+
+def farthest_gram_configs() -> list[Config]:
+    return [dict(BLOCK=512, num_warps=4, num_stages=1)]
+
+
 def block_configs(size: int = 256) -> list[Config]:
     return [dict(BLOCK=size, num_warps=4, num_stages=1)]
 

@@ -123,10 +123,9 @@ def prepare_kernel(part_sum, part_min, part_max, mask, weights, k_per_image, ini
         x_peak = 0.0
         for d0 in range(0, D, BLOCK):
             low, high = _extremes(part_min, part_max, b, chunks, D, d0 + offs, BLOCK)
-            if CENTER:
-                span = high * 0.5 - low * 0.5
-            else:
-                span = tl.maximum(tl.abs(low), tl.abs(high))
+            span = tl.maximum(tl.abs(low), tl.abs(high))
+            if CENTER:  # a feature of large offset must not overflow where it is read before the offset is taken off
+                span = tl.maximum(high * 0.5 - low * 0.5, span * 7.8886e-31)  # 2^-100
             x_peak = tl.maximum(x_peak, tl.max(tl.where(d0 + offs < D, span, 0.0), axis=0))
         down, up = exponent_scales(x_peak, 27, 227)
         tl.store(scale + b, down)
