@@ -28,7 +28,7 @@ class Settings:
     repeats: int = 11
     sample_s: float = 0.6  # a timed call longer than this is made on fewer images
     problem_s: float = 30.0  # after this no new round of repeats starts (three are always made)
-    shortest_s: float = 0.004  # shorter calls are repeated inside one sample
+    shortest_s: float = 0.02  # shorter calls are repeated inside one sample, so that waking the threads up counts little
     memory: bool = True
     clock: str = "wall"  # or "cpu": process CPU time, meant for one thread on a busy machine
 

@@ -75,8 +75,16 @@ int forced_path() {
   const char* path = std::getenv("TOKENPOOL_EXT_CPU_PATH");
   if (!path || !*path) return -1;
   const std::string name = path;
-  STD_TORCH_CHECK(name == "gram" || name == "direct", "TOKENPOOL_EXT_CPU_PATH must be gram or direct, got ", name);
-  return static_cast<int>(name == "gram" ? Path::Gram : Path::Direct);
+  const Path found = name == "gram" ? Path::Gram : name == "direct" ? Path::Direct : Path::Streamed;
+  STD_TORCH_CHECK(found != Path::Streamed || name == "streamed",
+                  "TOKENPOOL_EXT_CPU_PATH must be gram, direct or streamed, got ", name);
+  return static_cast<int>(found);
+}
+
+Tensor new_output(const Tensor& like, int64_t images, int64_t rows, int64_t features) {
+  Tensor out = torch::stable::new_empty(like, {images, rows, features});
+  prefer_large_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
@@ -101,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
     check(init, {B, K, D}, acc, op, "init");
   const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
 
-  Tensor centers = torch::stable::new_empty(x, {B, K, D});
+  Tensor centers = new_output(x, B, K, D);
   Tensor assignment = torch::stable::new_empty(x, {B, N}, ScalarType::Long);
   Tensor mass = torch::stable::new_empty(x, {B, K}, acc);
   Tensor medoid_index = torch::stable::new_empty(x, {medoids ? B : 0, K}, ScalarType::Long);
@@ -178,7 +186,7 @@ std::tuple<Tensor, Tensor> pool_cpu(Tensor tokens, Tensor labels, std::optional<
   const Tensor x = feature_rows(tokens), assignment = torch::stable::contiguous(labels);
   const auto weights_dense = dense(weights);
   PoolArgs a = pool_args(x, assignment, weights_dense, num_clusters, "pool");
-  Tensor centers = torch::stable::new_empty(x, {a.images, num_clusters, a.features});
+  Tensor centers = new_output(x, a.images, num_clusters, a.features);
   Tensor mass = torch::stable::new_empty(x, {a.images, num_clusters}, acc_of(x));
   a.centers = centers.data_ptr();
   a.mass = mass.data_ptr();
@@ -197,7 +205,7 @@ std::tuple<Tensor, Tensor> pool_backward_cpu(Tensor grad, Tensor tokens, Tensor 
   check(centers, {a.images, K, a.features}, x.scalar_type(), op, "centers");
   check(grad_centers, {a.images, K, a.features}, x.scalar_type(), op, "grad_centers");
   check(mass, {a.images, K}, acc_of(x), op, "mass");
-  Tensor grad_x = torch::stable::new_empty(x, {a.images, a.tokens, a.features});
+  Tensor grad_x = new_output(x, a.images, a.tokens, a.features);
   Tensor grad_weights = weights_dense ? torch::stable::new_empty(x, {a.images, a.tokens}, acc_of(x))
                                       : torch::stable::new_zeros(x, {a.images, a.tokens}, acc_of(x));
   a.centers = centers.data_ptr();
@@ -220,7 +228,7 @@ Tensor unpool_cpu(Tensor means, Tensor labels) {
   const Tensor centers = feature_rows(means), assignment = torch::stable::contiguous(labels);
   const int64_t B = centers.size(0), N = assignment.size(1), D = centers.size(2);
   check(assignment, {B, N}, ScalarType::Long, op, "assignment");
-  Tensor out = torch::stable::new_empty(centers, {B, N, D});
+  Tensor out = new_output(centers, B, N, D);
   PoolArgs a{};
   a.dtype = dtype_of(centers, op);
   a.images = B;
@@ -241,7 +249,7 @@ Tensor unpool_cpu(Tensor means, Tensor labels) {
 Tensor unpool_backward_cpu(Tensor grad, Tensor labels, int64_t num_clusters) {
   const Tensor g = feature_rows(grad), assignment = torch::stable::contiguous(labels);
   PoolArgs a = pool_args(g, assignment, std::nullopt, num_clusters, "unpool_backward");
-  Tensor out = torch::stable::new_empty(g, {a.images, num_clusters, a.features});
+  Tensor out = new_output(g, a.images, num_clusters, a.features);
   a.plain_sum = true;
   a.centers = out.data_ptr();
   if (a.images > 0) kernels().pool(a);

@@ -22,7 +22,7 @@ def isa(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("path", ["gram", "direct"])
+@pytest.mark.parametrize("path", ["gram", "direct", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_clustering(isa, dtype, path, monkeypatch):
     monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", path)

@@ -164,7 +164,26 @@ def test_gram_and_direct_are_equal_on_integers(both_paths, algorithm):
         assert_identical(gram.mass, direct.mass)
 
 
-@pytest.mark.parametrize("path", ["gram", "direct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+@pytest.mark.parametrize("n,d,k", [(1, 1, 1), (25, 3, 7), (50, 200, 49), (97, 385, 20), (260, 33, 130)])
+def test_keeping_products_changes_no_bit(monkeypatch, algorithm, dtype, n, d, k):
+    """Large problems keep neither packed tokens nor products between iterations; the sums are the same."""
+    if tp.backends()["cpu"] != "ok":
+        pytest.skip("no cpu backend")
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(3, n, d, generator=generator).to(dtype)
+    w = torch.rand(3, n, generator=generator)
+    starts = [None, "farthest"] + ([torch.randn(3, k, d, generator=generator)] if algorithm == "kmeans" else [])
+    for init in starts:
+        got = {}
+        for path in ("direct", "streamed"):
+            monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", path)
+            got[path] = getattr(tp, algorithm)(x, k, weights=w, init=init, backend="cpu")
+        assert_identical([t for t in got["direct"] if t is not None], [t for t in got["streamed"] if t is not None])
+
+
+@pytest.mark.parametrize("path", ["gram", "direct", "streamed"])
 def test_an_unknown_path_is_named(monkeypatch, path):
     if tp.backends()["cpu"] != "ok":
         pytest.skip("no cpu backend")

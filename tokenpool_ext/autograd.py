@@ -5,10 +5,20 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import registry
+
+
+def wanted(*inputs: Optional[torch.Tensor]) -> bool:
+    """Does anything record how the result depends on these? If not, the op is called without the cost of a Function."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return True
+    return forward_ad._current_level >= 0  # forward mode: the Function says that it has no such derivative
 
 
 class KMeans(torch.autograd.Function):

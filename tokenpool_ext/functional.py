@@ -251,13 +251,17 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     if check_finite:
         _check_finite(name, x3, weights, mask)
     chain = registry.select(name, x3, backend)
-    with torch.no_grad(), registry.no_autocast(x3):
-        start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched, chain)
-        used = start if counts is None or not start.is_floating_point() else start[torch.arange(k, device=x3.device) < counts[:, None]]
-        if check_finite and start.is_floating_point() and not torch.isfinite(used).all():
+    start = _check_init(name, init, x3, k, weights, mask, counts, generator, batched, chain)
+    if check_finite and start.is_floating_point():
+        used = start if counts is None else start[torch.arange(k, device=x3.device) < counts[:, None]]
+        if not torch.isfinite(used).all():
             raise ValueError(f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it")
-    function = autograd.KMeans if name == "kmeans" else autograd.KMedoids
-    result = function.apply(chain, x3, weights, mask, counts, start, k, num_iters, sort)
+    arguments = (x3, weights, mask, counts, start, k, num_iters, sort)
+    if autograd.wanted(x3, weights):
+        result = (autograd.KMeans if name == "kmeans" else autograd.KMedoids).apply(chain, *arguments)
+    else:
+        with registry.no_autocast(x3):
+            result = registry.call(chain, name, *arguments)
     centers, assignment, mass = result[:3]
     medoids, inertia = (None, result[3]) if name == "kmeans" else result[3:]
     if batched:
@@ -379,8 +383,8 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
                 )
         if all(init in registry.REGISTRY[backend].starts for backend in chain):
             return x3.new_empty(b, 0, dtype=torch.int64)  # no indices: the op chooses this start itself
-        weights = None if weights is None else weights.detach()
-        return initial(init, x3.detach(), k, weights, mask, counts, generator, as_indices=name == "kmedoids")
+        with torch.no_grad(), registry.no_autocast(x3):
+            return initial(init, x3, k, weights, mask, counts, generator, as_indices=name == "kmedoids")
     if not isinstance(init, Tensor):
         raise TypeError(f"{name}: init must be a string, a tensor or None, got {type(init).__name__}")
     _check_tensor(name, "init", init)
@@ -390,15 +394,14 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         if init.shape != expected:
             label = "(B, K)" if batched else "(K,)"
             raise ValueError(f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}")
-        init = init.reshape(b, k).to(torch.int64)
+        init = (init if batched else init[None]).to(torch.int64)
         if init.device.type == "cpu" and not torch.compiler.is_compiling() and init.numel():
             used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
-            if used.amin() < 0 or used.amax() >= n:
-                raise ValueError(
-                    f"{name}: init must hold token indices from 0 to N-1 = {n - 1},"
-                    f" got values from {int(used.amin())} to {int(used.amax())}"
-                )
-        init = init.clamp(0, max(n - 1, 0))
+            low, high = map(int, used.aminmax())
+            if low < 0 or high >= n:
+                raise ValueError(f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}")
+        if mask is not None or init.device.type != "cpu" or counts is not None or torch.compiler.is_compiling():
+            init = init.clamp(0, max(n - 1, 0))
         return init if mask is None or n == 0 else _next_valid(mask).gather(1, init)
     if init.dtype not in FLOATING:
         raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")

@@ -3,14 +3,31 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace tokenpool {
 
 enum class DType : int { Float32 = 0, Float64 = 1, BFloat16 = 2, Float16 = 3 };
-enum class Path : int { Gram = 0, Direct = 1 };
+enum class Path : int { Gram = 0, Direct = 1, Streamed = 2 };  // Streamed: Direct, keeping nothing between iterations
 
 // Runs body(begin, end, context) over [0, count) on torch's thread pool.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, Body body, void* context);
+
+// Ask for large pages (2 MB, where the system has them) for fresh memory: to touch a large output for the first time in
+// small ones can cost as much as to compute it.
+inline void prefer_large_pages(void* from, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(from) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)from, (void)bytes;
+#endif
+}
 
 // One batch of clusterings. "acc" is float, or double when dtype is Float64. Strides are in elements.
 struct ClusterArgs {

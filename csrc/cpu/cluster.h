@@ -21,7 +21,7 @@ class Clustering : protected Result<In> {
  public:
   Clustering(const ClusterArgs& args, bool parallel) : Base(args, parallel) {}
 
-  void run(int64_t b) {
+  void run(int64_t b, int64_t next = -1) {  // next: the image this thread takes afterwards, if any
     this->take_image(b);
     k_ = std::min(a.counts ? std::min(a.counts[b], a.clusters) : a.clusters, n_);
     if (k_ < 0) k_ = 0;
@@ -29,9 +29,9 @@ class Clustering : protected Result<In> {
     if (k_ > 0) {
       this->measure();
       gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
-      kept_ = gram_path_ || std::max(k_ * row_stride_, padded_ * a.features) * int64_t(sizeof(C)) <= kKeptBytes;
-      if (kept_) pack_all();
-      if (gram_path_) build_gram();
+      kept_ = gram_path_ || (a.path != int(Path::Streamed) && std::max(k_ * row_stride_, padded_ * a.features) * int64_t(sizeof(C)) <= kKeptBytes);
+      prepare_tokens();
+      if (gram_path_) build_gram(next);
       start();
       iterate();
     }
@@ -54,7 +54,7 @@ class Clustering : protected Result<In> {
 
   template <class T>
   T* take(int64_t count) {
-    return this->arena_.template take<T>(count);
+    return Base::template take<T>(count);
   }
 
   void take_buffers() {
@@ -68,22 +68,27 @@ class Clustering : protected Result<In> {
     changed_ = take<uint8_t>(a.clusters);
   }
 
-  void pack_all() {
+  void prepare_tokens() {  // packed, if kept, and their norms (the gram path reads those off the diagonal)
     const int64_t D = a.features;
-    packed_ = take<C>(padded_ * D);
+    if (kept_) packed_ = take<C>(padded_ * D);
     split(a.parallel_for, worth(n_ * D), padded_ / P, [&](int64_t begin, int64_t end) {
+      Buffer<C> panel(kept_ ? 0 : P * D);
       for (int64_t p = begin; p < end; ++p) {
-        pack(p * P, packed_ + p * P * D);
-        if (!gram_path_) panel_norms(packed_ + p * P * D, norm_ + p * P);
+        C* out = kept_ ? packed_ + p * P * D : panel;
+        pack(p * P, out);
+        if (!gram_path_) panel_norms(out, norm_ + p * P);
       }
     });
   }
 
-  void build_gram() {
-    const int64_t panels = padded_ / P;
+  void build_gram(int64_t next) {
+    const int64_t panels = padded_ / P, strips = panels * (panels + 1) / 2 * (P / kRows) * (1 + a.features / kDepthBlock);
+    Ahead ahead;  // the product leaves the memory idle: time to fetch the next image
+    if (next >= 0 && next < a.images && a.x_token_stride == a.features)
+      ahead.want(static_cast<const In*>(a.x) + next * a.x_image_stride, a.tokens * a.features * int64_t(sizeof(In)), strips);
     gram_ = take<C>(padded_ * row_stride_);
     split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {
-      gram_tiles(packed_, a.features, n_, begin, end, gram_, row_stride_);
+      gram_tiles(packed_, a.features, n_, begin, end, gram_, row_stride_, parallel_ ? nullptr : &ahead);
     });
     clear_padding();
     mirror(n_, gram_, row_stride_);
@@ -205,7 +210,7 @@ class Clustering : protected Result<In> {
         center_token(medoid_[j], center_ + j * D);
         stale_[count++] = int32_t(j);
       }
-      center_norm_[j] = kept_ ? norm_[medoid_[j]] : squared_norm(center_ + j * D);
+      center_norm_[j] = norm_[medoid_[j]];
       used_[j] = medoid_[j];
     }
     multiply_centers(count);
@@ -327,7 +332,6 @@ class Clustering : protected Result<In> {
       C* out[kTogether];
       for (int64_t i = begin * P; i < end * P; i += P) {
         pack(i, panel);
-        panel_norms(panel, norm_ + i);
         Nearest nearest;
         for (int64_t first = 0; first < k_; first += kTogether) {
           const int64_t count = std::min(kTogether, k_ - first);
@@ -455,13 +459,16 @@ inline void cluster_all(const ClusterArgs& a) {
   const bool large = a.tokens * std::max(std::min(a.tokens, a.clusters), a.features) > kLarge;
   if (a.images < a.threads || a.threads < 2 || large) {
     Clustering<In> clustering(a, a.threads > 1);
-    for (int64_t b = 0; b < a.images; ++b) clustering.run(b);
+    for (int64_t b = 0; b < a.images; ++b) clustering.run(b, b + 1);
     return;
   }
   std::atomic<int64_t> next{0};
   split(a.parallel_for, true, a.threads, [&](int64_t, int64_t) {
     Clustering<In> clustering(a, false);
-    for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < a.images;) clustering.run(b);
+    for (int64_t b = next++, after; b < a.images; b = after) {
+      after = next++;
+      clustering.run(b, after);
+    }
   });
 }
 

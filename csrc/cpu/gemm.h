@@ -79,11 +79,29 @@ TP_INLINE void product_strip(const C* const (&rows)[kRows], int64_t row_step, co
     }
 }
 
+// Memory that will be wanted soon, fetched into the cache a few lines at a time while something else is computed.
+class Ahead {
+ public:
+  void want(const void* from, int64_t bytes, int64_t times) {  // in so many calls of fetch
+    at_ = static_cast<const char*>(from);
+    lines_ = bytes / 64 + 1;
+    each_ = lines_ / std::max<int64_t>(times, 1) + 1;
+  }
+  TP_INLINE void fetch() {
+    for (int64_t i = 0; i < each_ && lines_ > 0; ++i, --lines_, at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t lines_ = 0, each_ = 0;
+};
+
 // The Gram matrix of n packed tokens, tiles first..last of the lower triangle (column panel by column panel). On the
 // diagonal only the vectors that reach below it, at the end only rows of tokens.
 // gram: [panels * kPanel][stride]
 template <class C>
-inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t first, int64_t last, C* gram, int64_t stride) {
+inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t first, int64_t last, C* gram, int64_t stride,
+                       Ahead* ahead = nullptr) {
   constexpr int P = kPanel<C>;
   const int64_t panels = (n + P - 1) / P;
   for (int64_t d0 = 0; d0 == 0 || d0 < features; d0 += kDepthBlock) {
@@ -102,6 +120,7 @@ inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t fir
           rows[r] = left + g + r;
           out[r] = gram + (row * P + g + r) * stride + column * P;
         }
+        if (ahead) ahead->fetch();
         const int vectors = row == column ? (g + kRows - 1) / kLanes<C> + 1 : TP_VECTORS;
         if (vectors == TP_VECTORS)
           product_strip<C, TP_VECTORS>(rows, P, right, depth, d0 > 0, out);

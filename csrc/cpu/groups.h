@@ -1,8 +1,22 @@
 // Member lists of clusters, shares of means, and the repair of empty clusters.
 
-// Memory handed out in pieces and taken back all at once; blocks are kept from image to image.
+// Memory handed out in pieces and taken back all at once. Every thread has one and keeps its blocks from image to image,
+// and up to kKept bytes of them from call to call.
 class Arena {
  public:
+  static Arena& of_this_thread() {
+    static thread_local Arena arena;
+    return arena;
+  }
+  void trim() {
+    constexpr int64_t kKept = 8 << 20;
+    int64_t bytes = 0;
+    for (const int64_t size : sizes_) bytes += size;
+    if (bytes <= kKept) return;
+    blocks_.clear();
+    sizes_.clear();
+    reset();
+  }
   void reset() {
     block_ = 0;
     used_ = 0;
@@ -23,6 +37,7 @@ class Arena {
       const int64_t size = std::max<int64_t>(bytes, 1 << 18);
       blocks_.emplace_back(new Buffer<char>(size));
       sizes_.push_back(size);
+      prefer_large_pages(*blocks_.back(), size);
       used_ = 0;
     }
     T* p = reinterpret_cast<T*>(static_cast<char*>(*blocks_[size_t(block_)]) + used_);

@@ -7,7 +7,8 @@ class Image {
   using I = typename Lane<C>::Int;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
-  explicit Image(const ClusterArgs& args) : a(args) {}
+  explicit Image(const ClusterArgs& args) : a(args), arena_(Arena::of_this_thread()) {}
+  ~Image() { arena_.trim(); }
 
   void take_image(int64_t b) {
     arena_.reset();
@@ -155,7 +156,7 @@ class Image {
   }
 
   const ClusterArgs& a;
-  Arena arena_;
+  Arena& arena_;
   int64_t image_ = 0, n_ = 0;   // which image; its number of valid tokens
   const In* x_ = nullptr;
   int32_t* valid_ = nullptr;    // [n] token indices, or null: all
