@@ -5,14 +5,14 @@
 namespace tokenpool {
 
 namespace {
-// Nanoseconds per element operation on one core, float32. From `python -m bench.crossover` (AMD EPYC Zen 3, AVX2,
-// 2026-11-22: bench/results/crossover-zen3.json), rounded towards the shapes of the ViT suite. Only their ratios matter:
-// they are the price of a path against the other.
-constexpr double kGramMultiplyAdd = 0.0334;    // one multiply-add of the Gram product
-constexpr double kDirectMultiplyAdd = 0.0195;  // one of the products with the centers
-constexpr double kRowAdd = 0.07;               // one element of a Gram row added to its cluster's row
-constexpr double kCompare = 0.25;              // one token compared with one center
-constexpr double kToken = 0.3;                 // one feature of one token converted, centered and packed
+// Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
+// AVX2, 2026-11-23: bench/results/crossover-zen3.json). Only their ratios matter: the price of a path against the other. A
+// direct multiply-add costs less on average, because centers that did not change are skipped.
+constexpr double kGramMultiplyAdd = 0.0282;    // one multiply-add of the Gram product
+constexpr double kDirectMultiplyAdd = 0.0173;  // one of the products with the centers
+constexpr double kRowAdd = 0.12;               // one element of a Gram row added to its cluster's row
+constexpr double kCompare = 0.015;             // one token compared with one center
+constexpr double kToken = 0.5;                 // one feature of one token converted, centered and packed
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
@@ -28,7 +28,7 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double gram_iterations = t * (n * n * kRowAdd + n * k * kCompare);
   plan.gram_ns =
       width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + gram_iterations);
-  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + t * (2 * n * d * kToken + n * k * kCompare));
+  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (t + 1) * n * d * kToken + t * n * k * kCompare);
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + t * n * n : direct_product + t * n * d);
