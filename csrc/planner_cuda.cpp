@@ -15,6 +15,8 @@ constexpr size_t kWorkspaceGoal = size_t{512} << 20;
 constexpr int kGramMaxTokens = 2048;
 constexpr int kResidentThreads = 256;
 constexpr size_t kStaticShared = 4096;  // more than any kernel's static shared memory
+constexpr size_t kScratchBytes = 1024;  // of it, in the kernels "resident" and "spread"
+constexpr int kMostParts = 4;
 
 // Relative cost of one addition from a Gram matrix in L2 and of one multiply-add of a product: an SM reads about 16
 // floats a clock from L2; it does about 1024 half multiply-adds a clock on tensor cores and 128 float32 ones.
@@ -26,7 +28,7 @@ size_t resident_bytes(const CudaProblem& p, int chunk, int bucket_warps) {
   const size_t sums = p.dtype == DType::kFloat32 ? kResidentThreads * sizeof(float) : 0;
   const size_t staged = stage_bytes(p.dtype, padded, chunk) + sums;
   const size_t weights = 4 * static_cast<size_t>(round_up(p.tokens, 4));
-  const size_t state = 4 * state_words(p.tokens, p.clusters, bucket_warps) - weights;
+  const size_t state = 4 * state_words(p.tokens, p.clusters, bucket_warps, 1) - weights;
   return 4 * packed_words(p.tokens) + weights + std::max(staged, state);
 }
 
@@ -37,8 +39,8 @@ bool plan_resident(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   for (int chunk = stage_chunk(p.dtype); chunk >= 32; chunk /= 2)
     for (int warps = kResidentThreads / 32; warps >= 1; warps /= 2) {
       const size_t bytes = resident_bytes(p, chunk, warps);
-      if (bytes + 512 > limit) continue;
-      const int together = static_cast<int>(std::min<size_t>(2, per_sm / (bytes + 512 + 1024)));
+      if (bytes + kScratchBytes > limit) continue;
+      const int together = static_cast<int>(std::min<size_t>(2, per_sm / (bytes + kScratchBytes + 1024)));
       if (found && together <= plan->blocks_per_sm) continue;
       found = true;
       plan->path = CudaPath::kResident;
@@ -52,18 +54,50 @@ bool plan_resident(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   return found;
 }
 
+// Threads in groups that share the clusters, each as wide as the columns ask; at least `least` threads.
+void set_threads(CudaPlan* plan, int columns, int least) {
+  const int width = round_up(columns, 32);
+  plan->parts = std::max(std::max(1, least / width), std::min(kMostParts, 1024 / width));
+  plan->threads = plan->parts * width;
+}
+
+// Makes a plan for "resident" one for "spread": the same bits from more blocks.
+bool plan_spread(const CudaProblem& p, size_t limit, CudaPlan* plan) {
+  CudaPlan spread = *plan;
+  set_threads(&spread, p.tokens, 256);
+  const size_t sums = p.dtype == DType::kFloat32 ? kResidentThreads * sizeof(float) : 0;
+  const size_t staged = std::max(stage_bytes(p.dtype, 2 * kTile, stage_chunk(p.dtype)), sums);
+  const size_t weights = 4 * static_cast<size_t>(round_up(p.tokens, 4));
+  for (int warps = std::min(spread.threads / 32, (p.tokens + 31) / 32); warps >= 1; warps /= 2) {
+    const size_t state = 4 * state_words(p.tokens, p.clusters, warps, spread.parts) - weights;
+    const size_t bytes = 4 * packed_words(p.tokens) + weights + std::max(staged, state);
+    if (bytes + kScratchBytes > limit) continue;
+    spread.path = CudaPath::kSpread;
+    spread.shared_bytes = bytes;
+    spread.bucket_warps = warps;
+    spread.blocks_per_sm = 1;
+    const int most = p.dtype == DType::kFloat32 ? 128 : 256;  // features staged at once: 34 KB
+    spread.chunk = std::min(most, std::max(stage_chunk(p.dtype), round_up(p.features, stage_chunk(p.dtype))));
+    spread.launches = 3 + (p.dtype == DType::kFloat32 ? 1 : 0) + (p.init_is_centers ? 4 : 0);
+    *plan = spread;
+    return true;
+  }
+  return false;
+}
+
 bool plan_gram(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   if (p.tokens > kGramMaxTokens) return false;
-  const int threads = std::min(1024, std::max(128, round_up((p.tokens + 1) / 2, 32)));
-  for (int warps = threads / 32; warps >= 1; warps /= 2) {
-    const size_t bytes = 4 * state_words(p.tokens, p.clusters, warps);
+  CudaPlan gram = *plan;
+  set_threads(&gram, (p.tokens + 1) / 2, 128);
+  for (int warps = gram.threads / 32; warps >= 1; warps /= 2) {
+    const size_t bytes = 4 * state_words(p.tokens, p.clusters, warps, gram.parts);
     if (bytes + kStaticShared > limit) continue;
-    plan->path = CudaPath::kGram;
-    plan->threads = threads;
-    plan->shared_bytes = bytes;
-    plan->bucket_warps = warps;
-    plan->blocks_per_sm = std::max(1, static_cast<int>(std::min<size_t>(2048 / threads, limit / bytes)));
-    plan->launches = 6 + (p.init_is_centers ? 2 : 0);
+    gram.path = CudaPath::kGram;
+    gram.shared_bytes = bytes;
+    gram.bucket_warps = warps;
+    gram.blocks_per_sm = std::max(1, static_cast<int>(std::min<size_t>(2048 / gram.threads, limit / bytes)));
+    gram.launches = 5 + (p.init_is_centers ? 2 : 0);
+    *plan = gram;
     return true;
   }
   return false;
@@ -76,7 +110,7 @@ void plan_streaming(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   plan->shared_bytes = plan->bucket_in_global ? 0 : bucket_bytes(p.clusters, plan->bucket_warps);
   plan->blocks_per_sm = 1;
   const int updates = p.with_medoids ? p.iterations : p.iterations - 1;
-  plan->launches = 3 + 2 * p.iterations + updates + 3;
+  plan->launches = 3 + 2 * p.iterations + updates + 2 + (p.farthest ? p.clusters + 1 : 0);
 }
 
 std::string text(const char* format, double a, double b) {
@@ -86,6 +120,14 @@ std::string text(const char* format, double a, double b) {
 }
 
 }  // namespace
+
+int usual_sm_count(int major, int minor) {
+  if (major == 8 && minor == 0) return 108;
+  if (major == 8) return minor == 6 ? 84 : 128;
+  if (major == 9) return 132;
+  if (major == 10 || major == 11) return 148;
+  return major >= 12 ? 170 : 64;
+}
 
 size_t shared_memory_limit(int major, int minor) {
   if (major == 8 && (minor == 0 || minor == 7)) return 163 * 1024;
@@ -103,6 +145,8 @@ const char* path_name(CudaPath path) {
       return "gram";
     case CudaPath::kStreaming:
       return "streaming";
+    case CudaPath::kSpread:
+      return "spread";
   }
   return "unknown";
 }
@@ -119,11 +163,19 @@ CudaPlan plan_cuda(const CudaProblem& p) {
   plan_streaming(p, limit, &streaming);
   const bool free = p.force_path < 0;
   const auto allowed = [&](CudaPath path) { return free || p.force_path == static_cast<int>(path); };
-  if (allowed(CudaPath::kResident) && plan_resident(p, limit, &plan)) {
-    std::snprintf(note, sizeof(note),
-                  "the lower triangle of the %d x %d Gram matrix and the state of one image take %zu of %zu bytes of "
-                  "shared memory: one launch, %d image(s) an SM",
-                  p.tokens, p.tokens, plan.shared_bytes, limit, plan.blocks_per_sm);
+  const int sms = p.sm_count > 0 ? p.sm_count : usual_sm_count(p.major, p.minor);
+  const bool few = free ? p.batch <= sms : p.force_path == static_cast<int>(CudaPath::kSpread);
+  if ((allowed(CudaPath::kResident) || few) && plan_resident(p, limit, &plan)) {
+    if (few && plan_spread(p, limit, &plan))
+      std::snprintf(note, sizeof(note),
+                    "%lld image(s) on %d multiprocessors: each image's Gram matrix by many blocks, its iterations by one block "
+                    "of %d threads in %zu of %zu bytes of shared memory, its means by many",
+                    static_cast<long long>(p.batch), sms, plan.threads, plan.shared_bytes, limit);
+    else
+      std::snprintf(note, sizeof(note),
+                    "the lower triangle of the %d x %d Gram matrix and the state of one image take %zu of %zu bytes of "
+                    "shared memory: one launch, %d image(s) an SM",
+                    p.tokens, p.tokens, plan.shared_bytes, limit, plan.blocks_per_sm);
     plan.reason = note;
   } else if (allowed(CudaPath::kGram) && plan_gram(p, limit, &plan) && (!free || gram_cost <= direct_cost)) {
     plan.reason = "one image's Gram matrix exceeds shared memory but fits the L2 cache; " +
@@ -169,8 +221,9 @@ extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char*
   p.sm_count = static_cast<int>(problem[10]);
   p.shared_limit = static_cast<size_t>(problem[11]);
   p.force_path = static_cast<int>(problem[12]);
+  p.farthest = problem[13] != 0;
   const CudaPlan result = plan_cuda(p);
-  const int64_t numbers[12] = {static_cast<int64_t>(result.path),
+  const int64_t numbers[13] = {static_cast<int64_t>(result.path),
                                result.launches,
                                result.threads,
                                static_cast<int64_t>(result.shared_bytes),
@@ -181,7 +234,8 @@ extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char*
                                result.images_per_pass,
                                result.passes,
                                result.blocks,
-                               static_cast<int64_t>(result.workspace_bytes)};
-  std::copy(numbers, numbers + 12, plan);
+                               static_cast<int64_t>(result.workspace_bytes),
+                               result.parts};
+  std::copy(numbers, numbers + 13, plan);
   if (reason != nullptr && reason_bytes > 0) std::snprintf(reason, static_cast<size_t>(reason_bytes), "%s", result.reason.c_str());
 }

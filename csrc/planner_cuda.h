@@ -1,8 +1,9 @@
 // Chooses how the CUDA backend clusters: a pure function of shape, dtype, algorithm and device limits. Plain C++17
 // with no torch and no CUDA, so its decisions are tested for any GPU on a machine without one.
 //
-// The path, tiles and thread counts never depend on the batch size: an image's result must not depend on its batch
-// mates. Only the number of blocks and of images per pass do, and neither can change any rounding.
+// An image's result must not depend on its batch mates. So the batch size decides the number of blocks and of images
+// per pass, and whether a shape of the path "resident" is spread over more blocks when there are few images (path
+// "spread"): the two give the same bits. Nothing else.
 #pragma once
 
 #include <cstddef>
@@ -23,22 +24,24 @@ struct CudaProblem {
   DType dtype = DType::kFloat32;
   bool with_medoids = false;
   bool init_is_centers = false;  // first centers given instead of token indices
+  bool farthest = false;         // the kernels choose the start
   int major = 8;                 // compute capability
   int minor = 0;
-  int sm_count = 0;              // 0: unknown
+  int sm_count = 0;              // 0: a usual number for the compute capability
   size_t shared_limit = 0;       // opt-in bytes per block; 0: from the compute capability
   int force_path = -1;           // a CudaPath, where it is possible; for tests and benchmarks
 };
 
-enum class CudaPath : int { kResident = 0, kGram = 1, kStreaming = 2 };
+enum class CudaPath : int { kResident = 0, kGram = 1, kStreaming = 2, kSpread = 3 };
 
 struct CudaPlan {
   CudaPath path = CudaPath::kGram;
   int launches = 0;         // kernels per pass
   int threads = 0;          // of the kernel that runs the iterations
   size_t shared_bytes = 0;  // of that kernel, dynamic
-  int chunk = 0;            // features staged at once by the resident kernel
+  int chunk = 0;            // features staged at once by the kernel that makes the Gram matrix
   int bucket_warps = 0;     // warps that sort tokens by cluster
+  int parts = 1;            // groups of threads that share the clusters of one assignment
   bool bucket_in_global = false;
   int blocks_per_sm = 0;    // images an SM holds at once
   int64_t images_per_pass = 1;
@@ -49,6 +52,9 @@ struct CudaPlan {
   double bytes = 0;         // least traffic with global memory
   std::string reason;
 };
+
+// Streaming multiprocessors of a usual device of this compute capability.
+int usual_sm_count(int major, int minor);
 
 // Largest shared memory of one block on a device of this compute capability, in bytes.
 size_t shared_memory_limit(int major, int minor);
@@ -62,8 +68,8 @@ CudaPlan plan_cuda(const CudaProblem& problem);
 
 // The same through plain C, for ctypes and pybind11.
 //   problem: batch, tokens, features, clusters, iterations, dtype (0 float32, 1 float16, 2 bfloat16), with_medoids,
-//            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free)           (13 numbers)
+//            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free), farthest  (14 numbers)
 //   plan:    path, launches, threads, shared_bytes, chunk, bucket_warps, bucket_in_global, blocks_per_sm,
-//            images_per_pass, passes, blocks, workspace_bytes                                       (12 numbers)
+//            images_per_pass, passes, blocks, workspace_bytes, parts                                (13 numbers)
 //   reason:  text, cut to reason_bytes.
 extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* reason, int reason_bytes);

@@ -18,7 +18,8 @@ ARCHS = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 100: (10, 0), 120: (12,
 LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory a block may ask for
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 FIELDS = ("path", "launches", "threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global", "blocks_per_sm",
-          "images_per_pass", "passes", "blocks", "workspace_bytes")
+          "images_per_pass", "passes", "blocks", "workspace_bytes", "parts")
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}  # A100, A10-like, L40S, H100, B200, RTX 5090
 VIT_SUITE = [(196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288), (256, 1024, 64),
              (576, 1024, 64), (1030, 128, 343), (4096, 320, 1024), (75600, 128, 1000)]
 
@@ -30,10 +31,12 @@ def planner(tmp_path_factory):
                     str(simulator.CSRC / "planner_cuda.cpp")], check=True)
     lib = ctypes.CDLL(str(library))
 
-    def plan(n, d, k, *, arch=90, dtype="bfloat16", batch=256, iterations=5, medoids=False, centers=False, limit=0, force=None):
-        given = (ctypes.c_int64 * 13)(batch, n, d, k, iterations, DTYPES[dtype], medoids, centers, *ARCHS[arch], 132, limit,
-                                      -1 if force is None else simulator.PATHS.index(force))
-        out, reason = (ctypes.c_int64 * 12)(), ctypes.create_string_buffer(512)
+    def plan(n, d, k, *, arch=90, dtype="bfloat16", batch=256, iterations=5, medoids=False, centers=False, limit=0, force=None,
+             sms=None, farthest=False):
+        given = (ctypes.c_int64 * 14)(batch, n, d, k, iterations, DTYPES[dtype], medoids, centers, *ARCHS[arch],
+                                      SMS[arch] if sms is None else sms, limit,
+                                      -1 if force is None else simulator.PATHS.index(force), farthest)
+        out, reason = (ctypes.c_int64 * 13)(), ctypes.create_string_buffer(512)
         lib.tokenpool_plan_cuda(given, out, reason, 512)
         result = dict(zip(FIELDS, out))
         result["path"] = simulator.PATHS[result["path"]]
@@ -56,6 +59,7 @@ def test_every_plan_can_be_launched(planner, arch, dtype, shape):
             assert plan["images_per_pass"] * plan["passes"] >= 256 and plan["blocks"] >= 1
             assert plan["workspace_bytes"] <= (512 << 20) * 1.01 or plan["images_per_pass"] == 1
             assert plan["launches"] >= 1 and plan["reason"]
+            assert plan["parts"] >= 1 and plan["threads"] % (32 * plan["parts"]) == 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -89,12 +93,59 @@ def test_few_clusters_and_iterations_take_direct_products(planner):
     assert planner(1030, 768, 343)["path"] == "gram"
 
 
-def test_plan_does_not_depend_on_the_batch(planner):
-    """Only the number of blocks and passes may: an image's result must not change with its batch mates."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_batch_decides_only_between_two_paths_of_equal_bits(planner, dtype):
+    """An image's result must not change with its batch mates: beside blocks and passes, only resident / spread may."""
     for n, d, k in VIT_SUITE + [(17, 3, 5), (2048, 64, 700)]:
-        plans = [planner(n, d, k, batch=batch) for batch in (1, 8, 256, 70000)]
-        for name in ("path", "threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global"):
-            assert len({plan[name] for plan in plans}) == 1, name
+        plans = [planner(n, d, k, batch=batch, dtype=dtype) for batch in (1, 8, 132, 133, 256, 70000)]
+        paths = [plan["path"] for plan in plans]
+        assert len(set(paths)) == 1 and paths[0] != "resident" or paths == ["spread"] * 3 + ["resident"] * 3
+        for some in ([plans] if len(set(paths)) == 1 else [plans[:3], plans[3:]]):
+            for name in ("threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global", "parts"):
+                assert len({plan[name] for plan in some}) == 1, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_images_are_spread_over_the_device(planner, arch, dtype):
+    for shape in [(196, 192, 98), (196, 384, 98), (196, 768, 49)]:
+        if planner(*shape, arch=arch, dtype=dtype)["path"] != "resident":
+            continue  # float32 on small shared memory
+        for batch in (1, 8, SMS[arch]):
+            plan = planner(*shape, arch=arch, dtype=dtype, batch=batch)
+            assert plan["path"] == "spread" and plan["launches"] == (4 if dtype == "float32" else 3)
+            assert plan["threads"] == 896 and plan["parts"] == 4 and plan["blocks"] == batch
+            assert plan["shared_bytes"] + 1024 <= LIMIT[arch] * 1024
+            assert f"{batch} image(s) on {SMS[arch]} multiprocessors" in plan["reason"]
+        assert planner(*shape, arch=arch, dtype=dtype, batch=SMS[arch] + 1)["path"] == "resident"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_device_that_is_not_named_has_a_usual_number_of_multiprocessors(planner, arch):
+    assert planner(196, 384, 98, arch=arch, batch=8, sms=0)["path"] == "spread"
+    assert planner(196, 384, 98, arch=arch, batch=256, sms=0)["path"] == "resident"
+
+
+def test_spread_launch_parameters(planner):
+    for n, threads, parts in [(5, 256, 8), (33, 256, 4), (196, 896, 4), (256, 1024, 4), (300, 960, 3)]:
+        plan = planner(n, 384, min(n, 64), batch=1)
+        assert (plan["path"], plan["threads"], plan["parts"]) == ("spread", threads, parts)
+        assert plan["bucket_warps"] <= (n + 31) // 32
+    assert planner(196, 40, 98, batch=1)["chunk"] == 64 and planner(196, 384, 98, batch=1)["chunk"] == 256
+    assert planner(196, 40, 98, batch=1, dtype="float32")["chunk"] == 64
+    assert planner(196, 384, 98, batch=1, dtype="float32")["chunk"] == 128
+
+
+def test_iterations_from_a_matrix_in_global_memory_use_a_whole_block(planner):
+    assert (planner(576, 768, 288)["threads"], planner(576, 768, 288)["parts"]) == (864, 3)
+    assert (planner(1030, 128, 343)["threads"], planner(1030, 128, 343)["parts"]) == (544, 1)
+
+
+def test_farthest_start_costs_launches_only_where_the_tokens_are_too_many(planner):
+    for batch in (1, 256):
+        for shape in [(196, 384, 98), (576, 768, 288)]:
+            assert planner(*shape, batch=batch, farthest=True)["launches"] == planner(*shape, batch=batch)["launches"]
+    assert planner(75600, 128, 1000, farthest=True)["launches"] == planner(75600, 128, 1000)["launches"] + 1001
 
 
 def test_a_huge_batch_runs_in_passes(planner):
@@ -117,6 +168,7 @@ def test_many_clusters_count_in_global_memory(planner):
 
 def test_given_centers_add_the_launches_that_assign_to_them(planner):
     assert planner(196, 384, 98, centers=True)["launches"] == 5
+    assert planner(196, 384, 98, centers=True, batch=1)["launches"] == 7
     assert planner(576, 768, 288, centers=True)["launches"] == planner(576, 768, 288)["launches"] + 2
 
 

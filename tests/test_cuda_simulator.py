@@ -15,9 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
 import simulator  # noqa: E402
-from helpers import assert_consistent, assert_identical, positive_weights, spread_indices, tokens  # noqa: E402
+from helpers import assert_consistent, assert_identical, integer_tokens, positive_weights, spread_indices, tokens  # noqa: E402
 from tokenpool_ext import reference  # noqa: E402
 from tokenpool_ext.functional import Clusters  # noqa: E402
+from tokenpool_ext.init import initial  # noqa: E402
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
 HALF = (torch.float16, torch.bfloat16)
@@ -179,6 +180,137 @@ def test_paths_agree_on_integers(library, algorithm):
     for other in results[1:]:
         assert_identical(results[0].assignment, other.assignment)
         assert_identical(results[0].mass, other.mass)
+
+
+def few_or_many(library, algorithm, x, init, k, **given):
+    """The same call on a device with many multiprocessors (path "spread") and on one with none to spare ("resident")."""
+    results = []
+    for path in ("resident", "spread"):
+        sim = simulator.Simulator(library, sm_count=x.shape[0] - (path == "resident"))
+        if x.shape[0] == 1:
+            sim.path = path
+        results.append(cluster(sim, algorithm, x, init, k, **given))
+        assert sim.taken == path
+    return results
+
+
+@pytest.mark.parametrize("shape", [(2, 41, 24, 9), (2, 100, 70, 40), (1, 33, 130, 33), (2, 7, 1, 3)], ids=str)
+@pytest.mark.parametrize("start", ["indices", "farthest", "centers"])
+def test_spread_over_the_device_gives_the_same_bits(library, algorithm, dtype, shape, start):
+    b, n, d, k = shape
+    if start == "centers" and algorithm == "kmedoids":
+        pytest.skip("K-Medoids starts from tokens")
+    x = tokens(b, n, d, dtype, groups=max(1, k // 2), offset=2.0)
+    init = {"indices": spread_indices(b, n, k), "farthest": torch.empty(b, 0, dtype=torch.int64), "centers": tokens(b, k, d, seed=3)}[start]
+    assert_identical(*few_or_many(library, algorithm, x, init, k, iters=5))
+    x, w = tokens(b, n, d + 3, dtype, seed=1)[:, :, 3:], positive_weights(b, n)
+    mask = torch.rand(b, n, generator=torch.Generator().manual_seed(n)) > 0.2
+    mask[:, 0] = True
+    w[:, 0] = 0.0
+    x[~mask] = float("nan")
+    if start == "indices":
+        init = torch.zeros(b, k, dtype=torch.int64)
+    counts = torch.arange(b) + max(1, k - 2)
+    assert_identical(*few_or_many(library, algorithm, x, init, k, weights=w, mask=mask, counts=counts, sort=True))
+
+
+def test_spread_gives_the_same_bits_on_unusual_numbers(library, algorithm, dtype):
+    """Images that are formed twice (tiny, huge, both), zeros, constants, NaN and infinity: bit for bit what "resident" gives."""
+    x, huge = tokens(8, 40, 36, torch.float32, groups=6), {torch.float16: 2.0**12}.get(dtype, 2.0**125)
+    x = x.clamp(-3.9, 3.9)
+    for image, factor in enumerate((2.0**-22, 2.0**-120, huge, 0.0, 1.0, 1.0, 1.0, 1.0)):
+        x[image] *= factor
+    x[4] = 3.7
+    x[5, 3, 2] = float("nan")
+    x[6, 5] = float("inf")
+    x[7, 1] *= 2.0**-60
+    for init in (spread_indices(8, 40, 9), torch.empty(8, 0, dtype=torch.int64)):
+        resident, spread = few_or_many(library, algorithm, x.to(dtype), init, 9, iters=4)
+        assert_identical(resident, spread)
+        assert bool(((spread.assignment >= 0) & (spread.assignment < 9)).all())
+
+
+def test_an_image_alone_has_the_bits_it_has_in_a_batch(library, algorithm):
+    """The planner's own choice: one image of five is spread, five of five are not."""
+    x, w, init = tokens(5, 45, 20, torch.bfloat16, groups=6), positive_weights(5, 45), spread_indices(5, 45, 8)
+    sim = simulator.Simulator(library, sm_count=2)
+    whole = cluster(sim, algorithm, x, init, 8, weights=w)
+    assert sim.taken == "resident"
+    for i in (0, 4):
+        alone = cluster(sim, algorithm, x[i : i + 1], init[i : i + 1], 8, weights=w[i : i + 1])
+        assert sim.taken == "spread"
+        assert_identical(alone, Clusters(*[None if t is None else t[i : i + 1] for t in whole]))
+
+
+FARTHEST_CASES = {
+    "plain": dict(shape=(2, 40, 5, 9)),
+    "weights": dict(shape=(2, 40, 5, 9), weights="random"),
+    "integer weights, many ties": dict(shape=(2, 33, 2, 12), weights="integers"),
+    "no weight at all": dict(shape=(1, 20, 3, 6), weights="zeros"),
+    "mask and counts": dict(shape=(4, 30, 4, 8), weights="integers", masked=True),
+    "duplicates": dict(shape=(2, 30, 1, 12), high=3),
+    "one cluster": dict(shape=(2, 9, 3, 1)),
+    "as many as tokens": dict(shape=(1, 17, 2, 17), high=3),
+    "several blocks": dict(shape=(1, 300, 2, 5)),
+}
+
+
+def with_whole_mean(x, mask):
+    """One token of each image changed so that its mean is whole: subtracting it (float32) then rounds nothing."""
+    for image, valid in zip(x, torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask):
+        if valid.any():
+            image[valid.nonzero()[-1, 0]] -= image[valid].sum(0) % valid.sum()
+    return x
+
+
+@pytest.mark.parametrize("case", FARTHEST_CASES)
+def test_farthest_start_inside_the_kernels(library, path, algorithm, case):
+    """Small integers, one iteration: exactly what the start of tokenpool_ext.init gives, on every path and dtype."""
+    given = {"weights": None, "masked": False, "high": 5, **FARTHEST_CASES[case]}
+    b, n, d, k = given["shape"]
+    generator = torch.Generator().manual_seed(n)
+    x = integer_tokens(b, n, d, high=given["high"])
+    w = {None: None, "random": torch.rand(b, n, generator=generator), "zeros": torch.zeros(b, n),
+         "integers": torch.randint(0, 3, (b, n), generator=generator).float()}[given["weights"]]
+    mask = counts = None
+    if given["masked"]:
+        mask = torch.rand(b, n, generator=generator) > 0.4
+        mask[3] = False
+        mask[2] = torch.arange(n) < 3  # fewer tokens than clusters
+        counts = torch.tensor([8, 1, 8, 2])
+    x = with_whole_mean(x, mask)
+    if mask is not None:
+        x[~mask] = float("nan")
+    first = initial("farthest", x, k, w, mask, counts, None, True)
+    empty = torch.empty(b, 0, dtype=torch.int64)
+    for dtype in simulator.DTYPES:
+        sim = simulator.Simulator(library, path=path)
+        named = cluster(sim, algorithm, x.to(dtype), first, k, weights=w, mask=mask, counts=counts, iters=1)
+        assert_identical(cluster(sim, algorithm, x.to(dtype), empty, k, weights=w, mask=mask, counts=counts, iters=1), named)
+        assert sim.taken == path
+
+
+def test_farthest_start_reaches_the_loss_of_the_reference(library, path, algorithm, dtype):
+    sim = simulator.Simulator(library, path=path)
+    x, w = tokens(2, 60, 12, dtype, groups=8, offset=3.0), positive_weights(2, 60)
+    got = cluster(sim, algorithm, x, torch.empty(2, 0, dtype=torch.int64), 12, weights=w, iters=4)
+    assert_consistent(got, x, 12, weights=w, algorithm=algorithm)
+    want = expected(algorithm, x, initial("farthest", x.double(), 12, w.double(), None, None, None, True), 12, weights=w, iters=4)
+    torch.testing.assert_close(got.inertia.double(), want.inertia, rtol=0.05, atol=1e-5)
+
+
+def test_farthest_start_with_bad_numbers_stays_in_its_image(library, path):
+    sim, empty = simulator.Simulator(library, path=path), torch.empty(3, 0, dtype=torch.int64)
+    x = tokens(3, 24, 6, groups=5)
+    clean = cluster(sim, "kmeans", x, empty, 5)
+    for bad in (float("nan"), float("inf")):
+        dirty = x.clone()
+        dirty[1, ::5] = bad
+        got = cluster(sim, "kmeans", dirty, empty, 5)
+        assert bool(((got.assignment >= 0) & (got.assignment < 5)).all())
+        for a, b in zip(got, clean):
+            if a is not None:
+                assert_identical(a[::2], b[::2])
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

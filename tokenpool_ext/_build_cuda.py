@@ -29,7 +29,7 @@ CSRC = ROOT / "csrc"
 LIBRARY = "_cuda.so"
 # 9.0a, 10.0a and 12.0a run on exactly one architecture each; the PTX of 8.9 covers what comes between and after.
 DEFAULT_ARCHS = "8.0;8.6;8.9+PTX;9.0a;10.0a;12.0a"
-KERNELS = ("resident", "clustering", "pooling")
+KERNELS = ("resident", "spread", "clustering", "pooling")
 MINIMUM_TOOLKIT = (12, 8)  # the first that knows sm_100 and sm_120
 TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest the library loads under
 

@@ -72,45 +72,88 @@ struct GramArgs {
   int64_t ld;
 };
 
-struct IterateArgs {
+// What every kernel that runs the iterations of whole images is told.
+struct IterationArgs {
   Shape shape;
-  const float* gram;  // (B, N, ld)
-  int64_t ld;
-  const float* weights;
-  const uint8_t* mask;
-  const ImageStats* stats;
-  const int64_t* init;        // (B, K) token indices; null: first_label and first_cost hold the first assignment
-  const int* first_label;     // (B, N)
-  const float* first_cost;    // (B, N)
+  const float* weights;       // (B, N) or null
+  const uint8_t* mask;        // (B, N) bool or null
+  const int64_t* init;        // (B, K) token indices, or null
+  const int* first_label;     // (B, N) first assignment (to given centers), or null
+  const float* first_cost;    // (B, N); neither init nor first_label: the kernel starts farthest-first
   int64_t* assignment;        // (B, N)
   int64_t* medoids;           // (B, K); null for K-Means
-  int* order;                 // (B, N) tokens bucketed by cluster, ascending inside each
-  int* segment_start;         // (B, K)
-  int* segment_length;        // (B, K)
   int iterations;
   int sort;
   int bucket_warps;
+  int parts;                  // groups of threads that share the clusters of one assignment
+};
+
+// Members of each cluster in the order of the output, for the kernel that makes the means.
+struct ListArgs {
+  int* order;           // (B, N) tokens bucketed by cluster, ascending inside each
+  int* segment_start;   // (B, K)
+  int* segment_length;  // (B, K)
+  int* arrived;         // (B,) cleared for the means kernel
+};
+
+struct IterateArgs {
+  IterationArgs run;
+  ListArgs lists;
+  const float* gram;  // (B, N, ld)
+  int64_t ld;
+  const ImageStats* stats;
 };
 
 struct ResidentArgs {
-  Shape shape;
+  IterationArgs run;
   Tokens x;
-  const float* weights;
-  const uint8_t* mask;
   const int64_t* counts;
-  const int64_t* init;
-  const int* first_label;
-  const float* first_cost;
   void* centers;        // (B, K, D) dtype of x
-  int64_t* assignment;  // (B, N)
   float* mass;          // (B, K)
-  int64_t* medoids;     // (B, K) or null
   float* inertia;       // (B,)
-  int iterations;
-  int sort;
-  int bucket_warps;
   int chunk;            // features staged at once
   int use_scale;
+};
+
+// Mean valid token of every image, without scaling: float32 on the path "spread".
+struct TokenMeanArgs {
+  Shape shape;
+  Tokens x;
+  const uint8_t* mask;
+  float* mean;  // (B, D)
+};
+
+struct SpreadGramArgs {
+  Shape shape;
+  Tokens x;
+  const float* mean;  // (B, D), or null (half types)
+  float* gram;        // (B, packed_words(N)) lower triangles by rows
+  int chunk;          // features staged at once
+};
+
+struct SpreadArgs {
+  IterationArgs run;
+  ListArgs lists;
+  Tokens x;
+  const int64_t* counts;
+  const float* gram;  // (B, packed_words(N))
+  float* mean;        // (B, D), overwritten should the image need scaling
+  ImageStats* stats;  // (B,) written
+  int use_scale;
+};
+
+// One step of the farthest-first start of the path "streaming".
+struct FarthestArgs {
+  Shape shape;
+  Tokens x;
+  const ImageStats* stats;
+  const float* weights;
+  const uint8_t* mask;
+  int* key;         // (B, N) distance to the nearest chosen token, as a sort key
+  int* pick_key;    // (2, B, farthest_chunks(N)) best of each block, alternating between steps
+  int* pick_index;  // the same
+  int64_t* chosen;  // (B, K)
+  int step;         // 0 .. K
 };
 
 struct GatherArgs {
@@ -181,6 +224,7 @@ struct FinishArgs {
   int* segment_length;
   const int* medoid;     // (B, K) or null
   int* scratch;          // (B, 3 * K)
+  int* arrived;          // (B,) cleared for the means kernel
   int64_t* assignment;
   int64_t* medoids;      // (B, K) or null
   int sort;
@@ -200,14 +244,9 @@ struct MeansArgs {
   void* centers;               // (B, K, D)
   float* mass;                 // (B, K) or null
   float* inertia_parts;        // (B, K) or null, scaled units
+  int* arrived;                // (B,) zeros; with inertia_parts
+  float* inertia;              // (B,) written by the last cluster of each image; with inertia_parts
   MeansMode mode;
-};
-
-struct InertiaArgs {
-  Shape shape;
-  const float* parts;  // (B, K)
-  const ImageStats* stats;
-  float* inertia;      // (B,)
 };
 
 struct UnpoolArgs {
@@ -255,12 +294,14 @@ struct AttentionArgs {
 };
 
 constexpr int kStatsChunk = 64;     // tokens a block of the absmax kernel reads
+constexpr int kFarthestTokens = 128; // tokens a block of the farthest kernel measures
 constexpr int kTile = 32;           // a warp computes 32 x 32 products at a time
 constexpr int kBlockTile = 128;     // rows and columns of a block's tile in the Gram kernel
 constexpr int kAssignClusters = 64; // clusters a block of the assign kernel compares at a time
 
 TOKENPOOL_BOTH constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 TOKENPOOL_BOTH constexpr int stats_chunks(int tokens) { return (tokens + kStatsChunk - 1) / kStatsChunk; }
+TOKENPOOL_BOTH constexpr int farthest_chunks(int tokens) { return (tokens + kFarthestTokens - 1) / kFarthestTokens; }
 
 // Staged rows are padded by 16 bytes: neighbouring rows then start 4 banks apart.
 TOKENPOOL_BOTH constexpr int stage_chunk(DType dtype) { return dtype == DType::kFloat32 ? 32 : 64; }
@@ -270,9 +311,11 @@ inline size_t stage_bytes(DType dtype, int rows, int chunk) {
 }
 
 // Words (4 bytes) of the state that one block keeps while it clusters one image from its Gram matrix.
-TOKENPOOL_BOTH inline size_t state_words(int tokens, int clusters, int bucket_warps) {
+TOKENPOOL_BOTH inline size_t state_words(int tokens, int clusters, int bucket_warps, int parts) {
   const size_t n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
-  return 6 * n + 5 * k + static_cast<size_t>(bucket_warps) * k;
+  const size_t counters = static_cast<size_t>(bucket_warps) * k;                          // of the sort by cluster
+  const size_t candidates = parts > 1 ? 2 * static_cast<size_t>(parts) * tokens : 0;      // of an assignment, in turn
+  return 6 * n + 5 * k + (counters > candidates ? counters : candidates);
 }
 
 TOKENPOOL_BOTH inline size_t packed_words(int tokens) {

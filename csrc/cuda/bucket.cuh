@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(1024, 1) finish_kernel(FinishArgs a) {
       a.segment_length[b * k + row] = length[j];
       if (a.medoids != nullptr) a.medoids[b * k + row] = j < clusters ? a.medoid[b * k + j] : -1;
     }
+    if (threadIdx.x == 0) a.arrived[b] = 0;
     __syncthreads();
   }
 }

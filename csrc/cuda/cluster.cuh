@@ -7,76 +7,29 @@
 // the same result for any number of threads.
 #pragma once
 
+#include "farthest.cuh"
 #include "members.cuh"
 
 namespace tokenpool {
 namespace cuda {
 
-// The whole matrix in global memory: row l, column i is coalesced over i.
-struct FullGram {
-  const float* g;
-  int64_t ld;
-  __device__ float operator()(int l, int i) const { return g[l * ld + i]; }
-};
-
-// The lower triangle by rows in shared memory. Triangular numbers are a permutation of the 32 banks for 32
-// consecutive rows, so a warp reads a row or a column without bank conflicts.
-struct PackedGram {
-  float* g;
-  __device__ static int offset(int row) { return row * (row + 1) / 2; }
-  __device__ float operator()(int l, int i) const { return l >= i ? g[offset(l) + i] : g[offset(i) + l]; }
-};
-
-// One block's state in shared memory: state_words(N, K, bucket_warps) words.
-struct ClusterState {
-  float* weight;   // [N] normalised; -1 for padding
-  int* label;      // [N] -1 for padding
-  int* previous;   // [N]
-  int* order;      // [N] tokens by cluster
-  float* share;    // [N] p of order[m]
-  float* cost;     // [N] w * squared distance, or c_{a_i} . x_i during an update
-  int* start;      // [K + 1]
-  int* count;      // [K]
-  int* medoid;     // [K]
-  float* norm;     // [K] ||c_j||^2
-  int* rank;       // [K] row of the output that cluster j fills
-  int* base;       // [bucket_warps * K]
-
-  __device__ ClusterState(float* weight_words, void* memory, int tokens, int clusters) {
-    const int n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
-    int* words = static_cast<int*>(memory);
-    weight = weight_words;
-    label = words;
-    previous = label + n;
-    order = previous + n;
-    share = reinterpret_cast<float*>(order + n);
-    cost = share + n;
-    start = reinterpret_cast<int*>(cost + n);
-    count = start + k;
-    medoid = count + k;
-    norm = reinterpret_cast<float*>(medoid + k);
-    rank = reinterpret_cast<int*>(norm + k);
-    base = rank + k;
-  }
-};
-
-struct ClusterProblem {
-  int tokens;
-  int clusters;             // effective K of this image
-  int iterations;
-  int bucket_warps;
-  bool with_medoids;
-  bool sort;
-  const int64_t* init;      // [K] of this image, or null
-  const int* first_label;   // [N] of this image when init is null
-  const float* first_cost;
-};
+__device__ inline void set_label(const ClusterState& s, int i, int nearest, float squared_distance) {
+  const bool valid = s.weight[i] >= 0.0f;
+  const float cost = s.weight[i] * squared_distance;
+  s.label[i] = valid ? nearest : -1;
+  s.cost[i] = valid && cost > 0.0f ? cost : 0.0f;  // NaN becomes 0
+}
 
 // Nearest center of every token: those of the current member lists, or the tokens named by s.medoid.
-template <int kColumns, bool kToTokens, typename Gram>
+//
+// With kSplit the block's threads form p.parts groups, each comparing a range of the clusters for all tokens: the same
+// distances, and the same nearest center, by more threads. Candidates meet in shared memory.
+template <int kColumns, bool kToTokens, bool kSplit, typename Gram>
 __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p) {
-  const int width = blockDim.x;
-  for (int i0 = threadIdx.x; i0 < p.tokens; i0 += kColumns * width) {
+  const int parts = kSplit ? p.parts : 1;
+  const int width = blockDim.x / parts, part = kSplit ? threadIdx.x / width : 0;
+  const int first = kSplit ? p.clusters * part / parts : 0, last = kSplit ? p.clusters * (part + 1) / parts : p.clusters;
+  for (int i0 = threadIdx.x - part * width; i0 < p.tokens; i0 += kColumns * width) {
     int column[kColumns], nearest[kColumns];
     float best[kColumns];
 #pragma unroll
@@ -86,7 +39,7 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
       best[c] = infinity();
     }
 #pragma unroll 1
-    for (int j = 0; j < p.clusters; ++j) {
+    for (int j = first; j < last; ++j) {
       float product[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) product[c] = 0.0f;
@@ -117,13 +70,24 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int i = i0 + c * width;
-      if (i < p.tokens) {
-        const bool valid = s.weight[i] >= 0.0f;
-        const float cost = s.weight[i] * (gram(i, i) + best[c]);
-        s.label[i] = valid ? nearest[c] : -1;
-        s.cost[i] = valid && cost > 0.0f ? cost : 0.0f;  // NaN becomes 0
-      }
+      if (i >= p.tokens) continue;
+      if (kSplit)
+        s.candidates()[part * p.tokens + i] = Candidate{best[c], nearest[c]};
+      else
+        set_label(s, i, nearest[c], gram(i, i) + best[c]);
     }
+  }
+  if (!kSplit) return;
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
+    Candidate best = s.candidates()[i];
+#pragma unroll 1
+    for (int q = 1; q < parts; ++q) {  // ascending clusters: a tie stays with the lowest
+      const Candidate other = s.candidates()[q * p.tokens + i];
+      if (other.value < best.value) best = other;
+    }
+    set_label(s, i, best.index, gram(i, i) + best.value);
   }
 }
 
@@ -207,7 +171,7 @@ __device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const
 
 // Runs the iterations. s.weight is set on entry. On return label, start, order, rank (and medoid) describe the final
 // assignment; clusters == 0 leaves every label -1. All threads of the block call it.
-template <int kColumns, typename Gram>
+template <int kColumns, bool kSplit, typename Gram>
 __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p,
                                          BlockScratch& scratch) {
   if (p.clusters == 0) {
@@ -216,26 +180,27 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
     __syncthreads();
     return;
   }
-  if (p.init != nullptr) {
+  const bool from_tokens = p.first_label == nullptr;
+  if (from_tokens) {
+    if (p.init == nullptr) farthest_from_gram(gram, s, p, scratch);
 #pragma unroll 1
     for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
-      const int64_t m = p.init[j];
-      s.medoid[j] = m < 0 ? 0 : m >= p.tokens ? p.tokens - 1 : static_cast<int>(m);
+      if (p.init != nullptr) s.medoid[j] = static_cast<int>(max(int64_t{0}, min(p.init[j], int64_t{p.tokens - 1})));
       s.norm[j] = gram(s.medoid[j], s.medoid[j]);
     }
   }
   __syncthreads();
   for (int t = 0; t < p.iterations; ++t) {
-    if (t == 0 && p.init == nullptr) {
+    if (t == 0 && !from_tokens) {
 #pragma unroll 1
       for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
         s.label[i] = p.first_label[i];
         s.cost[i] = p.first_cost[i];
       }
     } else if (t == 0 || p.with_medoids) {
-      assign_from_gram<kColumns, true>(gram, s, p);
+      assign_from_gram<kColumns, true, kSplit>(gram, s, p);
     } else {
-      assign_from_gram<kColumns, false>(gram, s, p);
+      assign_from_gram<kColumns, false, kSplit>(gram, s, p);
     }
     __syncthreads();
     if (p.with_medoids) claim_medoids(s, p);

@@ -24,6 +24,10 @@ int launch_gram(DType dtype, const GramArgs& args, const Launch& launch) {
 
 int launch_iterate(const IterateArgs& args, const Launch& launch) { return launch_kernel(iterate_kernel, args, launch); }
 
+int launch_farthest(DType dtype, const FarthestArgs& args, const Launch& launch) {
+  TOKENPOOL_LAUNCH_TYPED(farthest_kernel, dtype, args, launch);
+}
+
 int launch_gather(DType dtype, const GatherArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(gather_kernel, dtype, args, launch);
 }
@@ -43,8 +47,6 @@ int launch_finish(const FinishArgs& args, const Launch& launch) { return launch_
 int launch_means(DType dtype, const MeansArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(means_kernel, dtype, args, launch);
 }
-
-int launch_inertia(const InertiaArgs& args, const Launch& launch) { return launch_kernel(inertia_kernel, args, launch); }
 
 }  // namespace cuda
 }  // namespace tokenpool

@@ -175,6 +175,8 @@ __device__ inline Candidate shuffle_xor(Candidate c, int offset) {
 // Room for one value per warp of a block (at most 32 warps).
 struct BlockScratch {
   Candidate candidate[kWarp];
+  int key[2][kWarp];
+  int index[2][kWarp];
 };
 
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -222,6 +224,35 @@ __device__ inline float block_sum(float v, BlockScratch& scratch) {
   v = 0.0f;
   for (int w = 0; w < warps_in_block(); ++w) v += scratch.candidate[w].value;
   return v;
+}
+
+constexpr int kMeanWarps = 8;
+
+// Mean of value(i) over the tokens with valid(i), for each lane's feature: warp w of the first eight adds tokens w,
+// w + 8, .., then the warps are added in order. sums: kMeanWarps x 32 words. The block calls it; one barrier inside.
+template <typename Valid, typename Value>
+__device__ inline float mean_of_tokens(int tokens, int valid_tokens, float* sums, Valid valid, Value value) {
+  if (warp_index() < kMeanWarps) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = warp_index(); i < tokens; i += kMeanWarps)
+      if (valid(i)) sum += value(i);
+    sums[warp_index() * kWarp + lane_index()] = sum;
+  }
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int w = 0; w < kMeanWarps; ++w) sum += sums[w * kWarp + lane_index()];
+  return sum / static_cast<float>(max(1, valid_tokens));
+}
+
+// Counts one more arrival at *arrived; true for the last of `expected`, which then sees what the others wrote before
+// (through __ldcg). For one lane of a warp.
+__device__ inline bool is_last_to_arrive(int* arrived, int expected) {
+  __threadfence();
+  const bool last = atomicAdd(arrived, 1) == expected - 1;
+  __threadfence();
+  return last;
 }
 
 // A sum of squares in scaled units back in the units of the input, never infinite for a finite sum.

@@ -28,23 +28,18 @@ __global__ void __launch_bounds__(128, 4) means_kernel(MeansArgs a) {
       const ImageStats* stats = a.stats == nullptr ? nullptr : a.stats + b;
       error = emit_center(image, members, shares, a.mode, medoid, stats, weights, features, out);
     }
+    bool last = false;
     if (lane_index() == 0) {
       if (a.mass != nullptr) a.mass[work] = shares.length == 0 ? 0.0f : shares.mass;
-      if (a.inertia_parts != nullptr) a.inertia_parts[work] = error;
+      if (a.inertia_parts != nullptr) {
+        a.inertia_parts[work] = error;
+        last = is_last_to_arrive(a.arrived + b, k);
+      }
     }
-  }
-}
-
-// One warp per image adds the clusters' parts in a fixed order.
-__global__ void __launch_bounds__(128) inertia_kernel(InertiaArgs a) {
-  const int k = a.shape.clusters;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
-  for (int64_t b = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); b < a.shape.batch; b += step) {
-    float sum = 0.0f;
-    for (int j = lane_index(); j < k; j += kWarp) sum += a.parts[b * k + j];
-    sum = warp_sum(sum);
-    if (lane_index() == 0)
-      a.inertia[b] = unscale_inertia(sum, a.stats[b].inv_scale, a.stats[b].inv_weight_scale);
+    if (__shfl_sync(kAllLanes, static_cast<int>(last), 0)) {  // this warp finished the image
+      const float sum = sum_of_parts(k, [&](int j) { return __ldcg(a.inertia_parts + b * k + j); });
+      if (lane_index() == 0) a.inertia[b] = unscale_inertia(sum, a.stats[b].inv_scale, a.stats[b].inv_weight_scale);
+    }
   }
 }
 

@@ -148,9 +148,9 @@ Tensor workspace(const Tensor& like, size_t bytes) {
 int forced_path() {
   const char* value = std::getenv("TOKENPOOL_EXT_CUDA_PATH");
   if (value == nullptr || *value == '\0') return -1;
-  for (const CudaPath path : {CudaPath::kResident, CudaPath::kGram, CudaPath::kStreaming})
+  for (const CudaPath path : {CudaPath::kResident, CudaPath::kGram, CudaPath::kStreaming, CudaPath::kSpread})
     if (std::string(value) == path_name(path)) return static_cast<int>(path);
-  STD_TORCH_CHECK(false, "TOKENPOOL_EXT_CUDA_PATH must be resident, gram or streaming, got ", value);
+  STD_TORCH_CHECK(false, "TOKENPOOL_EXT_CUDA_PATH must be resident, spread, gram or streaming, got ", value);
   return -1;
 }
 
@@ -174,12 +174,14 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   if (mask) check(*mask, x, {b, n}, ScalarType::Bool, op, "mask");
   if (counts) check(*counts, x, {b}, ScalarType::Long, op, "counts");
   const bool by_index = start.scalar_type() == ScalarType::Long;
+  const bool farthest = by_index && start.dim() == 2 && start.size(1) == 0;  // no indices given: chosen by the kernels
   STD_TORCH_CHECK(by_index || !with_medoids, op, ": init must be token indices");
   if (by_index)
-    check(start, x, {b, k}, ScalarType::Long, op, "init");
+    check(start, x, {b, farthest ? 0 : k}, ScalarType::Long, op, "init");
   else
     check(start, x, {b, k, d}, ScalarType::Float, op, "init");
   problem.init_is_centers = !by_index;
+  problem.farthest = farthest;
 
   const OnDevice device(x);
   const Tensor init = torch::stable::contiguous(start);
@@ -214,7 +216,7 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   call.weights = pointer<float>(weights_dense);
   call.mask = pointer<uint8_t>(mask_dense);
   call.counts = pointer<int64_t>(counts_dense);
-  call.init = by_index ? data<int64_t>(init) : nullptr;
+  call.init = by_index && !farthest ? data<int64_t>(init) : nullptr;
   call.init_centers = by_index ? nullptr : data<float>(init);
   call.iterations = problem.iterations;
   call.sort = sort ? 1 : 0;

@@ -21,21 +21,27 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int kMeansWarps = 4;
 
+// A product of float16 numbers cannot leave the range of float32.
+int use_scale(DType dtype) { return dtype == DType::kFloat16 ? 0 : 1; }
+
+ListArgs lists_of(const Workspace& w) { return ListArgs{w.order, w.segment_start, w.segment_length, w.arrived}; }
+
 Launch per_cluster(const Shape& shape, void* stream) {
   return Launch{divide_up(shape.batch * shape.clusters, kMeansWarps), 32 * kMeansWarps, 0, stream};
 }
 
 int launch_stats(const ClusterCall& call, const Workspace& w, void* stream) {
   StatsArgs args{call.shape, call.x, call.weights, call.mask, call.counts, w.partials, w.stats, w.mean,
-                 call.dtype == DType::kFloat16 ? 0 : 1};
+                 use_scale(call.dtype)};
   const int64_t groups = w.mean == nullptr ? 1 : std::max(1, (call.shape.features + 31) / 32);
   TOKENPOOL_TRY(launch_absmax(call.dtype, args, Launch{call.shape.batch * stats_chunks(call.shape.tokens), 256, 0, stream}));
   return launch_center(call.dtype, args, Launch{call.shape.batch * groups, 256, 0, stream});
 }
 
 int launch_first_centers(const ClusterCall& call, const Workspace& w, void* stream) {
-  const GatherArgs args{call.shape, call.x,    w.stats, w.mean,    call.init, call.init_centers,
-                        w.centers,  w.norms,   w.medoids, w.done};
+  const int64_t* chosen = call.init != nullptr ? call.init : w.chosen;
+  const GatherArgs args{call.shape, call.x,    w.stats, w.mean,    call.init_centers != nullptr ? nullptr : chosen,
+                        call.init_centers, w.centers, w.norms, w.medoids, w.done};
   return launch_gather(call.dtype, args, per_cluster(call.shape, stream));
 }
 
@@ -49,47 +55,83 @@ int launch_nearest(const ClusterCall& call, const Workspace& w, void* stream) {
 }
 
 int launch_results(const ClusterCall& call, const Workspace& w, void* stream) {
-  MeansArgs means{call.shape,      call.x,           call.weights, w.order,   w.segment_start, w.segment_length, w.stats,
-                  call.medoids,    call.centers,     call.mass,    w.inertia_parts,
-                  call.medoids != nullptr ? MeansMode::kMedoid : MeansMode::kMean};
-  TOKENPOOL_TRY(launch_means(call.dtype, means, per_cluster(call.shape, stream)));
-  const InertiaArgs inertia{call.shape, w.inertia_parts, w.stats, call.inertia};
-  return launch_inertia(inertia, Launch{divide_up(call.shape.batch, 4), 128, 0, stream});
+  const MeansArgs means{call.shape,      call.x,       call.weights,    w.order,   w.segment_start, w.segment_length, w.stats,
+                        call.medoids,    call.centers, call.mass,       w.inertia_parts, w.arrived, call.inertia,
+                        call.medoids != nullptr ? MeansMode::kMedoid : MeansMode::kMean};
+  return launch_means(call.dtype, means, per_cluster(call.shape, stream));
+}
+
+// First assignment to given centers, for the paths that otherwise start from tokens.
+int launch_first_assignment(const ClusterCall& call, const Workspace& w, void* stream) {
+  TOKENPOOL_TRY(launch_first_centers(call, w, stream));
+  return launch_nearest(call, w, stream);
+}
+
+IterationArgs iterations_of(const CudaPlan& plan, const ClusterCall& call, const Workspace& w) {
+  const bool given = call.init_centers != nullptr;
+  return IterationArgs{call.shape,       call.weights, call.mask,    call.init,       given ? w.label : nullptr,
+                       given ? w.cost : nullptr,       call.assignment, call.medoids, call.iterations, call.sort,
+                       plan.bucket_warps, plan.parts};
 }
 
 int run_resident(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
-  if (call.init == nullptr) {
+  if (call.init_centers != nullptr) {
     TOKENPOOL_TRY(launch_stats(call, w, stream));
-    TOKENPOOL_TRY(launch_first_centers(call, w, stream));
-    TOKENPOOL_TRY(launch_nearest(call, w, stream));
+    TOKENPOOL_TRY(launch_first_assignment(call, w, stream));
   }
-  const ResidentArgs args{call.shape,   call.x,       call.weights,    call.mask, call.counts,
-                          call.init,    w.label,      w.cost,          call.centers, call.assignment,
-                          call.mass,    call.medoids, call.inertia,    call.iterations, call.sort,
-                          plan.bucket_warps, plan.chunk, call.dtype == DType::kFloat16 ? 0 : 1};
+  const ResidentArgs args{iterations_of(plan, call, w), call.x, call.counts, call.centers, call.mass, call.inertia, plan.chunk,
+                          use_scale(call.dtype)};
   return launch_resident(call.dtype, args, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream});
+}
+
+// The three or four launches that give the bits of run_resident. The first assignment has done with w.mean and w.stats
+// when they are written again.
+int run_spread(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
+  if (call.init_centers != nullptr) {
+    TOKENPOOL_TRY(launch_stats(call, w, stream));
+    TOKENPOOL_TRY(launch_first_assignment(call, w, stream));
+  }
+  if (w.mean != nullptr) {
+    const TokenMeanArgs mean{call.shape, call.x, call.mask, w.mean};
+    TOKENPOOL_TRY(launch_token_mean(mean, Launch{call.shape.batch * divide_up(call.shape.features, 32), 256, 0, stream}));
+  }
+  const SpreadGramArgs gram{call.shape, call.x, w.mean, w.gram, plan.chunk};
+  const int64_t panels = divide_up(call.shape.tokens, kTile);
+  TOKENPOOL_TRY(launch_spread_gram(call.dtype, gram,
+                                   Launch{call.shape.batch * panels * (panels + 1) / 2, 128,
+                                          stage_bytes(call.dtype, 2 * kTile, plan.chunk), stream}));
+  const SpreadArgs args{iterations_of(plan, call, w), lists_of(w), call.x, call.counts, w.gram, w.mean, w.stats,
+                        use_scale(call.dtype)};
+  TOKENPOOL_TRY(launch_spread(call.dtype, args, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
+  return launch_results(call, w, stream);
 }
 
 int run_gram(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
   TOKENPOOL_TRY(launch_stats(call, w, stream));
-  if (call.init == nullptr) {
-    TOKENPOOL_TRY(launch_first_centers(call, w, stream));
-    TOKENPOOL_TRY(launch_nearest(call, w, stream));
-  }
+  if (call.init_centers != nullptr) TOKENPOOL_TRY(launch_first_assignment(call, w, stream));
   const GramArgs gram{call.shape, call.x, w.stats, w.mean, w.gram, w.ld};
   const int64_t panels = divide_up(call.shape.tokens, kBlockTile);
   TOKENPOOL_TRY(launch_gram(call.dtype, gram,
                             Launch{call.shape.batch * panels * (panels + 1) / 2, 256,
                                    stage_bytes(call.dtype, 2 * kBlockTile, stage_chunk(call.dtype)), stream}));
-  const IterateArgs iterate{call.shape, w.gram, w.ld,    call.weights,    call.mask,        w.stats,         call.init,
-                            w.label,    w.cost, call.assignment, call.medoids, w.order, w.segment_start, w.segment_length,
-                            call.iterations, call.sort, plan.bucket_warps};
+  const IterateArgs iterate{iterations_of(plan, call, w), lists_of(w), w.gram, w.ld, w.stats};
   TOKENPOOL_TRY(launch_iterate(iterate, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
   return launch_results(call, w, stream);
 }
 
+// One launch a step, over all blocks of the device.
+int launch_farthest_first(const ClusterCall& call, const Workspace& w, void* stream) {
+  const int64_t blocks = call.shape.batch * farthest_chunks(call.shape.tokens);
+  for (int step = 0; step <= call.shape.clusters; ++step) {
+    const FarthestArgs args{call.shape, call.x, w.stats, call.weights, call.mask, w.key, w.pick_key, w.pick_index, w.chosen, step};
+    TOKENPOOL_TRY(launch_farthest(call.dtype, args, Launch{blocks, 256, 0, stream}));
+  }
+  return 0;
+}
+
 int run_streaming(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
   TOKENPOOL_TRY(launch_stats(call, w, stream));
+  if (w.chosen != nullptr) TOKENPOOL_TRY(launch_farthest_first(call, w, stream));
   TOKENPOOL_TRY(launch_first_centers(call, w, stream));
   for (int t = 0; t < call.iterations; ++t) {
     TOKENPOOL_TRY(launch_nearest(call, w, stream));
@@ -102,7 +144,7 @@ int run_streaming(const CudaPlan& plan, const ClusterCall& call, const Workspace
     TOKENPOOL_TRY(launch_update(call.dtype, update, per_cluster(call.shape, stream)));
   }
   const FinishArgs finish{call.shape, w.stats, w.label,         w.order,      w.segment_start, w.segment_length,
-                          w.medoids,  w.rank,  call.assignment, call.medoids, call.sort};
+                          w.medoids,  w.rank, w.arrived, call.assignment, call.medoids, call.sort};
   TOKENPOOL_TRY(launch_finish(finish, Launch{call.shape.batch, 1024, 0, stream}));
   return launch_results(call, w, stream);
 }
@@ -139,6 +181,9 @@ int run_clustering(const CudaPlan& plan, const CudaProblem& problem, const Clust
     switch (plan.path) {
       case CudaPath::kResident:
         status = run_resident(plan, part, w, stream);
+        break;
+      case CudaPath::kSpread:
+        status = run_spread(plan, part, w, stream);
         break;
       case CudaPath::kGram:
         status = run_gram(plan, part, w, stream);

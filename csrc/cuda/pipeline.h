@@ -16,7 +16,7 @@ struct ClusterCall {
   const uint8_t* mask;        // (B, N) or null
   const int64_t* counts;      // (B,) or null
   const int64_t* init;        // (B, K) or null
-  const float* init_centers;  // (B, K, D) when init is null
+  const float* init_centers;  // (B, K, D) or null; both null: farthest-first
   int iterations;
   int sort;
   void* centers;              // (B, K, D)

@@ -5,12 +5,10 @@
 // state. The triangle is half of G, so two images fit an SM of an H100 up to N = 196 or so, and one up to N = 300:
 // while one block multiplies, the other iterates. Global bytes: tokens read once for each pass of 16 warp tiles
 // (from L2 after the first), once for the means, and the outputs.
-//
-// The product is formed without scaling first. Only if its diagonal leaves the safe range [2^-40, 2^80] is it redone
-// with the image scaled by a power of two; scaling by powers of two changes no rounding, so the rule is invisible.
 #pragma once
 
 #include "cluster.cuh"
+#include "measure.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
 
@@ -23,19 +21,11 @@ constexpr int kTilesPerWarp = 2;
 // Staged float32 tokens are centred in place: mean over the valid tokens of each feature, subtracted everywhere.
 // sums: 8 x 32 words. chunk is 32.
 __device__ inline void center_chunk(float* staged, int stride, const float* weight, int tokens, int valid, float* sums) {
-  const int lane = lane_index(), warp = warp_index();
-  float sum = 0.0f;
+  const int lane = lane_index();
+  const float mean = mean_of_tokens(
+      tokens, valid, sums, [&](int i) { return weight[i] >= 0.0f; }, [&](int i) { return staged[i * stride + lane]; });
 #pragma unroll 1
-  for (int i = warp; i < tokens; i += kResidentThreads / kWarp)
-    if (weight[i] >= 0.0f) sum += staged[i * stride + lane];
-  sums[warp * kWarp + lane] = sum;
-  __syncthreads();
-  sum = 0.0f;
-#pragma unroll 1
-  for (int w = 0; w < kResidentThreads / kWarp; ++w) sum += sums[w * kWarp + lane];
-  const float mean = sum / static_cast<float>(max(1, valid));
-#pragma unroll 1
-  for (int i = warp; i < tokens; i += kResidentThreads / kWarp) staged[i * stride + lane] -= mean;
+  for (int i = warp_index(); i < tokens; i += kResidentThreads / kWarp) staged[i * stride + lane] -= mean;
   __syncthreads();
 }
 
@@ -89,81 +79,28 @@ template <typename T>
 __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ BlockScratch scratch;
-  const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
-  float* gram = reinterpret_cast<float*>(memory);
-  float* weight = gram + packed_words(n);
+  const int n = a.run.shape.tokens, k = a.run.shape.clusters, features = a.run.shape.features;
+  const PackedGram gram = {reinterpret_cast<float*>(memory)};
+  float* weight = gram.g + packed_words(n);
   void* rest = weight + round_up(n, 4);
   ClusterState s(weight, rest, n, k);
-  for (int64_t b = blockIdx.x; b < a.shape.batch; b += gridDim.x) {
+  for (int64_t b = blockIdx.x; b < a.run.shape.batch; b += gridDim.x) {
     const Image<T> image(a.x, b);
-    float heaviest = 0.0f;
-    int valid = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += blockDim.x)
-      if (is_valid(a.mask, b * n + i)) {
-        heaviest = fmaxf(heaviest, a.weights == nullptr ? 1.0f : a.weights[b * n + i]);
-        ++valid;
-      }
-    ImageStats stats;
-    heaviest = block_max(heaviest, scratch);
-    stats.valid = block_sum(valid, scratch);
-    power_of_two_scale(heaviest, &stats.weight_scale, &stats.inv_weight_scale);
-    stats.scale = stats.inv_scale = 1.0f;
-    stats.clusters = min(k, stats.valid);
-    if (a.counts != nullptr) stats.clusters = static_cast<int>(max(int64_t{0}, min(a.counts[b], int64_t{stats.clusters})));
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += blockDim.x)
-      weight[i] = is_valid(a.mask, b * n + i) ? normal_weight(a.weights, b * n + i, stats.weight_scale) : -1.0f;
-    __syncthreads();
-
-    T* staged = static_cast<T*>(rest);
+    ImageStats stats = measure_image(a.run, a.counts, b, weight, scratch);
     for (bool again = true; again;) {
-      build_gram(gram, image, staged, weight, n, features, a.chunk, stats.valid, stats.scale);
-      again = false;
-      if (!a.use_scale || stats.scale != 1.0f) break;
-      float largest = 0.0f;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        const float square = gram[PackedGram::offset(i) + i];
-        if (weight[i] >= 0.0f) largest = fmaxf(largest, square == square ? square : infinity());
-      }
-      largest = block_max(largest, scratch);
-      if (largest >= 0x1p-40f && largest <= 0x1p80f) break;
-      float absolute = 0.0f;
-#pragma unroll 1
-      for (int i = warp_index(); i < n; i += warps_in_block())
-#pragma unroll 1
-        for (int f = lane_index(); f < features && weight[i] >= 0.0f; f += kWarp)
-          absolute = fmaxf(absolute, fabsf(image.at(i, f)));
-      power_of_two_scale(block_max(absolute, scratch), &stats.scale, &stats.inv_scale);
-      again = stats.scale != 1.0f;  // the same for the whole block
-      __syncthreads();
+      build_gram(gram.g, image, static_cast<T*>(rest), weight, n, features, a.chunk, stats.valid, stats.scale);
+      again = a.use_scale && stats.scale == 1.0f && must_scale(gram, image, weight, n, features, stats, scratch);
     }
+    const ClusterProblem p = problem_of(a.run, b, stats.clusters);
+    cluster_from_gram<1, false>(gram, s, p, scratch);
+    write_assignment(a.run, b, s);
 
-    ClusterProblem p;
-    p.tokens = n;
-    p.clusters = stats.clusters;
-    p.iterations = a.iterations;
-    p.bucket_warps = a.bucket_warps;
-    p.with_medoids = a.medoids != nullptr;
-    p.sort = a.sort != 0;
-    p.init = a.init == nullptr ? nullptr : a.init + b * k;
-    p.first_label = a.init == nullptr ? a.first_label + b * n : nullptr;
-    p.first_cost = a.init == nullptr ? a.first_cost + b * n : nullptr;
-    const PackedGram packed = {gram};
-    cluster_from_gram<1>(packed, s, p, scratch);
-
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      const int j = s.label[i];
-      a.assignment[b * n + i] = j < 0 ? -1 : s.rank[j];
-    }
-    const float* weights = a.weights == nullptr ? nullptr : a.weights + b * n;
+    const float* weights = a.run.weights == nullptr ? nullptr : a.run.weights + b * n;
     const MeansMode mode = p.with_medoids ? MeansMode::kMedoid : MeansMode::kMean;
     for (int j = warp_index(); j < k; j += warps_in_block()) {
       const bool used = j < p.clusters;
-      const int64_t row = b * k + (used ? s.rank[j] : j);
-      T* out = static_cast<T*>(a.centers) + row * features;
+      const int row = used ? s.rank[j] : j;
+      T* out = static_cast<T*>(a.centers) + (b * k + row) * features;
       float error = 0.0f, mass = 0.0f;
       if (used) {
         const int* members = s.order + s.start[j];
@@ -175,16 +112,14 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
         for (int f = lane_index(); f < features; f += kWarp) out[f] = from_float<T>(0.0f);
       }
       if (lane_index() == 0) {
-        a.mass[row] = mass;
-        if (a.medoids != nullptr) a.medoids[row] = used ? s.medoid[j] : -1;
-        s.norm[j] = error;
+        a.mass[b * k + row] = mass;
+        if (a.run.medoids != nullptr) a.run.medoids[b * k + row] = used ? s.medoid[j] : -1;
+        s.norm[row] = error;
       }
     }
     __syncthreads();
     if (warp_index() == 0) {
-      float sum = 0.0f;
-      for (int j = lane_index(); j < k; j += kWarp) sum += s.norm[j];
-      sum = warp_sum(sum);
+      const float sum = sum_of_parts(k, [&](int j) { return s.norm[j]; });
       if (lane_index() == 0) a.inertia[b] = unscale_inertia(sum, stats.inv_scale, stats.inv_weight_scale);
     }
     __syncthreads();

@@ -44,11 +44,10 @@ __global__ void __launch_bounds__(256, 2) absmax_kernel(StatsArgs a) {
   }
 }
 
-// One block (256 threads) per (image, 32 features): combines the partial maxima, then sums its features over the
-// valid tokens: eight warps take every eighth token each, then the warps are added in order.
+// One block (256 threads) per (image, 32 features): combines the partial maxima, then takes the means of its features.
 template <typename T>
 __global__ void __launch_bounds__(256, 2) center_kernel(StatsArgs a) {
-  __shared__ float column[8][kWarp];
+  __shared__ float sums[kMeanWarps * kWarp];
   __shared__ ImageStats shared_stats;
   const int groups = a.mean == nullptr ? 1 : max(1, (a.shape.features + kWarp - 1) / kWarp);
   const int chunks = stats_chunks(a.shape.tokens);
@@ -84,17 +83,10 @@ __global__ void __launch_bounds__(256, 2) center_kernel(StatsArgs a) {
       const float scale = shared_stats.scale;
       const Image<T> image(a.x, b);
       const int f = group * kWarp + lane_index();
-      float sum = 0.0f;
-      if (f < a.shape.features)
-        for (int i = warp_index(); i < a.shape.tokens; i += 8)
-          if (is_valid(a.mask, b * a.shape.tokens + i)) sum += image.at(i, f) * scale;
-      column[warp_index()][lane_index()] = sum;
-      __syncthreads();
-      if (warp_index() == 0 && f < a.shape.features) {
-        sum = 0.0f;
-        for (int w = 0; w < 8; ++w) sum += column[w][lane_index()];
-        a.mean[b * a.shape.features + f] = sum / static_cast<float>(max(1, shared_stats.valid));
-      }
+      const float mean = mean_of_tokens(
+          a.shape.tokens, shared_stats.valid, sums, [&](int i) { return is_valid(a.mask, b * a.shape.tokens + i); },
+          [&](int i) { return f < a.shape.features ? image.at(i, f) * scale : 0.0f; });
+      if (warp_index() == 0 && f < a.shape.features) a.mean[b * a.shape.features + f] = mean;
     }
     __syncthreads();
   }

@@ -95,5 +95,14 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
   return stats == nullptr ? 0.0f : warp_sum(error);
 }
 
+// Sum of part(j) over all clusters by one warp, in a fixed order; every lane gets it.
+template <typename Part>
+__device__ inline float sum_of_parts(int clusters, Part part) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int j = lane_index(); j < clusters; j += kWarp) sum += part(j);
+  return warp_sum(sum);
+}
+
 }  // namespace cuda
 }  // namespace tokenpool

@@ -42,92 +42,115 @@ __device__ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const 
 }
 #endif
 
-__device__ inline void clear(TileAccumulator& acc) {
+template <int kRows, int kColumns>
+__device__ inline void clear(float (&acc)[kRows][kColumns][4]) {
 #pragma unroll
-  for (int mi = 0; mi < 2; ++mi)
+  for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
-    for (int ni = 0; ni < 4; ++ni)
+    for (int ni = 0; ni < kColumns; ++ni)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[mi][ni][e] = 0.0f;
 }
 
-// acc += a b^T over `chunk` features. a and b are 32 staged rows each, `stride` elements apart in shared memory.
-template <typename T>
-__device__ inline void tile_product(TileAccumulator& acc, const T* a, const T* b, int stride, int chunk) {
+// acc += a b^T over `chunk` features. a and b are 16 kRows and 8 kColumns staged rows, `stride` elements apart in
+// shared memory (a TileAccumulator is 2 x 4). An element's sum is the same whatever the tile's size.
+template <typename T, int kRows, int kColumns>
+__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const T* a, const T* b, int stride, int chunk) {
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
   for (int k = 0; k < chunk; k += 16) {
-    uint32_t fa[2][4], fb[4][2];
+    uint32_t fa[kRows][4], fb[kColumns][2];
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
+    for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
       for (int e = 0; e < 4; ++e)  // registers: rows g, g+8, g, g+8; features 2t, 2t, 2t+8, 2t+8
         fa[mi][e] = *reinterpret_cast<const uint32_t*>(a + (16 * mi + g + 8 * (e % 2)) * stride + k + 2 * t + 8 * (e / 2));
 #pragma unroll
-    for (int ni = 0; ni < 4; ++ni)
+    for (int ni = 0; ni < kColumns; ++ni)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         fb[ni][e] = *reinterpret_cast<const uint32_t*>(b + (8 * ni + g) * stride + k + 2 * t + 8 * e);
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
+    for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
-      for (int ni = 0; ni < 4; ++ni) mma_16x8x16(acc[mi][ni], fa[mi], fb[ni], T{});
+      for (int ni = 0; ni < kColumns; ++ni) mma_16x8x16(acc[mi][ni], fa[mi], fb[ni], T{});
   }
 }
 
-template <>
-__device__ inline void tile_product<float>(TileAccumulator& acc, const float* a, const float* b, int stride, int chunk) {
+template <int kRows, int kColumns>
+__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, const float* b, int stride,
+                                    int chunk) {
 #pragma unroll 2
   for (int k = 0; k < chunk; ++k) {
-    float fa[2][2], fb[4][2];
+    float fa[kRows][2], fb[kColumns][2];
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
+    for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
       for (int h = 0; h < 2; ++h) fa[mi][h] = a[tile_row(mi, 2 * h) * stride + k];
 #pragma unroll
-    for (int ni = 0; ni < 4; ++ni)
+    for (int ni = 0; ni < kColumns; ++ni)
 #pragma unroll
       for (int e = 0; e < 2; ++e) fb[ni][e] = b[tile_column(ni, e) * stride + k];
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
+    for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
-      for (int ni = 0; ni < 4; ++ni)
+      for (int ni = 0; ni < kColumns; ++ni)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[mi][ni][e] = fmaf(fa[mi][e / 2], fb[ni][e % 2], acc[mi][ni][e]);
   }
 }
 
+// 16 bytes of one row.
+template <typename T>
+struct alignas(16) RowVector {
+  static constexpr int kCount = 16 / sizeof(T);
+  T value[kCount];
+};
+
+// Features feature .. feature + kCount - 1 of a token; 0 beyond the image.
+template <typename T>
+__device__ inline RowVector<T> load_vector(const Image<T>& image, int token, int tokens, int feature, int features) {
+  constexpr int kCount = RowVector<T>::kCount;
+  if (token < tokens && image.vectorised && feature + kCount <= features)
+    return *reinterpret_cast<const RowVector<T>*>(image.data + token * image.stride_token + feature);
+  RowVector<T> v;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e)
+    v.value[e] = token < tokens && feature + e < features ? image.raw(token, feature + e) : from_float<T>(0.0f);
+  return v;
+}
+
 // Copies features [k0, k0 + chunk) of tokens [first, first + rows) to shared memory, as x * scale - mean (mean may be
 // null). Rows and features beyond the image become 0. The block's threads share the work; the caller synchronises.
-template <typename T>
+// kInFlight: loads of a thread that wait for memory together.
+template <int kInFlight = 2, typename T>
 __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk,
                                   int features, float scale, const float* mean) {
-  constexpr int kVector = 16 / sizeof(T);
+  constexpr int kVector = RowVector<T>::kCount;
   const int stride = stage_stride(TypeTraits<T>::kType, chunk);
-  struct alignas(16) Vector {
-    T value[kVector];
-  };
-  const int vectors = chunk / kVector;
+  const int vectors = chunk / kVector, total = rows * vectors;
 #pragma unroll 1
-  for (int p = threadIdx.x; p < rows * vectors; p += blockDim.x) {
-    const int row = p / vectors, column = p % vectors * kVector;
-    const int token = first + row, feature = k0 + column;
-    Vector v;
-    if (token < tokens && image.vectorised && feature + kVector <= features) {
-      v = *reinterpret_cast<const Vector*>(image.data + token * image.stride_token + feature);
-    } else {
+  for (int p0 = threadIdx.x; p0 < total; p0 += kInFlight * blockDim.x) {
+    RowVector<T> v[kInFlight];
 #pragma unroll
-      for (int e = 0; e < kVector; ++e)
-        v.value[e] = token < tokens && feature + e < features ? image.raw(token, feature + e) : from_float<T>(0.0f);
+    for (int u = 0; u < kInFlight; ++u) {
+      const int p = p0 + u * blockDim.x;
+      if (p < total) v[u] = load_vector(image, first + p / vectors, tokens, k0 + p % vectors * kVector, features);
     }
-    if (token < tokens && (scale != 1.0f || mean != nullptr)) {
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) {
-        const float m = mean != nullptr && feature + e < features ? mean[feature + e] : 0.0f;
-        v.value[e] = from_float<T>(to_float(v.value[e]) * scale - m);
+    for (int u = 0; u < kInFlight; ++u) {
+      const int p = p0 + u * blockDim.x;
+      if (p >= total) break;
+      const int row = p / vectors, column = p % vectors * kVector;
+      if (first + row < tokens && (scale != 1.0f || mean != nullptr)) {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+          const float m = mean != nullptr && k0 + column + e < features ? mean[k0 + column + e] : 0.0f;
+          v[u].value[e] = from_float<T>(to_float(v[u].value[e]) * scale - m);
+        }
       }
+      *reinterpret_cast<RowVector<T>*>(dst + row * stride + column) = v[u];
     }
-    *reinterpret_cast<Vector*>(dst + row * stride + column) = v;
   }
 }
 

@@ -47,6 +47,11 @@ struct Workspace {
   int* bucket = nullptr;
   int* rank = nullptr;
   float* inertia_parts = nullptr;
+  int* arrived = nullptr;
+  int* key = nullptr;
+  int* pick_key = nullptr;
+  int* pick_index = nullptr;
+  int64_t* chosen = nullptr;
   size_t bytes = 0;
 };
 
@@ -57,8 +62,10 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
   Workspace w;
   const int64_t n = p.tokens, k = p.clusters, d = p.features;
   const bool resident = plan.path == CudaPath::kResident, streaming = plan.path == CudaPath::kStreaming;
-  if (!resident || p.init_is_centers) {
-    w.partials = carver.take<StatsPartial>(images * std::max(1, stats_chunks(p.tokens)));
+  const bool spread = plan.path == CudaPath::kSpread;
+  const bool measured = !(resident || spread) || p.init_is_centers;  // by the kernels of stats.cuh
+  if (measured) w.partials = carver.take<StatsPartial>(images * std::max(1, stats_chunks(p.tokens)));
+  if (measured || spread) {
     w.stats = carver.take<ImageStats>(images);
     if (p.dtype == DType::kFloat32) w.mean = carver.take<float>(images * d);
   }
@@ -74,10 +81,19 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
     w.segment_start = carver.take<int>(images * k);
     w.segment_length = carver.take<int>(images * k);
     w.inertia_parts = carver.take<float>(images * k);
+    w.arrived = carver.take<int>(images);
   }
+  if (spread) w.gram = carver.take<float>(images * static_cast<int64_t>(packed_words(p.tokens)));
   if (plan.path == CudaPath::kGram) {
     w.ld = round_up(p.tokens, 4);
     w.gram = carver.take<float>(images * n * w.ld);
+  }
+  if (streaming && p.farthest) {
+    const int64_t picks = 2 * images * farthest_chunks(p.tokens);
+    w.key = carver.take<int>(images * n);
+    w.pick_key = carver.take<int>(picks);
+    w.pick_index = carver.take<int>(picks);
+    w.chosen = carver.take<int64_t>(images * k);
   }
   if (streaming) {
     w.previous = carver.take<int>(images * n);

@@ -65,7 +65,9 @@ void report(const char* name, int status, std::initializer_list<const Buffer*> o
   if (status < 0) ++failures;
 }
 
-void cluster_case(int path, int dtype, bool medoids, bool masked, bool centers_given, int n, int d, int k, int64_t limit) {
+enum class Start { kIndices, kCenters, kFarthest };
+
+void cluster_case(int path, int dtype, bool medoids, bool masked, Start begin, int n, int d, int k, int64_t limit) {
   const int b = 3;
   state = static_cast<uint64_t>(1 + path + 10 * dtype + 100 * n + 1000 * masked);
   Buffer x = random_tokens(int64_t{b} * n * d, dtype), weights(4 * b * n), mask(b * n), counts(8 * b), init(8 * b * k);
@@ -76,15 +78,15 @@ void cluster_case(int path, int dtype, bool medoids, bool masked, bool centers_g
   for (int i = 0; i < b; ++i) counts.as<int64_t>()[i] = 1 + next() % k;
   for (int i = 0; i < b * k; ++i) init.as<int64_t>()[i] = next() % (i % 3 == 0 ? 2 : n);  // duplicates: repairs
   for (int i = 0; i < b * k * d; ++i) start.as<float>()[i] = uniform();
-  const int64_t numbers[17] = {b, n, d, k, dtype, int64_t{n} * d, d, 1, d % 8 == 0, 3, masked, medoids, 9, 0, limit, path, masked ? 2 : 0};
+  const int64_t numbers[18] = {b, n, d, k, dtype, int64_t{n} * d, d, 1, d % 8 == 0, 3, masked, medoids, 9, 0, limit, path, masked ? 2 : 0, 0};
   const void* pointers[11] = {x.as<void>(), masked ? weights.as<void>() : nullptr, masked ? mask.as<void>() : nullptr,
-                              masked ? counts.as<void>() : nullptr, centers_given ? nullptr : init.as<void>(),
-                              centers_given ? start.as<void>() : nullptr, centers.as<void>(), assignment.as<void>(),
+                              masked ? counts.as<void>() : nullptr, begin == Start::kIndices ? init.as<void>() : nullptr,
+                              begin == Start::kCenters ? start.as<void>() : nullptr, centers.as<void>(), assignment.as<void>(),
                               mass.as<void>(), chosen.as<void>(), inertia.as<void>()};
   const int taken = sim_cluster(numbers, pointers);
   char name[128];
-  std::snprintf(name, sizeof(name), "cluster path=%d dtype=%d medoids=%d masked=%d centers=%d n=%d d=%d k=%d", taken, dtype,
-                medoids, masked, centers_given, n, d, k);
+  std::snprintf(name, sizeof(name), "cluster path=%d dtype=%d medoids=%d masked=%d start=%d n=%d d=%d k=%d", taken, dtype,
+                medoids, masked, static_cast<int>(begin), n, d, k);
   report(name, taken == path ? 0 : -1, {&centers, &assignment, &mass, &chosen, &inertia});
 }
 
@@ -133,14 +135,20 @@ void attention_case(int dtype, int h, int queries, int keys, int d) {
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   sim_set_reverse(argc > 1 && std::string(argv[1]) == "reverse");
-  for (int path = 0; path < 3; ++path)
+  constexpr int kPaths = 4;
+  for (int path = 0; path < kPaths; ++path)
     for (int dtype : {0, 2})
       for (bool medoids : {false, true})
-        for (bool masked : {false, true}) cluster_case(path, dtype, medoids, masked, false, masked ? 21 : 37, dtype ? 24 : 9, 6, 0);
-  for (int path = 0; path < 3; ++path) cluster_case(path, 1, false, true, true, 19, 16, 5, 0);
-  cluster_case(1, 2, false, false, false, 130, 8, 66, 0);  // more than one 128-row tile, more than 64 clusters
-  cluster_case(2, 2, true, true, false, 131, 8, 67, 2048);  // counters of the sort in global memory
-  cluster_case(0, 0, false, true, false, 70, 40, 33, 0);   // two feature chunks, three rows of 32 x 32 tiles
+        for (bool masked : {false, true})
+          cluster_case(path, dtype, medoids, masked, Start::kIndices, masked ? 21 : 37, dtype ? 24 : 9, 6, 0);
+  for (int path = 0; path < kPaths; ++path) {
+    cluster_case(path, 1, false, true, Start::kCenters, 19, 16, 5, 0);
+    cluster_case(path, path % 2 ? 0 : 2, path == 1, true, Start::kFarthest, 35, 12, 7, 0);
+  }
+  cluster_case(1, 2, false, false, Start::kIndices, 130, 8, 66, 0);  // more than one 128-row tile, more than 64 clusters
+  cluster_case(2, 2, true, true, Start::kIndices, 131, 8, 67, 2048);  // counters of the sort in global memory
+  cluster_case(2, 0, false, false, Start::kFarthest, 135, 5, 3, 0);   // more than one block a step
+  for (int path : {0, 3}) cluster_case(path, 0, false, true, Start::kIndices, 70, 40, 33, 0);  // chunks; rows of 32 x 32 tiles
   for (int dtype : {0, 1, 2}) pool_case(dtype, 41, dtype == 1 ? 8 : 13, 6, 99 * 1024);
   pool_case(2, 70, 6, 40, 1024);
   attention_case(0, 2, 130, 66, 12);

@@ -87,7 +87,7 @@ struct Machine {
   bool reverse = false;  // order in which threads run between barriers
   Dim block_index{0, 0, 0}, block_dim{1, 1, 1}, grid_dim{1, 1, 1};
   std::unique_ptr<unsigned char[]> shared;
-  char start_slot = 0, end_slot = 0;
+  char start_slot = 0, end_slot = 0, fence_slot = 0;
 };
 
 inline Machine& machine() {
@@ -318,7 +318,31 @@ inline unsigned __match_any_sync(unsigned mask, T v) {
     return peers;
   });
 }
+inline int __reduce_max_sync(unsigned mask, int v) {
+  return cuda_sim::exchange(mask, cuda_sim::to_bits(v), [](const uint64_t* all) {
+    int best = cuda_sim::from_bits<int>(all[0]);
+    for (int l = 1; l < 32; ++l) best = std::max(best, cuda_sim::from_bits<int>(all[l]));
+    return best;
+  });
+}
+inline int __reduce_min_sync(unsigned mask, int v) {
+  return cuda_sim::exchange(mask, cuda_sim::to_bits(v), [](const uint64_t* all) {
+    int best = cuda_sim::from_bits<int>(all[0]);
+    for (int l = 1; l < 32; ++l) best = std::min(best, cuda_sim::from_bits<int>(all[l]));
+    return best;
+  });
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+
+// What a thread wrote before its fence is seen by a thread whose fence comes later.
+inline void __threadfence() {
+  SIM_RELEASE(&cuda_sim::machine().fence_slot);
+  SIM_ACQUIRE(&cuda_sim::machine().fence_slot);
+}
+template <typename T>
+inline T __ldcg(const T* p) {
+  return *p;
+}
 
 inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 inline int atomicMin(int* p, int v) {

@@ -13,6 +13,7 @@
 #include "../../csrc/cuda/pipeline.h"
 #include "../../csrc/cuda/pool_ops.cuh"
 #include "../../csrc/cuda/resident.cuh"
+#include "../../csrc/cuda/spread.cuh"
 #include "../../csrc/cuda/stats.cuh"
 #include "../../csrc/cuda/workspace.h"
 
@@ -48,13 +49,16 @@ SIM_TYPED(center, StatsArgs)
 SIM_TYPED(gram, GramArgs)
 SIM_PLAIN(iterate, IterateArgs)
 SIM_TYPED(resident, ResidentArgs)
+SIM_PLAIN(token_mean, TokenMeanArgs)
+SIM_TYPED(spread_gram, SpreadGramArgs)
+SIM_TYPED(spread, SpreadArgs)
+SIM_TYPED(farthest, FarthestArgs)
 SIM_TYPED(gather, GatherArgs)
 SIM_TYPED(assign, AssignArgs)
 SIM_PLAIN(bucket, BucketArgs)
 SIM_TYPED(update, UpdateArgs)
 SIM_PLAIN(finish, FinishArgs)
 SIM_TYPED(means, MeansArgs)
-SIM_PLAIN(inertia, InertiaArgs)
 SIM_PLAIN(count, CountArgs)
 SIM_TYPED(pool_backward, PoolBackwardArgs)
 SIM_TYPED(lse, AttentionArgs)
@@ -100,7 +104,7 @@ extern "C" {
 void sim_set_reverse(int reverse) { cuda_sim::machine().reverse = reverse != 0; }
 
 // numbers: B, N, D, K, dtype, x strides (3), vectorised, iterations, sort, with_medoids, major, minor, shared_limit,
-// force_path, images_per_pass (0: the planner's). Returns the path taken, or -1.
+// force_path, images_per_pass (0: the planner's), sm_count. Returns the path taken, or -1.
 int sim_cluster(const int64_t* n, const void* const* p) {
   CudaProblem problem;
   problem.batch = n[0];
@@ -110,11 +114,13 @@ int sim_cluster(const int64_t* n, const void* const* p) {
   problem.dtype = static_cast<DType>(n[4]);
   problem.iterations = static_cast<int>(n[9]);
   problem.with_medoids = n[11] != 0;
-  problem.init_is_centers = p[4] == nullptr;
+  problem.init_is_centers = p[5] != nullptr;
+  problem.farthest = p[4] == nullptr && p[5] == nullptr;
   problem.major = static_cast<int>(n[12]);
   problem.minor = static_cast<int>(n[13]);
   problem.shared_limit = static_cast<size_t>(n[14]);
   problem.force_path = static_cast<int>(n[15]);
+  problem.sm_count = static_cast<int>(n[17]);
   CudaPlan plan = plan_cuda(problem);
   if (n[16] > 0) plan.images_per_pass = n[16];
   ClusterCall call{};

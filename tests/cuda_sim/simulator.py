@@ -20,7 +20,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-PATHS = ("resident", "gram", "streaming")
+PATHS = ("resident", "gram", "streaming", "spread")  # in the order of CudaPath
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SANITIZERS = {"": [], "thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]}
 
@@ -77,11 +77,11 @@ class Simulator:
     """The operators, for one device: compute capability, shared memory limit (0: the capability's), forced path."""
 
     def __init__(self, library: Path, capability: Tuple[int, int] = (9, 0), path: Optional[str] = None,
-                 shared_limit: int = 0, images_per_pass: int = 0, reverse: bool = False):
+                 shared_limit: int = 0, images_per_pass: int = 0, reverse: bool = False, sm_count: int = 0):
         self.lib = ctypes.CDLL(str(library))
         self.lib.sim_attention_received.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p]
         self.capability, self.path, self.shared_limit = capability, path, shared_limit
-        self.images_per_pass, self.reverse = images_per_pass, reverse
+        self.images_per_pass, self.reverse, self.sm_count = images_per_pass, reverse, sm_count
         self.taken: Optional[str] = None  # path of the last clustering
 
     def _cluster(self, x, weights, mask, counts, init, num_clusters, num_iters, sort, medoids):
@@ -95,12 +95,13 @@ class Simulator:
             return centers.zero_(), assignment, mass.zero_(), chosen.fill_(-1), inertia.zero_()
         # contiguous() copies of null are null; the library does the same
         weights, mask, counts, init = (None if t is None else t.contiguous() for t in (weights, mask, counts, init))
-        by_index = init.dtype == torch.int64
+        by_index = init.dtype == torch.int64 and init.shape[1] > 0
+        farthest = init.dtype == torch.int64 and not by_index
         self.lib.sim_set_reverse(int(self.reverse))
         taken = self.lib.sim_cluster(
             _numbers(b, n, d, k, DTYPES[x.dtype], *_strides(x), num_iters, sort, medoids, *self.capability, self.shared_limit,
-                     -1 if self.path is None else PATHS.index(self.path), self.images_per_pass),
-            _pointers(x, weights, mask, counts, init if by_index else None, None if by_index else init, centers, assignment,
+                     -1 if self.path is None else PATHS.index(self.path), self.images_per_pass, self.sm_count),
+            _pointers(x, weights, mask, counts, init if by_index else None, None if by_index or farthest else init, centers, assignment,
                       mass, chosen, inertia))
         assert taken >= 0
         self.taken = PATHS[taken]

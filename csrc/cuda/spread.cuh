@@ -1,0 +1,156 @@
+// A clustering with few images (path "spread"): what "resident" does in one block, spread over the device in three
+// launches. The Gram matrix of one image is made by many blocks, one for each 32 x 32 tile of its lower triangle; one
+// block of up to 1024 threads iterates; the means are made by one warp per cluster (means.cuh).
+//
+// The same bits as "resident": each element of G is the same sum over the features in the same order, and everything
+// else is the same functions. float32 adds a launch before, for the mean token.
+#pragma once
+
+#include "cluster.cuh"
+#include "measure.cuh"
+#include "tile.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+constexpr int kSpreadThreads = 128;
+
+// One block (256 threads) per (image, 32 features). Tokens are float32.
+__global__ void __launch_bounds__(256, 2) token_mean_kernel(TokenMeanArgs a) {
+  __shared__ BlockScratch scratch;
+  __shared__ float sums[kMeanWarps * kWarp];
+  const int n = a.shape.tokens, features = a.shape.features;
+  const int groups = (features + kWarp - 1) / kWarp;
+  const int64_t work_items = a.shape.batch * groups;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t b = work / groups;
+    const int f = static_cast<int>(work % groups) * kWarp + lane_index();
+    const Image<float> image(a.x, b);
+    int valid = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) valid += is_valid(a.mask, b * n + i);
+    valid = block_sum(valid, scratch);
+    const float mean = mean_of_tokens(
+        n, valid, sums, [&](int i) { return is_valid(a.mask, b * n + i); },
+        [&](int i) { return f < features ? image.at(i, f) : 0.0f; });
+    if (warp_index() == 0 && f < features) a.mean[b * features + f] = mean;
+    __syncthreads();
+  }
+}
+
+// Products of 32 x 32 tokens of the image by the block's first four warps, 16 x 16 each, into the packed triangle.
+// staged: 64 rows. kInFlight: see stage_rows. Ends with a barrier.
+template <int kInFlight, typename T>
+__device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged, int row_tile, int column_tile, int tokens,
+                                   int features, int chunk, float scale, const float* mean) {
+  const int stride = stage_stride(TypeTraits<T>::kType, chunk);
+  const int row0 = row_tile * kTile, column0 = column_tile * kTile;
+  const int row = 16 * (warp_index() / 2), column = 16 * (warp_index() % 2);
+  T* other = row_tile == column_tile ? staged : staged + kTile * stride;
+  const bool multiplies = warp_index() < 4;
+  float acc[1][2][4];
+  clear(acc);
+  for (int k0 = 0; k0 < features; k0 += chunk) {
+    stage_rows<kInFlight>(staged, image, row0, kTile, tokens, k0, chunk, features, scale, mean);
+    if (other != staged)
+      stage_rows<kInFlight>(other, image, column0, kTile, tokens, k0, chunk, features, scale, mean);
+    __syncthreads();
+    if (multiplies) tile_product(acc, staged + row * stride, other + column * stride, stride, chunk);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int ni = 0; ni < 2; ++ni)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int i = row0 + row + tile_row(0, e), l = column0 + column + tile_column(ni, e);
+      if (multiplies && i < tokens && l <= i) gram[PackedGram::offset(i) + l] = acc[0][ni][e];
+    }
+}
+
+// One block per (image, tile of the lower triangle).
+template <typename T>
+__global__ void __launch_bounds__(kSpreadThreads, 4) spread_gram_kernel(SpreadGramArgs a) {
+  TOKENPOOL_DYNAMIC_SHARED(memory);
+  const int n = a.shape.tokens, features = a.shape.features;
+  const int blocks = (n + kTile - 1) / kTile, tiles = blocks * (blocks + 1) / 2;
+  const int words = static_cast<int>(packed_words(n)), used = n * (n + 1) / 2;
+  const int64_t work_items = a.shape.batch * tiles;
+  for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
+    const int64_t b = work / tiles;
+    const int tile = static_cast<int>(work % tiles);
+    int row, column;
+    triangle_position(tile, &row, &column);
+    float* gram = a.gram + b * words;
+    const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
+    spread_tile<4>(gram, Image<T>(a.x, b), reinterpret_cast<T*>(memory), row, column, n, features, a.chunk, 1.0f, mean);
+    if (tile == 0 && used + static_cast<int>(threadIdx.x) < words) gram[used + threadIdx.x] = 0.0f;
+  }
+}
+
+// Words [0, words) to shared memory, 16 bytes at a time, four loads of a thread in flight.
+__device__ inline void load_triangle(float* dst, const float* src, int words) {
+  constexpr int kInFlight = 4;
+  typedef RowVector<float> Vector;
+  const int total = words / Vector::kCount;
+#pragma unroll 1
+  for (int p0 = threadIdx.x; p0 < total; p0 += kInFlight * blockDim.x) {
+    Vector v[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int p = p0 + u * blockDim.x;
+      if (p < total) v[u] = reinterpret_cast<const Vector*>(src)[p];
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int p = p0 + u * blockDim.x;
+      if (p < total) reinterpret_cast<Vector*>(dst)[p] = v[u];
+    }
+  }
+}
+
+// The Gram matrix again, scaled, by this block alone: rare, so it is short rather than fast. Ends with a barrier.
+template <typename T>
+__device__ inline void rebuild_gram(float* gram, const Image<T>& image, void* memory, const float* weight, int tokens,
+                                    int features, const ImageStats& stats, float* mean) {
+  if (mean != nullptr)
+    for (int f0 = 0; f0 < features; f0 += kWarp) {
+      const int f = f0 + lane_index();
+      const float value = mean_of_tokens(
+          tokens, stats.valid, static_cast<float*>(memory), [&](int i) { return weight[i] >= 0.0f; },
+          [&](int i) { return f < features ? image.at(i, f) * stats.scale : 0.0f; });
+      if (warp_index() == 0 && f < features) mean[f] = value;
+      __syncthreads();
+    }
+  for (int row = 0; row * kTile < tokens; ++row)
+    for (int column = 0; column <= row; ++column)
+      spread_tile<1>(gram, image, static_cast<T*>(memory), row, column, tokens, features,
+                     stage_chunk(TypeTraits<T>::kType), stats.scale, mean);
+  __syncthreads();
+}
+
+// One block per image: all iterations.
+template <typename T>
+__global__ void __launch_bounds__(1024, 1) spread_kernel(SpreadArgs a) {
+  TOKENPOOL_DYNAMIC_SHARED(memory);
+  __shared__ BlockScratch scratch;
+  const int n = a.run.shape.tokens, k = a.run.shape.clusters, features = a.run.shape.features;
+  const int words = static_cast<int>(packed_words(n));
+  const PackedGram gram = {reinterpret_cast<float*>(memory)};
+  float* weight = gram.g + words;
+  void* rest = weight + round_up(n, 4);
+  ClusterState s(weight, rest, n, k);
+  for (int64_t b = blockIdx.x; b < a.run.shape.batch; b += gridDim.x) {
+    const Image<T> image(a.x, b);
+    load_triangle(gram.g, a.gram + b * words, words);
+    ImageStats stats = measure_image(a.run, a.counts, b, weight, scratch);
+    if (a.use_scale && must_scale(gram, image, weight, n, features, stats, scratch))
+      rebuild_gram(gram.g, image, rest, weight, n, features, stats, a.mean == nullptr ? nullptr : a.mean + b * features);
+    cluster_from_gram<1, true>(gram, s, problem_of(a.run, b, stats.clusters), scratch);
+    write_assignment(a.run, b, s);
+    write_lists(a.run, a.lists, b, stats.clusters, s);
+    if (threadIdx.x == 0) a.stats[b] = stats;
+    __syncthreads();
+  }
+}
+
+}  // namespace cuda
+}  // namespace tokenpool

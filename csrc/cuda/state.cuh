@@ -1,0 +1,123 @@
+// What one block knows about the image that it clusters from its Gram matrix, and how that goes in and out.
+#pragma once
+
+#include "common.cuh"
+
+namespace tokenpool {
+namespace cuda {
+
+// The whole matrix in global memory: row l, column i is coalesced over i.
+struct FullGram {
+  const float* g;
+  int64_t ld;
+  __device__ float operator()(int l, int i) const { return g[l * ld + i]; }
+};
+
+// The lower triangle by rows in shared memory. Triangular numbers are a permutation of the 32 banks for 32
+// consecutive rows, so a warp reads a row or a column without bank conflicts.
+struct PackedGram {
+  float* g;
+  __device__ static int offset(int row) { return row * (row + 1) / 2; }
+  __device__ float operator()(int l, int i) const { return l >= i ? g[offset(l) + i] : g[offset(i) + l]; }
+};
+
+// One block's state in shared memory: state_words(N, K, bucket_warps, parts) words.
+struct ClusterState {
+  float* weight;   // [N] normalised; -1 for padding
+  int* label;      // [N] -1 for padding
+  int* previous;   // [N]
+  int* order;      // [N] tokens by cluster
+  float* share;    // [N] p of order[m]
+  float* cost;     // [N] w * squared distance, or c_{a_i} . x_i during an update
+  int* start;      // [K + 1]
+  int* count;      // [K]
+  int* medoid;     // [K]
+  float* norm;     // [K] ||c_j||^2
+  int* rank;       // [K] row of the output that cluster j fills
+  int* base;       // [bucket_warps * K] of the sort by cluster, or [parts * N] candidates of an assignment
+
+  __device__ ClusterState(float* weight_words, void* memory, int tokens, int clusters) {
+    const int n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
+    int* words = static_cast<int*>(memory);
+    weight = weight_words;
+    label = words;
+    previous = label + n;
+    order = previous + n;
+    share = reinterpret_cast<float*>(order + n);
+    cost = share + n;
+    start = reinterpret_cast<int*>(cost + n);
+    count = start + k;
+    medoid = count + k;
+    norm = reinterpret_cast<float*>(medoid + k);
+    rank = reinterpret_cast<int*>(norm + k);
+    base = rank + k;
+  }
+
+  __device__ Candidate* candidates() const { return reinterpret_cast<Candidate*>(base); }
+};
+
+struct ClusterProblem {
+  int tokens;
+  int clusters;             // effective K of this image
+  int iterations;
+  int bucket_warps;
+  int parts;
+  bool with_medoids;
+  bool sort;
+  const int64_t* init;      // [K] of this image, or null
+  const int* first_label;   // [N] of this image, or null; both null: farthest-first
+  const float* first_cost;
+};
+
+__device__ inline ClusterProblem problem_of(const IterationArgs& a, int64_t image, int clusters) {
+  const int n = a.shape.tokens, k = a.shape.clusters;
+  ClusterProblem p;
+  p.tokens = n;
+  p.clusters = clusters;
+  p.iterations = a.iterations;
+  p.bucket_warps = a.bucket_warps;
+  p.parts = a.parts;
+  p.with_medoids = a.medoids != nullptr;
+  p.sort = a.sort != 0;
+  p.init = a.init == nullptr ? nullptr : a.init + image * k;
+  p.first_label = a.first_label == nullptr ? nullptr : a.first_label + image * n;
+  p.first_cost = a.first_label == nullptr ? nullptr : a.first_cost + image * n;
+  return p;
+}
+
+// weight[i] of every token. The caller synchronises.
+__device__ inline void load_weights(const IterationArgs& a, int64_t image, float weight_scale, float* weight) {
+  const int n = a.shape.tokens;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x)
+    weight[i] = is_valid(a.mask, image * n + i) ? normal_weight(a.weights, image * n + i, weight_scale) : -1.0f;
+}
+
+__device__ inline void write_assignment(const IterationArgs& a, int64_t image, const ClusterState& s) {
+  const int n = a.shape.tokens;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const int j = s.label[i];
+    a.assignment[image * n + i] = j < 0 ? -1 : s.rank[j];
+  }
+}
+
+// The members of every cluster, and the medoids, for the kernel that makes the means.
+__device__ inline void write_lists(const IterationArgs& a, const ListArgs& lists, int64_t image, int clusters,
+                                   const ClusterState& s) {
+  const int n = a.shape.tokens, k = a.shape.clusters;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x) lists.order[image * n + i] = s.order[i];
+#pragma unroll 1
+  for (int j = threadIdx.x; j < k; j += blockDim.x) {
+    const bool used = j < clusters;
+    const int64_t row = image * k + (used ? s.rank[j] : j);
+    lists.segment_start[row] = used ? s.start[j] : 0;
+    lists.segment_length[row] = used ? s.start[j + 1] - s.start[j] : 0;
+    if (a.medoids != nullptr) a.medoids[row] = used ? s.medoid[j] : -1;
+  }
+  if (threadIdx.x == 0) lists.arrived[image] = 0;
+}
+
+}  // namespace cuda
+}  // namespace tokenpool
