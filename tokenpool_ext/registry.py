@@ -82,7 +82,7 @@ def _cpu_refuses(op: str, x: Tensor) -> Optional[str]:
 REGISTRY: Dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", _cuda_unavailable, _cuda_refuses, lambda: torch.ops.tokenpool_ext),
+        Backend("cuda", _cuda_unavailable, _cuda_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
         Backend("triton", _triton_unavailable, _triton_refuses, _triton, starts=("farthest",)),
         Backend("cpu", _cpu_unavailable, _cpu_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
         Backend("reference", lambda: None, lambda op, x: None, lambda: reference, starts=("farthest",)),
