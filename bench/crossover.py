@@ -2,8 +2,8 @@
 
 Both paths are forced in turn (environment variable TOKENPOOL_EXT_CPU_PATH) over a grid of N, D, K and T, interleaved,
 on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
-    gram   = m_g N^2 D / 2 + t N D   + T (r N^2 + c N K)
-    direct = m_d T N K D   + t (T + 1) N D + c T N K   (m_d: on average, since centers that did not change are skipped)
+    gram   = m_g N^2 D / 2 + t N D   + P r N^2 + T c N K
+    direct = m_d P N K D   + t (P + 1) N D + c T N K   with P = min(T, 3): later, few centers change and the rest is skipped
 is fitted by non-negative least squares of relative errors, once with m_g = m_d (as the planner has it) and once with
 two. Then: how often the fitted planner picks the slower path, and how much time its picks lose against the best.
 T is the number of iterations really done (an image stops early when nothing changes).
@@ -24,6 +24,7 @@ from . import machine, timing, tokens
 
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
+PRODUCTS = 3  # kProducts of the planner
 NAMES = {"shared": ("kMultiplyAdd", "kRowAdd", "kCompare", "kToken"),
          "two products": ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kRowAdd", "kCompare", "kToken")}
 
@@ -86,8 +87,9 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float) -> di
 def features(path: str, row: dict, model: str) -> list[float]:
     """Multipliers of the model's constants for one measurement."""
     N, D, K, T = row["N"], row["D"], row["K"], row["iterations_done"]
-    product = N * N * D / 2 if path == "gram" else T * N * K * D
-    rest = [T * N * N, T * N * K, N * D] if path == "gram" else [0.0, T * N * K, (T + 1) * N * D]
+    P = min(T, PRODUCTS)
+    product = N * N * D / 2 if path == "gram" else P * N * K * D
+    rest = [P * N * N, T * N * K, N * D] if path == "gram" else [0.0, T * N * K, (P + 1) * N * D]
     if model == "shared":
         return [product, *rest]
     return [product if path == "gram" else 0.0, product if path == "direct" else 0.0, *rest]

@@ -35,19 +35,18 @@ def sklearn_losses(x, weights, K: int) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
-def start_cost_ms(x, K: int, start: str, weights, repeats: int) -> float:
-    """Milliseconds an image of making the start alone: the library's own function, median."""
-    from tokenpool_ext.init import initial
-
-    def call():
-        return initial(start, x, K, weights, None, None, torch.Generator().manual_seed(0), False)
-    call()
-    clock = timing.CpuClock() if torch.get_num_threads() == 1 else timing.WallClock()
-    return timing.percentile([clock.seconds(call) for _ in range(repeats)], 50) / x.shape[0] * 1e3
+def start_cost_ms(call, given, clock, repeats: int) -> tuple[float, float]:
+    """Milliseconds of a call that makes its own start, and of that start alone: the call, less the same with the start given."""
+    samples, errors = timing.interleave({"named": call, "given": given}, repeats=repeats, clock=clock, pause=0)
+    if errors:
+        raise next(iter(errors.values()))
+    differences = [a - b for a, b in zip(samples["named"], samples["given"])]
+    return timing.percentile(samples["named"], 50) * 1e3, timing.percentile(differences, 50) * 1e3
 
 
 def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
     import tokenpool_ext as tp
+    from tokenpool_ext.init import initial
 
     records = []
     clock = timing.CpuClock() if torch.get_num_threads() == 1 else timing.WallClock()
@@ -62,8 +61,8 @@ def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
                     record = {"clusters": K, "weighted": weights is not None, "start": start, "iters": T}
                     generator = torch.Generator().manual_seed(0)
 
-                    def call(generator=generator, start=start, T=T, weights=weights, K=K):
-                        return tp.kmeans(x, K, weights=weights, init=start, num_iters=T, generator=generator)
+                    def call(init=start, generator=generator, T=T, weights=weights, K=K):
+                        return tp.kmeans(x, K, weights=weights, init=init, num_iters=T, generator=generator)
                     try:
                         loss = call().inertia.double()
                     except ValueError as error:
@@ -72,8 +71,8 @@ def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
                         say(f"  {start:10s} {T:3d} not possible: {error}")
                         break
                     one, ten = loss / base["one"], loss / base["ten"]
-                    cost = start_cost_ms(x, K, start, weights, repeats)
-                    total = timing.percentile([clock.seconds(call) for _ in range(repeats)], 50) / x.shape[0] * 1e3
+                    made = initial(start, x, K, weights, None, None, generator, False)
+                    total, cost = (ms / x.shape[0] for ms in start_cost_ms(call, lambda: call(made), clock, repeats))
                     record.update(status="ok", over_one_run={"mean": one.mean().item(), "worst": one.max().item()},
                                   over_best_of_10={"mean": ten.mean().item(), "worst": ten.max().item()},
                                   start_ms_per_image=cost, total_ms_per_image=total)

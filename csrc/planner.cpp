@@ -1,18 +1,19 @@
 #include "planner.h"
 
+#include <algorithm>
 #include <cstdio>
 
 namespace tokenpool {
 
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
-// AVX2, 2026-11-23: bench/results/crossover-zen3.json). Only their ratios matter: the price of a path against the other. A
-// direct multiply-add costs less on average, because centers that did not change are skipped.
-constexpr double kGramMultiplyAdd = 0.0282;    // one multiply-add of the Gram product
-constexpr double kDirectMultiplyAdd = 0.0173;  // one of the products with the centers
-constexpr double kRowAdd = 0.12;               // one element of a Gram row added to its cluster's row
-constexpr double kCompare = 0.015;             // one token compared with one center
-constexpr double kToken = 0.5;                 // one feature of one token converted, centered and packed
+// AVX2, 2026-11-23: bench/results/crossover-zen3.json). Only their ratios matter: the price of a path against the other.
+constexpr double kGramMultiplyAdd = 0.0274;    // one multiply-add of the Gram product
+constexpr double kDirectMultiplyAdd = 0.0214;  // one of the products with the centers
+constexpr double kRowAdd = 0.166;              // one element of a Gram row added to its cluster's row
+constexpr double kCompare = 0.081;             // one token compared with one center
+constexpr double kToken = 0.522;               // one feature of one token converted, centered and packed, or added to a mean
+constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
@@ -22,17 +23,19 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double gram_bytes = n * n * p.acc_bytes;
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
-  const double direct_product = t * n * k * d;
+  const double passes = std::min(t, kPasses);
+  const double direct_product = passes * n * k * d;
 
   CpuPlan plan;
-  const double gram_iterations = t * (n * n * kRowAdd + n * k * kCompare);
+  const double gram_iterations = passes * n * n * kRowAdd + t * n * k * kCompare;
   plan.gram_ns =
       width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + gram_iterations);
-  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (t + 1) * n * d * kToken + t * n * k * kCompare);
+  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (passes + 1) * n * d * kToken + t * n * k * kCompare);
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
-  plan.flops = 2 * (plan.gram ? gram_product + first_product + t * n * n : direct_product + t * n * d);
-  plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : 2 * k * d + 64 * d);
+  plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n : direct_product + passes * n * d);
+  const bool kept = plan.gram || p.acc_bytes * n * std::max(k, d) <= kKeptBytes;
+  plan.workspace_bytes = p.acc_bytes * ((plan.gram ? n * n : k * d) + (kept ? n * d + n * k : 64 * (d + 64)));
 
   char text[256];
   if (!fits)
@@ -40,7 +43,7 @@ CpuPlan plan_cpu(const CpuProblem& p) {
                   gram_bytes / 1048576, kMaximumGramBytes / 1048576);
   else
     std::snprintf(text, sizeof text,
-                  "one Gram product and %lld cheap iterations (%.0f us) against %lld products with the centers (%.0f us)",
+                  "one Gram product and %lld cheap iterations (%.0f us) against at most %lld products with the centers (%.0f us)",
                   static_cast<long long>(p.iterations), plan.gram_ns / 1000, static_cast<long long>(p.iterations),
                   plan.direct_ns / 1000);
   plan.reason = text;

@@ -5,6 +5,9 @@
 
 namespace tokenpool {
 
+// A direct problem whose packed tokens or products with the centers need more than this keeps neither between iterations.
+constexpr int64_t kKeptBytes = 24 << 20;
+
 // One image's problem. The batch size and the number of threads are absent on purpose: they must not change a result.
 struct CpuProblem {
   int64_t tokens, clusters, features, iterations;

@@ -4,8 +4,6 @@
 // (gram path) or from the center itself (direct path), and only for centers whose members changed. A direct problem whose
 // products or packed tokens need more than kKeptBytes multiplies every center again and keeps nothing.
 
-constexpr int64_t kKeptBytes = 24 << 20;
-
 template <class In>
 class Clustering : protected Result<In> {
  protected:
