@@ -3,7 +3,7 @@
 #   build for the present architecture, parity with the float64 reference, the test suite, determinism, CUDA graphs,
 #   host synchronisation, four compute-sanitizer tools, the benchmark with peers, a profile of the main kernel.
 #
-#   bash bench/gpu.sh                  results into bench/results/
+#   bash bench/gpu.sh                  results into bench/results/ (bench/.cache holds the real tokens: bring it along)
 #   OUT=dir PYTHON=python3 bash bench/gpu.sh
 #
 # Every stage has a time limit and its own log; a failing stage is recorded and the next one runs. The exit status is
@@ -79,8 +79,9 @@ export MAX_JOBS
 stage environment 0 20 bash -c 'nvidia-smi; nvcc --version; "$0" -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_properties(0))"' "$PYTHON"
 stage build 1 170 "$PYTHON" setup.py build_ext --inplace
 stage info 0 30 "$PYTHON" -m tokenpool_ext info
-stage parity 1 60 "$PYTHON" -m bench.gpu_checks parity --json "$OUT/gpu_parity.json"
-stage invariants 1 45 "$PYTHON" -m bench.gpu_checks invariants --json "$OUT/gpu_invariants.json"
+stage parity 1 75 "$PYTHON" -m bench.gpu_checks parity --json "$OUT/gpu_parity.json"
+stage speed 0 45 "$PYTHON" -m bench.gpu_checks speed --json "$OUT/gpu_speed.json"
+stage invariants 1 75 "$PYTHON" -m bench.gpu_checks invariants --json "$OUT/gpu_invariants.json"
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 # Only this project's kernels: torch's own make initcheck report what is none of our business.
@@ -95,26 +96,27 @@ if [ -n "$SANITIZER" ]; then
 fi
 for tool in memcheck racecheck initcheck synccheck; do
   if [ -n "$SANITIZER" ]; then
-    stage "$tool" 1 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
+    stage "$tool" 1 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
       "${FILTER[@]}" "$PYTHON" -m bench.gpu_checks small
   else
     stage "$tool" 1 5 bash -c 'echo "compute-sanitizer is not installed"; exit 3'
   fi
 done
 
-stage tests 1 100 env TOKENPOOL_EXT_REQUIRE_CUDA=1 TOKENPOOL_EXT_TEST_BACKENDS=cuda,triton \
-  "$PYTHON" -m pytest -q --maxfail=20 tests/test_clustering.py tests/test_pool.py tests/test_attention_received.py tests/test_invariance.py
+stage tests 1 70 env TOKENPOOL_EXT_REQUIRE_CUDA=1 TOKENPOOL_EXT_TEST_BACKENDS=cuda,triton \
+  "$PYTHON" -m pytest -q --maxfail=20 tests/test_clustering.py tests/test_pool.py tests/test_attention_received.py tests/test_invariance.py \
+  tests/test_regressions.py
 
-stage bench_kmeans 0 100 "$PYTHON" -m bench --suite vit --device cuda --backend cuda,triton --dtype bfloat16 --batch 256 --peers all \
+stage bench_kmeans 0 80 "$PYTHON" -m bench --suite vit --device cuda --backend cuda,triton --dtype bfloat16 --batch 256 --peers all \
   --floor --json "$OUT/gpu_kmeans.json"
 stage bench_small 0 30 "$PYTHON" -m bench --shapes 196x384:98 --device cuda --dtype bfloat16 --batch 1,8,256 --op kmeans,kmedoids \
   --peers none --json "$OUT/gpu_small_batch.json"
-stage bench_long 0 40 "$PYTHON" -m bench --shapes 75600x128:1000 --device cuda --dtype bfloat16 --batch 32 --peers flash-kmeans \
+stage bench_long 0 35 "$PYTHON" -m bench --shapes 75600x128:1000 --device cuda --dtype bfloat16 --batch 32 --peers flash-kmeans \
   --json "$OUT/gpu_long.json"
 
 NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null || true)
 if [ -n "$NCU" ]; then
-  stage ncu 0 45 "$NCU" --kernel-name regex:resident_kernel --launch-skip 2 --launch-count 1 --set full \
+  stage ncu 0 45 "$NCU" --kernel-name 'regex:resident_kernel|spread|means_kernel' --launch-skip 2 --launch-count 6 --set full \
     "$PYTHON" -m bench.gpu_checks profile
 fi
 exit "$FAILED"
