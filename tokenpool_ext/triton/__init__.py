@@ -12,6 +12,7 @@ from typing import Iterable
 import torch
 
 from .errors import KernelUnavailable
+from .launch import ahead
 
 __all__ = ["KernelUnavailable", "attention_received", "can_run", "explain", "kmeans", "kmedoids", "plan", "pool",
            "pool_backward", "unavailable", "unpool", "unpool_backward", "warmup"]
@@ -154,7 +155,8 @@ def _kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
 def _pool(x, assignment, weights, num_clusters):
     _check("pool", x, assignment=(assignment, tuple(x.shape[:2]), _I64), weights=(weights, tuple(x.shape[:2]), _F32))
     from .segments import segment
-    return segment(x, assignment, weights, num_clusters, True)
+    arguments = (x, assignment, weights, num_clusters, True)
+    return ahead("pool", arguments, lambda: segment(*arguments))
 
 
 def _pool_backward(grad_centers, x, centers, assignment, weights, mass):
@@ -163,7 +165,8 @@ def _pool_backward(grad_centers, x, centers, assignment, weights, mass):
     _check("pool_backward", x, grad_centers=(grad_centers, (B, K, D), DTYPES), centers=(centers, (B, K, D), DTYPES),
            assignment=(assignment, (B, N), _I64), weights=(weights, (B, N), _F32), mass=(mass, (B, K), _F32))
     from .segments import pool_backward as run
-    return run(grad_centers, x, centers, assignment, weights, mass)
+    arguments = (grad_centers, x, centers, assignment, weights, mass)
+    return ahead("pool_backward", arguments, lambda: run(*arguments))
 
 
 def _unpool(centers, assignment):
@@ -175,14 +178,15 @@ def _unpool(centers, assignment):
 def _unpool_backward(grad, assignment, num_clusters):
     _check("unpool_backward", grad, assignment=(assignment, tuple(grad.shape[:2]), _I64))
     from .segments import segment
-    return segment(grad, assignment, None, num_clusters, False)[0]
+    arguments = (grad, assignment, None, num_clusters, False)
+    return ahead("unpool_backward", arguments, lambda: segment(*arguments))[0]
 
 
 def _attention_received(q, k, scale, lse):
     B, H, Nq, d = q.shape
     _check("attention_received", q, k=(k, (B, H, k.shape[-2], d), DTYPES), lse=(lse, (B, H, Nq), _F32))
     from .segments import attention_received as run
-    return run(q, k, scale, lse)
+    return ahead("attention_received", (q, k, lse), lambda: run(q, k, scale, lse))
 
 
 def _fake_cluster(x, K):
@@ -241,18 +245,20 @@ attention_received = torch.ops.tokenpool_ext_triton.attention_received
 
 
 def warmup(shapes: Iterable[tuple[int, int, int]], *, dtypes=(torch.bfloat16,), num_iters: int = 5, device="cuda",
-           weighted: bool = True) -> None:
+           weighted: bool = True, farthest: bool = False) -> None:
     """Compile every kernel that kmeans and kmedoids need for `shapes`, so that the first real call compiles nothing.
 
     shapes: (N, K, D) triples; a leading batch size (B, N, K, D) is accepted and ignored, for no kernel depends on it.
-    Runs each once on one image of `device`.  Sizes are runtime values, so shapes of the same feature bucket
-    (16, 32, 64, 128 and above) and path share their kernels.  Raises KernelUnavailable when a kernel cannot run.
+    farthest: for init="farthest", which chooses the start in a kernel of its own.
+    Runs each once on one image of `device`; the kernels of one call are compiled side by side.  Sizes are runtime
+    values, so shapes of the same feature bucket (16, 32, 64, 128 and above) and path share their kernels.  Raises
+    KernelUnavailable when a kernel cannot run.
     """
     for shape in shapes:
         N, K, D = tuple(shape)[-3:]
         for dtype in dtypes:
             x = torch.randn((1, N, D), device=device, dtype=torch.float32).to(dtype)
-            init = torch.arange(K, device=device).remainder(N)[None]
+            init = torch.arange(0 if farthest else K, device=device).remainder(N)[None]
             weights = torch.ones((1, N), device=device) if weighted else None
             for run in (kmeans, kmedoids):
                 run(x, weights, None, None, init, K, num_iters, False)

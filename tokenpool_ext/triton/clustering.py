@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from . import direct, finish, gram, heuristics, prepare, start
-from .launch import launch
+from .launch import ahead, launch
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -189,6 +189,15 @@ def cluster(x, weights, mask, counts, init, K: int, num_iters: int, sort: bool, 
                 x.new_zeros((B, K), dtype=torch.float32), x.new_full((B, K), -1, dtype=torch.int64),
                 x.new_zeros(B, dtype=torch.float32))
     which, _ = heuristics.path(N, K, num_iters)
+    tensors, rest = (x, weights, mask, counts, init), (K, sort, medoids, which)
+    one_image = (None if t is None else t[:1] for t in tensors)
+    return ahead("cluster", (*tensors, *rest), lambda: _chunks(*tensors, *rest, num_iters),
+                 lambda: _chunks(*one_image, *rest, 1))
+
+
+def _chunks(x, weights, mask, counts, init, K: int, sort: bool, medoids: bool, which: str, num_iters: int):
+    """One chunk of the batch after the other."""
+    B, N, _ = x.shape
     step = heuristics.chunk_images(B, N, K, which)
     results = []
     for b in range(0, B, step):

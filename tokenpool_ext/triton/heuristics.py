@@ -106,12 +106,13 @@ def _fit(kernel: str, device: Device, itemsize: int, estimate, candidates: list[
 
 
 def assign_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+    # Tokens of up to 128 half features stay in shared memory (HOLD).  Above, and for float32, steps of few features:
+    # wider ones would spill registers, and take longer to compile.
+    step = bucket(D, 16, 128) if D <= 128 else 32
+    half = ((128, 64, step, 8, 2), (64, 64, 64 if D <= 64 else 32, 4, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
+    single = ((64, 64, 16, 4, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
     found = []
-    for bn, bk, bd, warps, stages in (
-        ((128, 64, 128, 8, 2), (128, 64, 64, 8, 2), (64, 64, 64, 4, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
-        if itemsize == 2 else
-        ((64, 64, 16, 4, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))  # 64 features a step would spill
-    ):
+    for bn, bk, bd, warps, stages in half if itemsize == 2 else single:
         bd = bucket(D, 16, bd)
         config = dict(BN=bn, BK=bk, BD=bd, HOLD=D <= bd, num_warps=warps, num_stages=stages)
         if config not in found:
@@ -127,7 +128,7 @@ def gram_configs(device: Device, D: int, itemsize: int) -> list[Config]:
 
 
 def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
-    table = ((64, 64, 128, 4, 2), (64, 64, 64, 4, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1)) if itemsize == 2 else \
+    table = ((64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1)) if itemsize == 2 else \
         ((64, 64, 64, 8, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
     found = [dict(BQ=bq, BK=bk, BD=bucket(d, 16, bd), num_warps=warps, num_stages=stages)
              for bq, bk, bd, warps, stages in table]
@@ -138,7 +139,7 @@ def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
 
 
 def iterate_configs() -> list[Config]:
-    big = dict(BI=128, BJ=32, TI=16, TL=128, BLOCK=256, BLOCK_K=256, num_warps=8, num_stages=1)
+    big = dict(BI=128, BJ=16, TI=16, TL=128, BLOCK=256, BLOCK_K=256, num_warps=8, num_stages=1)
     return [big, dict(BI=64, BJ=16, TI=16, TL=64, BLOCK=256, BLOCK_K=256, num_warps=4, num_stages=1)]
 
 
