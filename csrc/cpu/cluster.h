@@ -323,24 +323,26 @@ class Clustering : protected Result<In> {
   }
 
   void assign_streamed() {
-    constexpr int64_t kTogether = 64;  // centers whose products wait for the comparison
+    constexpr int64_t kCenters = 64, kPanels = 8;  // centers whose products wait for the comparison; panels they are fetched for
+    const int64_t panel_size = P * a.features, together = std::min(kPanels, std::max<int64_t>(1, (1 << 15) / panel_size));
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
-      Buffer<C> panel(P * a.features), product(kTogether * P);
-      int32_t center[kTogether];
-      C* out[kTogether];
-      for (int64_t i = begin * P; i < end * P; i += P) {
-        pack(i, panel);
-        Nearest nearest;
-        for (int64_t first = 0; first < k_; first += kTogether) {
-          const int64_t count = std::min(kTogether, k_ - first);
-          for (int64_t j = 0; j < count; ++j) {
-            center[j] = int32_t(first + j);
-            out[j] = product + j * P;
+      Buffer<C> packed(together * panel_size), product(kCenters * P);
+      int32_t center[kCenters];
+      C* out[kCenters];
+      for (int64_t j = 0; j < kCenters; ++j) out[j] = product + j * P;
+      for (int64_t p = begin; p < end; p += together) {
+        const int64_t panels = std::min(together, end - p);
+        Nearest nearest[kPanels];
+        for (int64_t q = 0; q < panels; ++q) pack((p + q) * P, packed + q * panel_size);
+        for (int64_t first = 0; first < k_; first += kCenters) {
+          const int64_t count = std::min(kCenters, k_ - first);
+          for (int64_t j = 0; j < count; ++j) center[j] = int32_t(first + j);
+          for (int64_t q = 0; q < panels; ++q) {
+            multiply_panel(center, count, packed + q * panel_size, out);
+            for (int64_t j = 0; j < count; ++j) nearest[q].compare(first + j, center_norm_[first + j], out[j]);
           }
-          multiply_panel(center, count, panel, out);
-          for (int64_t j = 0; j < count; ++j) nearest.compare(first + j, center_norm_[first + j], out[j]);
         }
-        nearest.write(best_ + i, label_ + i);
+        for (int64_t q = 0; q < panels; ++q) nearest[q].write(best_ + (p + q) * P, label_ + (p + q) * P);
       }
     });
   }

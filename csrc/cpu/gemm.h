@@ -62,7 +62,7 @@ inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t rows, int64_t 
   }
 }
 
-constexpr int64_t kDepthBlock = 192;  // features a pass: the panel's block stays in the first-level cache
+constexpr int64_t kDepthBlock = 128;  // features a pass: two panels' blocks stay in the first-level cache
 
 // Products of kRows rows with a panel over `depth` features, stored or added to what `out` holds.
 template <class C, int V>
