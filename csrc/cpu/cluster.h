@@ -27,7 +27,8 @@ class Clustering : protected Result<In> {
     if (k_ > 0) {
       this->measure();
       gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
-      kept_ = gram_path_ || (a.path != int(Path::Streamed) && std::max(k_ * row_stride_, padded_ * a.features) * int64_t(sizeof(C)) <= kKeptBytes);
+      const int64_t largest = std::max(k_ * row_stride_, padded_ * a.features) * int64_t(sizeof(C));
+      kept_ = gram_path_ || (a.path != int(Path::Streamed) && largest <= kKeptBytes);
       prepare_tokens();
       if (gram_path_) build_gram(next);
       start();
@@ -214,16 +215,16 @@ class Clustering : protected Result<In> {
     multiply_centers(count);
   }
 
-  // Products of the centers stale_[0..count) with a panel, into out[i * stride + lane].
-  TP_INLINE void multiply_panel(const int32_t* stale, int64_t count, const C* panel, C* const* out) const {
+  // Products of the centers which[0..count) with a panel's tokens: out[i] gets those of the i-th.
+  TP_INLINE void multiply_panel(const int32_t* which, int64_t count, const C* panel, C* const* out) const {
     const int64_t D = a.features;
+    C nowhere[P] = {};
     for (int64_t d0 = 0; d0 == 0 || d0 < D; d0 += kDepthBlock)
       for (int64_t i = 0; i < count; i += kRows) {
         const C* rows[kRows];
         C* to[kRows];
-        C nowhere[P];
         for (int r = 0; r < kRows; ++r) {
-          rows[r] = center_ + stale[std::min(i + r, count - 1)] * D + d0;
+          rows[r] = center_ + which[std::min(i + r, count - 1)] * D + d0;
           to[r] = i + r < count ? out[i + r] : nowhere;
         }
         product_strip<C, TP_VECTORS>(rows, 1, panel + d0 * P, std::min(kDepthBlock, D - d0), d0 > 0, to);

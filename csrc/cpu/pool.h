@@ -110,10 +110,12 @@ inline void unpool_image(const PoolArgs& a, int64_t element, int64_t b, bool par
   const bool past_caches = a.images * N * bytes > kPastCaches;
   split(a.parallel_for, parallel && N * bytes > 800000, N, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const char* from = centers + label[i] * a.centers_row_stride * element;
-      if (label[i] < 0 || label[i] >= K)
+      if (label[i] < 0 || label[i] >= K) {
         std::memset(out + i * bytes, 0, size_t(bytes));
-      else if (past_caches)
+        continue;
+      }
+      const char* from = centers + label[i] * a.centers_row_stride * element;
+      if (past_caches)
         copy_past_caches(out + i * bytes, from, bytes);
       else
         std::memcpy(out + i * bytes, from, size_t(bytes));
