@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenpool_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
 import simulator  # noqa: E402
@@ -124,6 +125,19 @@ def test_few_images_are_spread_over_the_device(planner, arch, dtype):
 def test_a_device_that_is_not_named_has_a_usual_number_of_multiprocessors(planner, arch):
     assert planner(196, 384, 98, arch=arch, batch=8, sms=0)["path"] == "spread"
     assert planner(196, 384, 98, arch=arch, batch=256, sms=0)["path"] == "resident"
+
+
+def test_explain_says_which_path_a_batch_takes():
+    """In a process of its own: a _C linked from objects of different versions would crash this one."""
+    if tokenpool_ext.backends()["cpu"] != "ok":
+        pytest.skip("the compiled extension is absent")
+    code = ("import torch, tokenpool_ext\n"
+            "for b in (1, 256): print(tokenpool_ext.explain(b, 196, 98, 384, dtype=torch.bfloat16, compute_capability=(9, 0)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, f"status {done.returncode}: build _C again from scratch?\n{done.stderr}"
+    one, many = done.stdout.splitlines()
+    assert "spread path" in one and "3 launches" in one and "1 image(s) on 132 multiprocessors" in one
+    assert "resident path" in many and "one launch" in many
 
 
 def test_spread_launch_parameters(planner):

@@ -113,7 +113,8 @@ def explain(
             **common,
         )
     if name == "cuda":
-        return _plan_cuda(B, N, K, D, dtype, num_iters, torch.cuda.get_device_capability(device), refusals)
+        gpu = torch.cuda.get_device_properties(device)
+        return _plan_cuda(B, N, K, D, dtype, num_iters, (gpu.major, gpu.minor), refusals, gpu.multi_processor_count)
     found = registry.REGISTRY[name].ops().explain(B, N, K, D, num_iters, dtype)
     return Plan(
         path=found["path"],
@@ -126,14 +127,14 @@ def explain(
     )
 
 
-def _plan_cuda(B, N, K, D, dtype, num_iters, capability, refusals) -> Plan:
+def _plan_cuda(B, N, K, D, dtype, num_iters, capability, refusals, multiprocessors=0) -> Plan:
     if loader.extension is None:
         raise ValueError(f"explain: plans for CUDA need the compiled extension: {loader.extension_reason}")
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
     if code is None:
         raise ValueError(f"explain: the CUDA kernels take float32, bfloat16 and float16, got {dtype}")
     major, minor = capability
-    found = loader.extension.plan_cuda(B, N, K, D, num_iters, code, major=major, minor=minor)
+    found = loader.extension.plan_cuda(B, N, K, D, num_iters, code, major=major, minor=minor, sm_count=multiprocessors)
     return Plan(
         problem=f"{_problem(B, N, K, D, num_iters, dtype)} on a GPU of compute capability {major}.{minor}",
         backend="cuda",
