@@ -64,6 +64,11 @@ class Target:
         return "-".join([self.name, *(value for _, value in self.env)])
 
     @property
+    def interpreted(self) -> bool:
+        """Triton's interpreter: thousands of times slower than a kernel, so bodies run it on less."""
+        return self.name == "triton" and self.device == "cpu"
+
+    @property
     def dtypes(self) -> list[torch.dtype]:
         """float64 is for the reference and the CPU (contract section 5)."""
         return [d for d in DTYPES if d != torch.float64 or self.name not in ("cuda", "triton")]

@@ -459,7 +459,7 @@ def test_inertia_never_rises_with_iterations(backend, algorithm, dtype):
     w = positive_weights(B, N, TOLERANCES[dtype].acc, backend.device)
     init = spread_indices(B, N, K, backend.device)
     before = None
-    for t in (1, 2, 3, 4, 6, 10):
+    for t in (1, 2, 4) if backend.interpreted else (1, 2, 3, 4, 6, 10):
         now = f64(run(algorithm, backend, x, K, weights=w, init=init, num_iters=t).inertia)
         if before is not None:
             assert (now <= before * (1 + 4 * TOLERANCES[dtype].inertia)).all(), f"{t} iterations: {before} -> {now}"

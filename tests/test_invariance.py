@@ -39,7 +39,7 @@ def problem(op, backend, shape, dtype=torch.float32, B=5):
 def test_run_to_run(backend, op, shape):
     run = problem(op, backend, shape, B=2)
     first = run([0, 1])
-    for _ in range(5 if backend.name == "triton" else 20):
+    for _ in range(2 if backend.interpreted else 20):
         assert_identical(first, run([0, 1]), what=op)
 
 
@@ -51,7 +51,7 @@ def test_batch_mates_slot_and_size(backend, op, shape, dtype):
         pytest.skip("library products may pick another kernel for another batch size, as its documentation says")
     run = problem(op, backend, shape, dtype)
     together = run(list(range(5)))
-    for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2, 2, 2]):
+    for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2, 2, 2])[: 3 if backend.interpreted else 5]:
         got = run(order)
         for slot, image in enumerate(order):
             assert_identical(take(together, slice(image, image + 1)), take(got, slice(slot, slot + 1)),
@@ -78,7 +78,7 @@ def test_number_of_threads(backend, op, shape, batch, threads):
 def test_backward(backend, op, threads):
     if backend.name == "reference":
         pytest.skip("as its documentation says")
-    B, N, D, K = 5, 40, 6, 7
+    B, N, D, K = (5, 12, 3, 4) if backend.interpreted else (5, 40, 6, 7)
     x, w = tokens(B, N, D, device=backend.device), positive_weights(B, N, device=backend.device)
     grad = tokens(B, N if op == "unpool" else K, D, device=backend.device, seed=3)
     a = torch.from_numpy(np.random.default_rng(0).integers(-1, K, (B, N))).to(backend.device)
@@ -97,7 +97,7 @@ def test_backward(backend, op, threads):
         got = run(order)
         for slot, image in enumerate(order):
             assert_identical(take(together, image), take(got, slot), what=f"{op} backward")
-    if backend.device == "cpu":
+    if backend.name == "cpu":
         for count in (1, 3):
             threads(count)
             assert_identical(together, run(list(range(B))), what=f"{op} backward with {count} threads")

@@ -12,7 +12,6 @@ with one warning. A backend asked for by name never falls back. TOKENPOOL_EXT_BA
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import warnings
 from typing import Callable, Dict, Optional, Tuple
@@ -20,7 +19,7 @@ from typing import Callable, Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import loader, reference
+from . import loader, reference, triton  # which imports Triton itself only when asked
 from .errors import KernelUnavailable
 
 OPS = ("kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received")
@@ -56,21 +55,6 @@ def _cuda_refuses(op: str, x: Tensor) -> Optional[str]:
     return None
 
 
-def _triton() -> object:
-    return importlib.import_module("tokenpool_ext.triton")
-
-
-def _triton_unavailable() -> Optional[str]:
-    try:
-        return _triton().unavailable()
-    except Exception as error:  # whatever a broken Triton raises at import is a reason, not a crash
-        return f"the Triton kernels did not load ({type(error).__name__}: {error})"
-
-
-def _triton_refuses(op: str, x: Tensor) -> Optional[str]:
-    return _triton().can_run(op, x)
-
-
 def _cpu_unavailable() -> Optional[str]:
     return loader.extension_reason
 
@@ -83,7 +67,7 @@ REGISTRY: Dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cuda", _cuda_unavailable, _cuda_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
-        Backend("triton", _triton_unavailable, _triton_refuses, _triton, starts=("farthest",)),
+        Backend("triton", triton.unavailable, triton.can_run, lambda: triton, starts=("farthest",)),
         Backend("cpu", _cpu_unavailable, _cpu_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
         Backend("reference", lambda: None, lambda op, x: None, lambda: reference, starts=("farthest",)),
     )

@@ -94,16 +94,16 @@ def explain(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype) 
 
 # ---- operators ---------------------------------------------------------------------------------------------------
 
-_CLUSTER = ("(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, int num_clusters, int num_iters,"
+_CLUSTER = ("(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
             " bool sort)")
 _SCHEMAS = {
     "kmeans": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor)",
     "kmedoids": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "pool": "(Tensor x, Tensor assignment, Tensor? weights, int num_clusters) -> (Tensor, Tensor)",
+    "pool": "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor, Tensor)",
     "pool_backward": "(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
                      " -> (Tensor, Tensor)",
     "unpool": "(Tensor centers, Tensor assignment) -> Tensor",
-    "unpool_backward": "(Tensor grad, Tensor assignment, int num_clusters) -> Tensor",
+    "unpool_backward": "(Tensor grad, Tensor assignment, SymInt num_clusters) -> Tensor",
     "attention_received": "(Tensor q, Tensor k, float scale, Tensor? lse) -> Tensor",
 }
 
