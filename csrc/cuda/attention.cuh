@@ -12,26 +12,30 @@
 namespace tokenpool {
 namespace cuda {
 
-constexpr int kAttentionRows = kBlockTile + kAssignClusters;
-
+// The queries and keys of head number `index` of all images' heads.
 template <typename T>
-__device__ inline Image<T> head_of(const Tokens& tensor, int64_t image, int64_t head, int64_t stride_head) {
-  Image<T> result(tensor, image);
-  result.data += head * stride_head;
-  return result;
-}
+struct AttentionHead {
+  Image<T> q, k;
+
+  __device__ AttentionHead(const AttentionArgs& a, int64_t index) : q(a.q, index / a.heads), k(a.k, index / a.heads) {
+    q.data += index % a.heads * a.q_stride_head;
+    k.data += index % a.heads * a.k_stride_head;
+  }
+};
 
 // Logits (without scale) of 128 queries and 64 keys into each warp's accumulators. Ends with a barrier.
 template <typename T>
-__device__ inline void attention_tile(TileAccumulator& acc, T* rows, T* columns, const Image<T>& q, const Image<T>& k,
+__device__ inline void attention_tile(TileAccumulator& acc, unsigned char* memory, const AttentionHead<T>& head,
                                       const AttentionArgs& a, int query0, int key0) {
   constexpr DType kType = TypeTraits<T>::kType;
   const int chunk = stage_chunk(kType), stride = stage_stride(kType, chunk);
+  T* rows = reinterpret_cast<T*>(memory);
+  T* columns = rows + kBlockTile * stride;
   const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
   clear(acc);
   for (int k0 = 0; k0 < a.features; k0 += chunk) {
-    stage_rows(rows, q, query0, kBlockTile, a.queries, k0, chunk, a.features, 1.0f, nullptr);
-    stage_rows(columns, k, key0, kAssignClusters, a.keys, k0, chunk, a.features, 1.0f, nullptr);
+    stage_rows(rows, head.q, query0, kBlockTile, a.queries, k0, chunk, a.features, 1.0f, nullptr);
+    stage_rows(columns, head.k, key0, kAssignClusters, a.keys, k0, chunk, a.features, 1.0f, nullptr);
     __syncthreads();
     tile_product(acc, rows + warp_row * stride, columns + half * kTile * stride, stride, chunk);
     __syncthreads();
@@ -54,15 +58,13 @@ template <typename T>
 __global__ void __launch_bounds__(256, 2) lse_kernel(AttentionArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ RowSum partial[2][kBlockTile];
-  T* rows = reinterpret_cast<T*>(memory);
-  T* columns = rows + kBlockTile * stage_stride(TypeTraits<T>::kType, stage_chunk(TypeTraits<T>::kType));
   const int panels = (a.queries + kBlockTile - 1) / kBlockTile;
   const int64_t work_items = a.batch * a.heads * panels;
   const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
   for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
-    const int64_t bh = work / panels, b = bh / a.heads, h = bh % a.heads;
+    const int64_t bh = work / panels;
+    const AttentionHead<T> head(a, bh);
     const int query0 = static_cast<int>(work % panels) * kBlockTile;
-    const Image<T> q = head_of<T>(a.q, b, h, a.q_stride_head), k = head_of<T>(a.k, b, h, a.k_stride_head);
     RowSum row[2][2];
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi)
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(256, 2) lse_kernel(AttentionArgs a) {
       for (int r = 0; r < 2; ++r) row[mi][r] = RowSum{-infinity(), 0.0f};
     for (int key0 = 0; key0 < a.keys; key0 += kAssignClusters) {
       TileAccumulator acc;
-      attention_tile(acc, rows, columns, q, k, a, query0, key0);
+      attention_tile(acc, memory, head, a, query0, key0);
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi)
 #pragma unroll
@@ -118,19 +120,17 @@ template <typename T>
 __global__ void __launch_bounds__(256, 2) received_kernel(AttentionArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ float partial[4][kAssignClusters];
-  T* rows = reinterpret_cast<T*>(memory);
-  T* columns = rows + kBlockTile * stage_stride(TypeTraits<T>::kType, stage_chunk(TypeTraits<T>::kType));
   const int panels = (a.keys + kAssignClusters - 1) / kAssignClusters;
   const int64_t work_items = a.batch * a.heads * panels;
   const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
   for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
-    const int64_t bh = work / panels, b = bh / a.heads, h = bh % a.heads;
+    const int64_t bh = work / panels;
+    const AttentionHead<T> head(a, bh);
     const int key0 = static_cast<int>(work % panels) * kAssignClusters;
-    const Image<T> q = head_of<T>(a.q, b, h, a.q_stride_head), k = head_of<T>(a.k, b, h, a.k_stride_head);
     float received[4][2] = {};  // of key 8 ni + 2 (lane % 4) + c
     for (int query0 = 0; query0 < a.queries; query0 += kBlockTile) {
       TileAccumulator acc;
-      attention_tile(acc, rows, columns, q, k, a, query0, key0);
+      attention_tile(acc, memory, head, a, query0, key0);
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi)
 #pragma unroll

@@ -113,6 +113,11 @@ struct Image {
   __device__ float at(int token, int feature) const { return to_float(raw(token, feature)); }
 };
 
+// A feature in the units in which products are formed. mean may be null.
+__device__ inline float in_units(float value, float scale, const float* mean, int feature) {
+  return value * scale - (mean == nullptr ? 0.0f : mean[feature]);
+}
+
 // Features f .. f+3 of one token, 0 beyond D. f is a multiple of 4.
 template <typename T>
 __device__ inline void load4(const Image<T>& image, int token, int f, int features, float (&v)[4]) {

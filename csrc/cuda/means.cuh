@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
     const int64_t b = work / k;
     const Image<T> image(a.x, b);
     const float scale = a.stats[b].scale;
+    const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
     int64_t token = 0;
     if (a.init != nullptr) token = max(int64_t{0}, min(a.init[work], int64_t{n - 1}));
     float norm = 0.0f;
     for (int f = lane_index(); f < features; f += kWarp) {
       const float value = a.init != nullptr ? image.at(static_cast<int>(token), f) : a.init_centers[work * features + f];
-      float c = value * scale - (a.mean == nullptr ? 0.0f : a.mean[b * features + f]);
-      c = CenterSplit<T>::representable(c);
+      const float c = CenterSplit<T>::representable(in_units(value, scale, mean, f));
       a.centers[work * features + f] = c;
       norm = fmaf(c, c, norm);
     }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (f + e < features) {
-          c[e] = c[e] * scale - (mean == nullptr ? 0.0f : mean[f + e]);
+          c[e] = in_units(c[e], scale, mean, f + e);
           if (a.medoids == nullptr) c[e] = CenterSplit<T>::representable(c[e]);
           center[f + e] = c[e];
           norm = fmaf(c[e], c[e], norm);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
 #pragma unroll
               for (int e = 0; e < 4; ++e)
                 if (f + e < features) {
-                  const float difference = v[e] * scale - (mean == nullptr ? 0.0f : mean[f + e]) - center[f + e];
+                  const float difference = in_units(v[e], scale, mean, f + e) - center[f + e];
                   distance = fmaf(difference, difference, distance);
                 }
             }
@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           if (f + e < features) {
-            const float c = image.at(chosen, f + e) * scale - (mean == nullptr ? 0.0f : mean[f + e]);
-            center[f + e] = CenterSplit<T>::representable(c);
+            center[f + e] = CenterSplit<T>::representable(in_units(image.at(chosen, f + e), scale, mean, f + e));
             norm = fmaf(center[f + e], center[f + e], norm);
           }
       norm = warp_sum(norm);

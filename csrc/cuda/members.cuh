@@ -13,6 +13,25 @@ __device__ inline int rank_in_warp(int label, int* same) {
   return __popc(peers & ((1u << lane_index()) - 1u));
 }
 
+// One warp visits tokens [begin, end) in ascending order, 32 at a time: place(token, j, p) for each token of a cluster j,
+// where p counts that cluster's tokens before it, from what count[j] held. count[j] then holds one more for each.
+template <typename Label, typename Place>
+__device__ inline void count_in_order(const Label* label, int begin, int end, int clusters, int* count, Place place) {
+#pragma unroll 1
+  for (int i0 = begin; i0 < end; i0 += kWarp) {
+    const int i = i0 + lane_index();
+    const int64_t given = i < end ? static_cast<int64_t>(label[i]) : -1;
+    const int j = given >= 0 && given < clusters ? static_cast<int>(given) : -1;
+    int same;
+    const int rank = rank_in_warp(j, &same);
+    const int before = j >= 0 ? count[j] : 0;
+    __syncwarp();
+    if (j >= 0) place(i, j, before + rank);
+    if (j >= 0 && rank == 0) count[j] = before + same;
+    __syncwarp();
+  }
+}
+
 // Stable counting sort of the tokens by label: order[start[j] .. start[j+1]) are the tokens of cluster j, ascending.
 // Labels outside [0, clusters) are left out. `base` holds warps * clusters words and start clusters + 1; both may be
 // in shared or global memory. Each of the first `warps` warps owns a contiguous range of tokens, which makes the
@@ -26,18 +45,8 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
 #pragma unroll 1
   for (int p = threadIdx.x; p < warps * clusters; p += blockDim.x) base[p] = 0;
   __syncthreads();
-  if (warp < warps) {
-    int* count = base + static_cast<int64_t>(warp) * clusters;
-#pragma unroll 1
-    for (int i0 = begin; i0 < end; i0 += kWarp) {
-      const int64_t given = i0 + lane < end ? static_cast<int64_t>(label[i0 + lane]) : -1;
-      const int j = given >= 0 && given < clusters ? static_cast<int>(given) : -1;
-      int same;
-      const int rank = rank_in_warp(j, &same);
-      if (j >= 0 && rank == 0) count[j] += same;
-      __syncwarp();
-    }
-  }
+  if (warp < warps)
+    count_in_order(label, begin, end, clusters, base + static_cast<int64_t>(warp) * clusters, [](int, int, int) {});
   __syncthreads();
 #pragma unroll 1
   for (int j = threadIdx.x; j < clusters; j += blockDim.x) {
@@ -68,21 +77,9 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
     if (lane == 0) start[clusters] = carry;
   }
   __syncthreads();
-  if (warp < warps) {
-    int* next = base + static_cast<int64_t>(warp) * clusters;
-#pragma unroll 1
-    for (int i0 = begin; i0 < end; i0 += kWarp) {
-      const int64_t given = i0 + lane < end ? static_cast<int64_t>(label[i0 + lane]) : -1;
-      const int j = given >= 0 && given < clusters ? static_cast<int>(given) : -1;
-      int same;
-      const int rank = rank_in_warp(j, &same);
-      const int place = j >= 0 ? next[j] + rank : 0;
-      __syncwarp();
-      if (j >= 0) order[start[j] + place] = i0 + lane;
-      if (j >= 0 && rank == 0) next[j] += same;
-      __syncwarp();
-    }
-  }
+  if (warp < warps)
+    count_in_order(label, begin, end, clusters, base + static_cast<int64_t>(warp) * clusters,
+                   [&](int i, int j, int p) { order[start[j] + p] = i; });
   __syncthreads();
 }
 

@@ -6,10 +6,10 @@
 namespace tokenpool {
 namespace cuda {
 
-// The whole matrix in global memory: row l, column i is coalesced over i.
+// The whole matrix in global memory: row l, column i is coalesced over i. At most 2048 rows, so 32 bits index it.
 struct FullGram {
   const float* g;
-  int64_t ld;
+  int ld;
   __device__ float operator()(int l, int i) const { return g[l * ld + i]; }
 };
 

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests/cuda_sim python -m pytest -p sim_plugin tests/test_clustering.py
 
-Registers the simulator in the backends' registry as cuda_sim_resident, cuda_sim_gram and cuda_sim_streaming and makes
-them the only targets (TOKENPOOL_EXT_CUDA_SIM=name,name keeps some paths). float64 and tests marked large are skipped.
+Registers the simulator in the backends' registry as cuda_sim_resident, cuda_sim_spread, cuda_sim_gram and
+cuda_sim_streaming and makes them the only targets (TOKENPOOL_EXT_CUDA_SIM=spread,gram keeps some paths). float64 and tests marked large are skipped.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def pytest_configure(config):
 
     conftest = sys.modules["conftest"]
     library = simulator.build()
-    kept = [name for name in simulator.PATHS if name in os.environ.get("TOKENPOOL_EXT_CUDA_SIM", ",".join(simulator.PATHS))]
+    kept = [path for path in simulator.PATHS if path in (os.environ.get("TOKENPOOL_EXT_CUDA_SIM") or ",".join(simulator.PATHS)).split(",")]
     targets = []
     for path in kept:
         ops = simulator.Simulator(library, path=path)
         namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in registry.OPS})
         name = f"cuda_sim_{path}"
-        registry.REGISTRY[name] = registry.Backend(name, lambda: None, _refuses, lambda namespace=namespace: namespace)
+        registry.REGISTRY[name] = registry.Backend(name, lambda: None, _refuses, lambda namespace=namespace: namespace,
+                                                   starts=("farthest",))
         targets.append(SimulatedTarget(name))
     conftest.TARGETS[:] = targets
 
