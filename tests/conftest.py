@@ -8,7 +8,8 @@ Every test that takes the fixture `backend` runs once per backend present on thi
 
 An absent backend is named with its reason in pytest's header.  TOKENPOOL_EXT_REQUIRE_CPU=1 and
 TOKENPOOL_EXT_REQUIRE_CUDA=1 turn absence into failure, so that a run with everything skipped cannot look green.
-TOKENPOOL_EXT_TEST_BACKENDS=name,name restricts the run.
+TOKENPOOL_EXT_TEST_BACKENDS=name,name restricts the run.  TOKENPOOL_EXT_TEST_COVER=1 (test_triton_interpret.py sets it)
+keeps of every body that takes a backend only as many cases as it needs for each value of each parameter to occur.
 """
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ import tokenpool_ext  # noqa: E402
 from helpers import Target  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+COVER = os.environ.get("TOKENPOOL_EXT_TEST_COVER") == "1"
 
 # The same examples on every run and machine; the number is bounded so that the whole suite stays under minutes.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("deep", deadline=None, max_examples=500)
-settings.load_profile(os.environ.get("TOKENPOOL_EXT_HYPOTHESIS", "ci"))
+settings.register_profile("interpreter", parent=settings.get_profile("ci"), max_examples=8)
+settings.load_profile(os.environ.get("TOKENPOOL_EXT_HYPOTHESIS", "interpreter" if INTERPRET else "ci"))
 
 
 def _targets() -> list[Target]:
@@ -85,7 +88,38 @@ def pytest_report_header(config):
     return lines
 
 
+def _cover(items: list) -> list:
+    """Of the cases of one body the fewest, greedily, in which every value of every parameter occurs."""
+    values = {id(item): {(name, repr(value)) for name, value in item.callspec.params.items()} for item in items}
+    missing = set().union(*values.values())
+    chosen = []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(missing & values[id(item)])))
+        missing -= values[id(chosen[-1])]
+    return chosen
+
+
+def _runs(item) -> bool:
+    """Whether a case of a shared body is more than a skip: not too large here, and of a dtype its backend takes."""
+    parameters = item.callspec.params
+    refused = parameters.get("dtype") is not None and parameters["dtype"] not in parameters["backend"].dtypes
+    return not refused and not (INTERPRET and item.get_closest_marker("large"))
+
+
+def _keep_cover(config, items: list) -> None:
+    bodies = {}
+    for item in items:
+        if "backend" in item.fixturenames and _runs(item):
+            bodies.setdefault((item.path, item.originalname), []).append(item)
+    kept = {id(item) for cases in bodies.values() for item in _cover(cases)}
+    kept |= {id(item) for item in items if item.path.name == "test_triton_cases.py"}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
 def pytest_collection_modifyitems(config, items):
+    if COVER:
+        _keep_cover(config, items)
     for item in items:
         if INTERPRET and item.get_closest_marker("large"):
             item.add_marker(pytest.mark.skip(reason="too large for the Triton interpreter"))

@@ -469,7 +469,7 @@ def test_inertia_never_rises_with_iterations(backend, algorithm, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_a_fixed_point_stays_fixed(backend, algorithm, dtype):
     """Once converged, more iterations return the same bits; a warm start from there changes no label."""
-    B, N, D, K = 3, 24, 4, 4
+    B, N, D, K = 1 if backend.interpreted else 3, 24, 4, 4
     x = tokens(B, N, D, dtype, backend.device, groups=K)
     init = spread_indices(B, N, K, backend.device)
     a = run(algorithm, backend, x, K, init=init, num_iters=50)
@@ -592,7 +592,7 @@ def test_strides_change_no_bit(backend, algorithm, dtype, D):
     w = positive_weights(2, 20, TOLERANCES[dtype].acc, backend.device)
     init = spread_indices(1, 20, 4, backend.device).expand(2, 4)
     want = run(algorithm, backend, x, 4, weights=w, init=init.contiguous())
-    for name, view in layouts(x):
+    for name, view in list(layouts(x))[:: 3 if backend.interpreted else 1]:
         got = run(algorithm, backend, view, 4, weights=w, init=init)
         if backend.name == "reference":
             assert_consistent(got, x, 4, weights=w, algorithm=algorithm)
