@@ -25,6 +25,7 @@ TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
          torch.int64: "*i64", torch.uint8: "*u8"}
 SM80, SM89, SM90, SM120 = (heuristics.Device(sm, kib * KIB) for sm, kib in ((80, 163), (89, 99), (90, 227), (120, 99)))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STACK = 24 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 40  # bytes; Triton 3.6 with its ptxas: 40
 
 
 def meta(*shape, dtype=torch.float32):
@@ -173,8 +174,8 @@ def test_every_kernel(device, dtype, monkeypatch, tmp_path):
     seen = set()
     for one, (name, kernel) in zip(launches, check(launches, device)):  # from the cache
         used = resources(kernel, tmp_path)
-        # ptxas puts up to six values on the stack to fit one more block on a multiprocessor (40, 80, 128 or 168 registers).
-        assert used["LOCAL"] == 0 and used["STACK"] <= 24, (name, used, flags(one))
+        # ptxas puts a few values on the stack to fit one more block on a multiprocessor (40, 80, 128 or 168 registers).
+        assert used["LOCAL"] == 0 and used["STACK"] <= STACK, (name, used, flags(one))
         seen.add(name)
     assert seen >= (KERNELS - {"x_stats_kernel"} if dtype == torch.float16 else KERNELS)
 
