@@ -314,10 +314,18 @@ class Clustering : protected Result<In> {
   };
 
   void assign_kept() {
+    const bool far = k_ * row_stride_ * int64_t(sizeof(C)) > 512 << 10;  // products beyond the second-level cache
     split(a.parallel_for, worth(n_ * k_), padded_ / P, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * P; i < end * P; i += P) {
         Nearest nearest;
-        for (int64_t j = 0; j < k_; ++j) nearest.compare(j, center_norm_[j], row_of_[j] + i);
+        for (int64_t j = 0; j < k_; ++j) {
+          if (far) {
+            const C* soon = row_of_[std::min(j + 12, k_ - 1)] + i;
+            __builtin_prefetch(soon);
+            __builtin_prefetch(soon + P - 1);
+          }
+          nearest.compare(j, center_norm_[j], row_of_[j] + i);
+        }
         nearest.write(best_ + i, label_ + i);
       }
     });
