@@ -6,7 +6,7 @@ on one thread, in CPU time (so a busy machine does little harm; with more thread
     direct = m_d P N K D   + t (P + 1) N D + c T N K   with P = min(T, 3): later, few centers change and the rest is skipped
 is fitted by non-negative least squares of relative errors, once with m_g = m_d (as the planner has it) and once with
 two. Then: how often the fitted planner picks the slower path, and how much time its picks lose against the best.
-T is the number of iterations really done (an image stops early when nothing changes).
+T is the number of iterations really done (an image stops early when nothing changes); the planner knows only those asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import machine, timing, tokens
 
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
-PRODUCTS = 3  # kProducts of the planner
+PRODUCTS = 3  # kPasses of the planner
 NAMES = {"shared": ("kMultiplyAdd", "kRowAdd", "kCompare", "kToken"),
          "two products": ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kRowAdd", "kCompare", "kToken")}
 

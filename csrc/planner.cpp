@@ -34,8 +34,8 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n : direct_product + passes * n * d);
-  const bool kept = plan.gram || p.acc_bytes * n * std::max(k, d) <= kKeptBytes;
-  plan.workspace_bytes = p.acc_bytes * ((plan.gram ? n * n : k * d) + (kept ? n * d + n * k : 64 * (d + 64)));
+  plan.kept = plan.gram || keeps_products(p.tokens, p.clusters, p.features, p.acc_bytes);
+  plan.workspace_bytes = p.acc_bytes * ((plan.gram ? n * n : k * d) + (plan.kept ? n * d + n * k : 64 * (d + 64)));
 
   char text[256];
   if (!fits)
@@ -43,8 +43,8 @@ CpuPlan plan_cpu(const CpuProblem& p) {
                   gram_bytes / 1048576, kMaximumGramBytes / 1048576);
   else
     std::snprintf(text, sizeof text,
-                  "one Gram product and %lld cheap iterations (%.0f us) against at most %lld products with the centers (%.0f us)",
-                  static_cast<long long>(p.iterations), plan.gram_ns / 1000, static_cast<long long>(p.iterations),
+                  "one Gram product and %lld cheap iterations (%.0f us) against about %.0f products with the centers (%.0f us)",
+                  static_cast<long long>(p.iterations), plan.gram_ns / 1000, passes,
                   plan.direct_ns / 1000);
   plan.reason = text;
   return plan;

@@ -5,8 +5,11 @@
 
 namespace tokenpool {
 
-// A direct problem whose packed tokens or products with the centers need more than this keeps neither between iterations.
-constexpr int64_t kKeptBytes = 24 << 20;
+// Does a direct problem keep its packed tokens and their products with the centers between iterations? Not if they are large.
+inline bool keeps_products(int64_t tokens, int64_t clusters, int64_t features, int acc_bytes) {
+  constexpr int64_t kKeptBytes = 24 << 20;
+  return tokens * (clusters > features ? clusters : features) * acc_bytes <= kKeptBytes;
+}
 
 // One image's problem. The batch size and the number of threads are absent on purpose: they must not change a result.
 struct CpuProblem {
@@ -17,6 +20,7 @@ struct CpuProblem {
 
 struct CpuPlan {
   bool gram;              // else direct
+  bool kept;              // direct: products are kept between iterations, else streamed
   double gram_ns, direct_ns;  // predicted single-thread time
   double flops;           // of the chosen path (a multiply-add is 2)
   double workspace_bytes; // of the chosen path, per thread

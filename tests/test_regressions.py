@@ -83,3 +83,50 @@ def test_explain_tells_what_was_forced(monkeypatch):
     monkeypatch.setenv("TOKENPOOL_EXT_BACKEND", "reference")
     text = str(tp.explain(2, 16, 4, 8))
     assert "(None)" not in text and "'reference'" in text
+
+
+# Found by a reader of the CPU kernels --------------------------------------------------------------------------------
+
+
+def cpu_only():
+    if tp.backends()["cpu"] != "ok":
+        pytest.skip("no cpu backend")
+
+
+def test_no_features_and_too_many_products_to_keep():
+    cpu_only()
+    got = tp.kmeans(torch.zeros(1, 8192, 0), 1024, num_iters=1, backend="cpu")
+    assert got.centers.shape == (1, 1024, 0) and not got.inertia.any()
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+def test_vmap_never_loses_a_gradient_silently(algorithm):
+    cpu_only()
+    cluster = getattr(tp, algorithm)
+
+    def loss(z):
+        return torch.func.vmap(lambda q: cluster(q, 3, backend="cpu").centers)(z).square().sum()
+
+    with pytest.raises(RuntimeError):
+        torch.func.grad(loss)(torch.randn(3, 2, 12, 8))
+
+
+def test_a_nan_weight_alone_in_its_cluster_reaches_the_inertia():
+    cpu_only()
+    weights = torch.ones(1, 4)
+    weights[0, 1] = torch.nan
+    got = tp.kmeans(torch.randn(1, 4, 3), 4, weights=weights, init=torch.arange(4)[None], backend="cpu")
+    assert got.mass.isnan().sum() == 1 and got.inertia.isnan().all()
+
+
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+def test_repair_when_weight_times_distance_would_overflow(algorithm):
+    cpu_only()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 2, (1, 40, 4096), generator=generator) * 1.98 - 0.99
+    x[:, :20] = x[:, :1]
+    weights = torch.rand(1, 40, generator=generator) + 0.4
+    init = torch.arange(10)[None]
+    small = getattr(tp, algorithm)(x, 10, weights=weights, init=init, num_iters=1, backend="cpu")
+    huge = getattr(tp, algorithm)(x * 2.0**39, 10, weights=weights * 2.0**39, init=init, num_iters=1, backend="cpu")
+    assert torch.equal(small.assignment, huge.assignment)

@@ -52,8 +52,8 @@ struct Profile : Clustering<float> {
   explicit Profile(const ClusterArgs& args) : Clustering<float>(args, false) {}
 
   void phases(double floor) {
-    run(0);
-    std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", best([&] { run(0); }), best([&] { run(0); }) / floor,
+    run(0, 1);
+    std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", best([&] { run(0, 1); }), best([&] { run(0, 1); }) / floor,
                 gram_path_ ? "gram" : "direct");
     std::printf("  mean, scale      %8.1f\n", best([&] { measure(); }));
     if (gram_path_) {
@@ -69,7 +69,7 @@ struct Profile : Clustering<float> {
     } else {
       std::printf("  one assignment   %8.1f\n", best([&] { kept_ ? assign_kept() : assign_streamed(); }));
     }
-    run(0);
+    run(0, 1);
     std::printf("  means, inertia   %8.1f\n", best([&] { finish(); }));
   }
 };

@@ -2,7 +2,7 @@
 //
 // Every center keeps its products with all tokens, a row as long as a row of the Gram matrix. They come from the Gram matrix
 // (gram path) or from the center itself (direct path), and only for centers whose members changed. A direct problem whose
-// products or packed tokens need more than kKeptBytes multiplies every center again and keeps nothing.
+// products or packed tokens need too much memory multiplies every center again and keeps nothing (streamed path).
 
 template <class In>
 class Clustering : protected Result<In> {
@@ -19,7 +19,7 @@ class Clustering : protected Result<In> {
  public:
   Clustering(const ClusterArgs& args, bool parallel) : Base(args, parallel) {}
 
-  void run(int64_t b, int64_t next = -1) {  // next: the image this thread takes afterwards, if any
+  void run(int64_t b, int64_t next) {  // next: the image this thread will probably take afterwards, if there is one
     this->take_image(b);
     k_ = std::min(a.counts ? std::min(a.counts[b], a.clusters) : a.clusters, n_);
     if (k_ < 0) k_ = 0;
@@ -27,8 +27,7 @@ class Clustering : protected Result<In> {
     if (k_ > 0) {
       this->measure();
       gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
-      const int64_t largest = std::max(k_ * row_stride_, padded_ * a.features) * int64_t(sizeof(C));
-      kept_ = gram_path_ || (a.path != int(Path::Streamed) && largest <= kKeptBytes);
+      kept_ = gram_path_ || (a.path != int(Path::Streamed) && keeps_products(n_, k_, a.features, int(sizeof(C))));
       prepare_tokens();
       if (gram_path_) build_gram(next);
       start();
@@ -81,10 +80,11 @@ class Clustering : protected Result<In> {
   }
 
   void build_gram(int64_t next) {
-    const int64_t panels = padded_ / P, strips = panels * (panels + 1) / 2 * (P / kRows) * (1 + a.features / kDepthBlock);
+    const int64_t panels = padded_ / P, passes = (a.features + kDepthBlock - 1) / kDepthBlock;
     Ahead ahead;  // the product leaves the memory idle: time to fetch the next image
-    if (next >= 0 && next < a.images && a.x_token_stride == a.features)
-      ahead.want(static_cast<const In*>(a.x) + next * a.x_image_stride, a.tokens * a.features * int64_t(sizeof(In)), strips);
+    if (next < a.images && a.x_token_stride == a.features)
+      ahead.want(static_cast<const In*>(a.x) + next * a.x_image_stride, a.tokens * a.features * int64_t(sizeof(In)),
+                 panels * (panels + 1) / 2 * (P / kRows) * passes);
     gram_ = take<C>(padded_ * row_stride_);
     split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {
       gram_tiles(packed_, a.features, n_, begin, end, gram_, row_stride_, parallel_ ? nullptr : &ahead);
@@ -333,7 +333,7 @@ class Clustering : protected Result<In> {
 
   void assign_streamed() {
     constexpr int64_t kCenters = 64, kPanels = 8;  // centers whose products wait for the comparison; panels they are fetched for
-    const int64_t panel_size = P * a.features, together = std::min(kPanels, std::max<int64_t>(1, (1 << 15) / panel_size));
+    const int64_t panel_size = P * a.features, together = std::min(kPanels, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(panel_size, 1)));
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
       Buffer<C> packed(together * panel_size), product(kCenters * P);
       int32_t center[kCenters];
@@ -474,10 +474,7 @@ inline void cluster_all(const ClusterArgs& a) {
   std::atomic<int64_t> next{0};
   split(a.parallel_for, true, a.threads, [&](int64_t, int64_t) {
     Clustering<In> clustering(a, false);
-    for (int64_t b = next++, after; b < a.images; b = after) {
-      after = next++;
-      clustering.run(b, after);
-    }
+    for (int64_t b; (b = next++) < a.images;) clustering.run(b, next);
   });
 }
 

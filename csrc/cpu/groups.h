@@ -1,7 +1,7 @@
 // Member lists of clusters, shares of means, and the repair of empty clusters.
 
 // Memory handed out in pieces and taken back all at once. Every thread has one and keeps its blocks from image to image,
-// and up to kKept bytes of them from call to call.
+// and, if they come to kKept bytes or less, from call to call.
 class Arena {
  public:
   static Arena& of_this_thread() {
@@ -54,8 +54,8 @@ class Arena {
 // The largest power of two not above `largest`, as a factor that brings it into [1, 2). 1 inside the range where no square
 // can overflow or vanish (the factor is exact, so it changes no bit of a result there), and 1 for zero or non-finite.
 template <class C>
-inline C safe_scale(C largest) {
-  const int ordinary = std::is_same<C, float>::value ? 40 : 300, limit = std::is_same<C, float>::value ? 126 : 1022;
+inline C safe_scale(C largest, int ordinary = std::is_same<C, float>::value ? 40 : 300) {
+  const int limit = std::is_same<C, float>::value ? 126 : 1022;
   if (!(largest > 0) || largest > std::numeric_limits<C>::max()) return C(1);
   int exponent;
   std::frexp(largest, &exponent);

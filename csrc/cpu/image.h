@@ -86,7 +86,7 @@ class Image {
       C* weight = arena_.take<C>(n_);
       C heaviest = 0;
       for (int64_t i = 0; i < n_; ++i) heaviest = given[token(i)] > heaviest ? given[token(i)] : heaviest;
-      weight_scale_ = safe_scale(heaviest);
+      weight_scale_ = safe_scale(heaviest, std::is_same<C, float>::value ? 20 : 200);  // a weight times a distance must fit, too
       for (int64_t i = 0; i < n_; ++i) weight[i] = given[token(i)] * weight_scale_;
       weight_ = weight;
     }

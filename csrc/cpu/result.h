@@ -121,7 +121,7 @@ class Result : protected Image<In> {
     if (alone || a.medoids) {
       const In* x = row(a.medoids ? medoid_[j] : first);
       std::memcpy(static_cast<void*>(out), x, size_t(D) * sizeof(In));
-      if (alone) return double(norm_[first]) * 0;  // NaN stays NaN
+      if (alone) return double(norm_[first]) * double(weight_ ? weight_[first] : C(1)) * 0;  // NaN stays NaN
       for (int64_t d = 0; d < D; ++d) mean[d] = C(to_float(x[d])) * scale_;
     } else {
       mean_row<false>(j, mean);
