@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tokenpool_ext as tp
+from bench.gpu_checks import captured
 from helpers import (DTYPES, TOLERANCES, assert_consistent, assert_identical, f64, integer_tokens, positive_weights,
                      spread_indices, take, tokens)
 
@@ -220,14 +221,7 @@ def test_captured_graph_replays(backend, algorithm):
     x = tokens(4, 64, 16, device="cuda")
     run = lambda: getattr(tp, algorithm)(x, 8, backend=backend.name)
     want = run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
+    graph, got = captured(run)
     for _ in range(100):
         graph.replay()
     assert_identical(want, got)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tokenpool_ext as tp
+from bench.gpu_checks import captured
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,20 +55,13 @@ def test_a_captured_graph_replays_a_hundred_times(algorithm, init, shape):
     """The graph's result for new tokens in its buffers is that of an ordinary call, bit for bit."""
     x, w, K = problem(shape)
     run = lambda: getattr(tp, algorithm)(x, K, weights=w, init=init, backend="triton")
-    side = torch.cuda.Stream()  # compile outside the capture
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, outputs = captured(run)
     for seed in range(100):
         tokens, weights, _ = problem(shape, seed=seed)
         x.copy_(tokens)
         w.copy_(weights)
         graph.replay()
-        replayed = [t.clone() for t in bits(captured)]
+        replayed = [t.clone() for t in bits(outputs)]
         for got, want in zip(replayed, bits(run())):
             assert torch.equal(got, want), f"replay {seed}"
 

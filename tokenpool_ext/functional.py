@@ -395,12 +395,13 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
             label = "(B, K)" if batched else "(K,)"
             raise ValueError(f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}")
         init = (init if batched else init[None]).to(torch.int64)
-        if init.device.type == "cpu" and not torch.compiler.is_compiling() and init.numel():
+        looked_at = init.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and init.numel():
             used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
             low, high = map(int, used.aminmax())
             if low < 0 or high >= n:
                 raise ValueError(f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}")
-        if mask is not None or init.device.type != "cpu" or counts is not None or torch.compiler.is_compiling():
+        if not looked_at or counts is not None:  # entries of clusters that an image does not have may be anything
             init = init.clamp(0, max(n - 1, 0))
         return init if mask is None or n == 0 else _next_valid(mask).gather(1, init)
     if init.dtype not in FLOATING:
