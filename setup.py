@@ -34,7 +34,7 @@ def cpu_extension():
         sources,
         include_dirs=[pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],  # one binary for every torch from 2.11 on
-        extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"],
+        extra_compile_args=["-O3", "-fno-math-errno", "-std=c++17", "-fvisibility=hidden", "-Wall"],
     )
 
 

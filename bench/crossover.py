@@ -1,11 +1,12 @@
 """``python -m bench.crossover``: gram against direct on this machine, and the planner's constants fitted to it.
 
 Both paths are forced in turn (environment variable TOKENPOOL_EXT_CPU_PATH) over a grid of N, D, K and T, interleaved,
-on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
+on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The tokens are real (DINOv2's, bench/tokens.py): how much the bounds of the direct path spare depends on them.
+The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
     gram   = m_g N^2 D / 2 + t N D   + P r N^2 + T c N K
-    direct = m_d P N K D   + t (P + 1) N D + c T N K   with P = min(T, 3): later, few centers change and the rest is skipped
-is fitted by non-negative least squares of relative errors, once with m_g = m_d (as the planner has it) and once with
-two. Then: how often the fitted planner picks the slower path, and how much time its picks lose against the best.
+    direct = m_d N K D + a [T > 1] N K D + t (P + 1) N D + c T N K   with P = min(T, 3): later, few clusters change
+is fitted by non-negative least squares of relative errors. Then: how often the fitted planner picks the slower path, and how
+much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
 T is the number of iterations really done (an image stops early when nothing changes); the planner knows only those asked for.
 """
 
@@ -25,13 +26,12 @@ from . import machine, timing, tokens
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
 PRODUCTS = 3  # kPasses of the planner
-NAMES = {"shared": ("kMultiplyAdd", "kRowAdd", "kCompare", "kToken"),
-         "two products": ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kRowAdd", "kCompare", "kToken")}
+NAMES = ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kAgain * kDirectMultiplyAdd", "kRowAdd", "kCompare", "kToken")
 
 
 def grid(quick: bool):
-    tokens_, features = ((196, 576), (64, 384)) if quick else ((64, 196, 256, 576, 1024, 2048), (64, 192, 384, 768))
-    for N, D, share, T in itertools.product(tokens_, features, (32, 8, 4, 2), (1, 5)):
+    tokens_, features = ((196, 576), (64, 384)) if quick else ((64, 196, 256, 576, 1024), (64, 192, 384, 768))
+    for N, D, share, T in itertools.product(tokens_, features, (32, 8, 4, 3, 2), (1, 5)):
         if N // share >= 1:
             yield N, D, N // share, T
 
@@ -62,13 +62,14 @@ def iterations_done(cluster, T: int) -> float:
     return float(done.mean())
 
 
-def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float) -> dict:
+def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base) -> dict:
+    """Both paths timed on one problem: tokens derived from `base` (real ones), or random where it is None."""
     import tokenpool_ext as tp
 
     work = N * D * min(N / 2 + 8, T * K + 16)
     B = int(max(1, min(64, 1e9 // work)))
-    x = tokens.random_tokens(B, N, D)
-    init = tokens.distinct_indices(B, N, K)
+    x = tokens.random_tokens(B, N, D) if base is None else tokens.derive(base, B, N, D)[0].contiguous()
+    init = ((torch.arange(K) * N) // K).expand(B, K).contiguous()
 
     def cluster(t=T):
         return tp.kmeans(x, K, init=init, num_iters=t, backend="cpu")
@@ -84,31 +85,29 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float) -> di
             **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 20) / B * 1e9 for p in PATHS}}
 
 
-def features(path: str, row: dict, model: str) -> list[float]:
+def features(path: str, row: dict, iterations: str = "iterations_done") -> list[float]:
     """Multipliers of the model's constants for one measurement."""
-    N, D, K, T = row["N"], row["D"], row["K"], row["iterations_done"]
+    N, D, K, T = row["N"], row["D"], row["K"], row[iterations]
     P = min(T, PRODUCTS)
-    product = N * N * D / 2 if path == "gram" else P * N * K * D
-    rest = [P * N * N, T * N * K, N * D] if path == "gram" else [0.0, T * N * K, (P + 1) * N * D]
-    if model == "shared":
-        return [product, *rest]
-    return [product if path == "gram" else 0.0, product if path == "direct" else 0.0, *rest]
+    if path == "gram":
+        return [N * N * D / 2, 0.0, 0.0, P * N * N, T * N * K, N * D]
+    return [0.0, N * K * D, N * K * D * (T > 1), 0.0, T * N * K, (P + 1) * N * D]
 
 
-def fit(rows: list[dict], model: str) -> list[float]:
+def fit(rows: list[dict]) -> list[float]:
     """Constants (ns) by non-negative least squares of relative errors."""
     import numpy
     from scipy.optimize import nnls
 
-    matrix = numpy.array([[f / row[f"{p}_ns"] for f in features(p, row, model)] for row in rows for p in PATHS])
+    matrix = numpy.array([[f / row[f"{p}_ns"] for f in features(p, row)] for row in rows for p in PATHS])
     return nnls(matrix, numpy.ones(len(matrix)))[0].tolist()
 
 
-def judge(rows: list[dict], constants: list[float], model: str) -> dict:
-    """How good the picks of these constants are on the measured rows."""
-    wrong, lost, best, errors = 0, 0.0, 0.0, []
+def judge(rows: list[dict], constants: list[float]) -> dict:
+    """How good the picks of these constants are on the measured rows. The planner knows the iterations asked for only."""
+    wrong, lost, errors = 0, 0.0, []
     for row in rows:
-        told = {p: sum(c * f for c, f in zip(constants, features(p, row, model))) for p in PATHS}
+        told = {p: sum(c * f for c, f in zip(constants, features(p, row, "T"))) for p in PATHS}
         pick = min(PATHS, key=told.get)
         fastest = min(PATHS, key=lambda p: row[f"{p}_ns"])
         wrong += row[f"{pick}_ns"] > 1.05 * row[f"{fastest}_ns"]
@@ -128,27 +127,29 @@ def main(argv=None) -> int:
     parser.add_argument("--json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    rows = []
-    print(f"{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
-    for N, D, K, T in grid(args.quick):
-        row = measure(N, D, K, T, args.repeats, args.budget)
-        rows.append(row)
-        print(f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
-              f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)
-    fits = {}
-    for model, names in NAMES.items():
-        constants = fit(rows, model)
-        fits[model] = {"constants_ns": dict(zip(names, constants)), **judge(rows, constants, model)}
-        print(f"\nfit, {model}:")
-        for name, value in zip(names, constants):
-            print(f"  constexpr double {name} = {value:.4g};  // ns")
-        print(f"  picks more than 5% slower than the best: {fits[model]['picks_over_5_percent_slower']} of {len(rows)}; "
-              f"mean time lost {fits[model]['mean_time_lost']:.1%}; median error of a predicted time "
-              f"{fits[model]['median_error_of_times']:.0%}")
+    base = tokens.real_base()[0]
+    measured = {}
+    for kind in ("real", "random"):
+        rows = measured[kind] = []
+        print(f"{kind} tokens\n{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
+        for N, D, K, T in grid(args.quick or kind == "random"):
+            row = measure(N, D, K, T, args.repeats, args.budget, base if kind == "real" else None)
+            rows.append(row)
+            print(f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
+                  f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)
+    constants = fit(measured["real"])
+    judged = {kind: judge(rows, constants) for kind, rows in measured.items()}
+    print()
+    for name, value in zip(NAMES, constants):
+        print(f"  constexpr double {name} = {value:.4g};  // ns")
+    for kind, found in judged.items():
+        print(f"  {kind} tokens: picks more than 5% slower than the best: {found['picks_over_5_percent_slower']} of "
+              f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
+              f"{found['median_error_of_times']:.0%}")
     if args.json:
-        content = {"schema": 1, "machine": machine.machine(), "versions": machine.versions(), "threads": args.threads,
+        content = {"schema": 2, "machine": machine.machine(), "versions": machine.versions(), "threads": args.threads,
                    "commit": machine.commit(), "command": machine.command("bench.crossover"), "date": machine.now(),
-                   "rows": rows, "fits": fits}
+                   "rows": measured, "constants_ns": dict(zip(NAMES, constants)), "judged": judged}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0

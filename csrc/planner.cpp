@@ -1,6 +1,7 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 namespace tokenpool {
@@ -13,6 +14,8 @@ constexpr double kDirectMultiplyAdd = 0.0214;  // one of the products with the c
 constexpr double kRowAdd = 0.166;              // one element of a Gram row added to its cluster's row
 constexpr double kCompare = 0.081;             // one token compared with one center
 constexpr double kToken = 0.522;               // one feature of one token converted, centered and packed, or added to a mean
+constexpr double kAgain = 0.2;                 // products computed again after the first iteration, as a share of all, at their price
+constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
@@ -24,18 +27,19 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
   const double passes = std::min(t, kPasses);
-  const double direct_product = passes * n * k * d;
+  const double direct_product = (t > 1 ? 1 + kAgain : 1) * n * k * d;
 
   CpuPlan plan;
   const double gram_iterations = passes * n * n * kRowAdd + t * n * k * kCompare;
   plan.gram_ns =
       width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + gram_iterations);
-  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (passes + 1) * n * d * kToken + t * n * k * kCompare);
+  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (passes + 1) * n * d * kToken + t * n * k * kCompare +
+                            (p.farthest ? n * k * d * kFarthest : 0));
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n : direct_product + passes * n * d);
-  plan.kept = plan.gram || keeps_products(p.tokens, p.clusters, p.features, p.acc_bytes);
-  plan.workspace_bytes = p.acc_bytes * ((plan.gram ? n * n : k * d) + (plan.kept ? n * d + n * k : 64 * (d + 64)));
+  plan.center_group = plan.gram ? 1 : center_group(p.tokens, p.clusters, p.acc_bytes);
+  plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : k * d + n * std::ceil(k / double(plan.center_group)));
 
   char text[256];
   if (!fits)
@@ -43,9 +47,9 @@ CpuPlan plan_cpu(const CpuProblem& p) {
                   gram_bytes / 1048576, kMaximumGramBytes / 1048576);
   else
     std::snprintf(text, sizeof text,
-                  "one Gram product and %lld cheap iterations (%.0f us) against about %.0f products with the centers (%.0f us)",
-                  static_cast<long long>(p.iterations), plan.gram_ns / 1000, passes,
-                  plan.direct_ns / 1000);
+                  "one Gram product and %lld cheap iterations (%.0f us) against one product with the centers and bounds that spare "
+                  "nearly all others (%.0f us)",
+                  static_cast<long long>(p.iterations), plan.gram_ns / 1000, plan.direct_ns / 1000);
   plan.reason = text;
   return plan;
 }

@@ -33,7 +33,7 @@ PYBIND11_MODULE(_C, m) {
         problem.centers_given = centers_given;
         const tokenpool::CpuPlan plan = tokenpool::plan_cpu(problem);
         py::dict result;
-        result["path"] = plan.gram ? "gram" : plan.kept ? "direct" : "streamed";
+        result["path"] = plan.gram ? "gram" : plan.center_group == 1 ? "direct" : "streamed";
         result["flops"] = plan.flops;
         result["workspace_bytes"] = plan.workspace_bytes;
         result["gram_ns"] = plan.gram_ns;

@@ -168,8 +168,8 @@ def test_gram_and_direct_are_equal_on_integers(both_paths, algorithm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
 @pytest.mark.parametrize("n,d,k", [(1, 1, 1), (5, 0, 2), (25, 3, 7), (50, 200, 49), (97, 385, 20), (260, 33, 130)])
-def test_keeping_products_changes_no_bit(monkeypatch, algorithm, dtype, n, d, k):
-    """Large problems keep neither packed tokens nor products between iterations; the sums are the same."""
+def test_sharing_bounds_changes_no_bit(monkeypatch, algorithm, dtype, n, d, k):
+    """In large problems several centers share a bound: other distances are computed, to the same end."""
     if tp.backends()["cpu"] != "ok":
         pytest.skip("no cpu backend")
     generator = torch.Generator().manual_seed(n)

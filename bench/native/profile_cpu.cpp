@@ -65,9 +65,17 @@ struct Profile : Clustering<float> {
         gram_tiles(packed_, a.features, n_, 0, panels * (panels + 1) / 2, gram_, row_stride_);
       }));
       std::printf("  mirror           %8.1f\n", best([&] { mirror(n_, gram_, row_stride_); }));
-      std::printf("  one assignment   %8.1f\n", best([&] { assign_kept(); }));
+      std::printf("  one assignment   %8.1f\n", best([&] { assign_gram(); }));
     } else {
-      std::printf("  one assignment   %8.1f\n", best([&] { kept_ ? assign_kept() : assign_streamed(); }));
+      take_direct();
+      start();
+      std::printf("  pack, multiply   %8.1f  (floor %.1f)\n", best([&] { assign_first(1); }), floor * 2 * k_ / n_);
+      repair_empty(n_, k_, weight_, best_, label_, count_);
+      mark_changes(0);
+      group_members();
+      std::printf("  first update     %8.1f\n", best([&] { update_direct(); }));
+      std::memcpy(previous_, label_, size_t(n_) * sizeof(I));
+      std::printf("  bounds           %8.1f  (nothing moved since the last)\n", best([&] { assign_bounded(previous_); }));
     }
     run(0, 1);
     std::printf("  means, inertia   %8.1f\n", best([&] { finish(); }));
@@ -95,7 +103,7 @@ int main(int argc, char** argv) {
   a.x = x.data();
   a.x_token_stride = D;
   a.init_index = start.data();
-  a.path = -1;
+  a.path = argc > 4 ? std::atoi(argv[4]) : -1;  // 0: gram, 1: direct, 2: streamed
   a.threads = 1;
   a.centers = centers.data();
   a.assignment = assignment.data();

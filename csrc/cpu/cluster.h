@@ -1,19 +1,19 @@
 // K-Means and K-Medoids of one image: the start, the assignment of tokens, the update.
 //
-// Every center keeps its products with all tokens, a row as long as a row of the Gram matrix. They come from the Gram matrix
-// (gram path) or from the center itself (direct path), and only for centers whose members changed. A direct problem whose
-// products or packed tokens need too much memory multiplies every center again and keeps nothing (streamed path).
+// With a Gram matrix (gram path) every center keeps its products with all tokens, a row as long as a row of that matrix, and
+// only centers whose members changed get a new one. Without it: direct.h.
 
 template <class In>
-class Clustering : protected Result<In> {
+class Clustering : protected Direct<In> {
  protected:
-  using Base = Result<In>;
+  using Base = Direct<In>;
   using typename Base::C;
   using typename Base::I;
   using Base::a, Base::image_, Base::n_, Base::weight_, Base::scale_, Base::mean_, Base::k_, Base::padded_;
   using Base::label_, Base::norm_, Base::member_, Base::share_, Base::start_, Base::count_, Base::medoid_, Base::total_;
-  using Base::local_index, Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference, Base::worth;
-  using Base::center_token, Base::parallel_;
+  using Base::center_, Base::center_norm_, Base::best_, Base::changed_;
+  using Base::local_index, Base::row, Base::pack, Base::squared_norm, Base::squared_difference, Base::worth;
+  using Base::center_token, Base::multiply_panel, Base::parallel_;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
  public:
@@ -27,11 +27,14 @@ class Clustering : protected Result<In> {
     if (k_ > 0) {
       this->measure();
       gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
-      kept_ = gram_path_ || (a.path != int(Path::Streamed) && keeps_products(n_, k_, a.features, int(sizeof(C))));
-      prepare_tokens();
-      if (gram_path_) build_gram(next);
+      if (gram_path_) {
+        pack_tokens();
+        build_gram(next);
+      } else {
+        this->take_direct();
+      }
       start();
-      iterate();
+      iterate(next);
     }
     this->finish();
   }
@@ -47,6 +50,7 @@ class Clustering : protected Result<In> {
     problem.iterations = a.iterations;
     problem.acc_bytes = sizeof(C);
     problem.centers_given = a.init_centers != nullptr;
+    problem.farthest = !a.init_centers && !a.init_index;
     return plan_cpu(problem).gram;
   }
 
@@ -57,34 +61,24 @@ class Clustering : protected Result<In> {
 
   void take_buffers() {
     Base::take_buffers();
-    row_stride_ = padded_ + ((padded_ * int64_t(sizeof(C))) % 1024 == 0 ? L : 0);  // rows not a power of two apart
     previous_ = take<I>(padded_);
     best_ = take<C>(padded_);
     center_norm_ = take<C>(a.clusters);
-    used_ = take<int32_t>(a.clusters);
-    stale_ = take<int32_t>(a.clusters);
     changed_ = take<uint8_t>(a.clusters);
   }
 
-  void prepare_tokens() {  // packed, if kept, and their norms (the gram path reads those off the diagonal)
-    const int64_t D = a.features;
-    if (kept_) packed_ = take<C>(padded_ * D);
-    split(a.parallel_for, worth(n_ * D), padded_ / P, [&](int64_t begin, int64_t end) {
-      Buffer<C> panel(kept_ ? 0 : P * D);
-      for (int64_t p = begin; p < end; ++p) {
-        C* out = kept_ ? packed_ + p * P * D : panel;
-        pack(p * P, out);
-        if (!gram_path_) panel_norms(out, norm_ + p * P);
-      }
+  void pack_tokens() {
+    packed_ = take<C>(padded_ * a.features);
+    split(a.parallel_for, worth(n_ * a.features), padded_ / P, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) pack(p * P, packed_ + p * P * a.features);
     });
   }
 
   void build_gram(int64_t next) {
-    const int64_t panels = padded_ / P, passes = (a.features + kDepthBlock - 1) / kDepthBlock;
+    const int64_t panels = padded_ / P;
     Ahead ahead;  // the product leaves the memory idle: time to fetch the next image
-    if (next < a.images && a.x_token_stride == a.features)
-      ahead.want(static_cast<const In*>(a.x) + next * a.x_image_stride, a.tokens * a.features * int64_t(sizeof(In)),
-                 panels * (panels + 1) / 2 * (P / kRows) * passes);
+    this->want_image(next, panels * (panels + 1) / 2 * (P / kRows), ahead);
+    row_stride_ = padded_ + ((padded_ * int64_t(sizeof(C))) % 1024 == 0 ? L : 0);  // rows not a power of two apart
     gram_ = take<C>(padded_ * row_stride_);
     split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {
       gram_tiles(packed_, a.features, n_, begin, end, gram_, row_stride_, parallel_ ? nullptr : &ahead);
@@ -100,25 +94,20 @@ class Clustering : protected Result<In> {
     for (int64_t i = 0; i < n_; ++i) std::memset(gram_ + i * row_stride_ + end, 0, size_t(row_stride_ - end) * sizeof(C));
   }
 
-  // -------------------------------------------------------------------------------------------------- centers
+  // -------------------------------------------------------------------------------------------------- start
 
   void start() {
     const int64_t D = a.features;
-    if (kept_) {
+    if (gram_path_) {
       product_ = take<C>(k_ * row_stride_);
       row_of_ = take<const C*>(k_);
-      for (int64_t j = 0; j < k_; ++j) row_of_[j] = product_ + j * row_stride_;
+      if (a.init_centers) center_ = take<C>(k_ * D);
     }
-    if (!gram_path_ || a.init_centers) center_ = take<C>(k_ * D);
-    for (int64_t j = 0; j < k_; ++j) used_[j] = -1;
     if (a.init_centers) {
       const C* given = static_cast<const C*>(a.init_centers) + image_ * a.clusters * D;
-      for (int64_t j = 0; j < k_; ++j) {
+      for (int64_t j = 0; j < k_; ++j)
         for (int64_t d = 0; d < D; ++d) center_[j * D + d] = given[j * D + d] * scale_ - mean_[d];
-        center_norm_[j] = squared_norm(center_ + j * D);
-        stale_[j] = int32_t(j);
-      }
-      multiply_centers(k_);
+      if (gram_path_) multiply_centers();
       return;
     }
     if (a.init_index)
@@ -128,7 +117,10 @@ class Clustering : protected Result<In> {
       }
     else
       farthest_first();
-    use_medoids();
+    if (gram_path_)
+      use_medoids();
+    else
+      for (int64_t j = 0; j < k_; ++j) center_token(medoid_[j], center_ + j * D);
   }
 
   // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a tie;
@@ -199,79 +191,56 @@ class Clustering : protected Result<In> {
     });
   }
 
-  void use_medoids() {  // the centers are the tokens medoid_[j]
-    const int64_t D = a.features;
-    int64_t count = 0;
+  void use_medoids() {  // gram path: the centers are the tokens medoid_[j]
     for (int64_t j = 0; j < k_; ++j) {
-      if (gram_path_) {
-        row_of_[j] = gram_ + medoid_[j] * row_stride_;
-      } else if (medoid_[j] != used_[j]) {
-        center_token(medoid_[j], center_ + j * D);
-        stale_[count++] = int32_t(j);
-      }
+      row_of_[j] = gram_ + medoid_[j] * row_stride_;
       center_norm_[j] = norm_[medoid_[j]];
-      used_[j] = medoid_[j];
     }
-    multiply_centers(count);
   }
 
-  // Products of the centers which[0..count) with a panel's tokens: out[i] gets those of the i-th.
-  TP_INLINE void multiply_panel(const int32_t* which, int64_t count, const C* panel, C* const* out) const {
+  void multiply_centers() {  // gram path: given centers have no Gram rows
     const int64_t D = a.features;
-    C nowhere[P] = {};
-    for (int64_t d0 = 0; d0 == 0 || d0 < D; d0 += kDepthBlock)
-      for (int64_t i = 0; i < count; i += kRows) {
-        const C* rows[kRows];
-        C* to[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          rows[r] = center_ + which[std::min(i + r, count - 1)] * D + d0;
-          to[r] = i + r < count ? out[i + r] : nowhere;
-        }
-        product_strip<C, TP_VECTORS>(rows, 1, panel + d0 * P, std::min(kDepthBlock, D - d0), d0 > 0, to);
-      }
-  }
-
-  // The products of the centers stale_[0..count) with all tokens, where they are kept.
-  void multiply_centers(int64_t count) {
-    if (!kept_ || count == 0) return;
-    const int64_t D = a.features;
-    split(a.parallel_for, worth(n_ * count * D / 8), padded_ / P, [&](int64_t begin, int64_t end) {
-      Buffer<C*> out(count);
+    Buffer<int32_t> all(k_);
+    for (int64_t j = 0; j < k_; ++j) {
+      all[j] = int32_t(j);
+      center_norm_[j] = squared_norm(center_ + j * D);
+      row_of_[j] = product_ + j * row_stride_;
+    }
+    split(a.parallel_for, worth(n_ * k_ * D / 8), padded_ / P, [&](int64_t begin, int64_t end) {
+      Buffer<C*> out(k_);
       for (int64_t p = begin; p < end; ++p) {
-        for (int64_t i = 0; i < count; ++i) out[i] = product_ + stale_[i] * row_stride_ + p * P;
-        multiply_panel(stale_, count, packed_ + p * P * D, out);
+        for (int64_t j = 0; j < k_; ++j) out[j] = product_ + j * row_stride_ + p * P;
+        multiply_panel(all, k_, packed_ + p * P * D, out);
       }
     });
   }
 
-  void iterate() {
+  void iterate(int64_t next) {
     for (int64_t t = 0;; ++t) {
-      if (kept_)
-        assign_kept();
+      if (gram_path_)
+        assign_gram();
+      else if (t == 0)
+        this->assign_first(next);
       else
-        assign_streamed();
+        this->assign_bounded(previous_);
       if (a.medoids)  // a medoid belongs to its own cluster, the lowest if several name it
         for (int64_t j = k_; j-- > 0;) {
           label_[medoid_[j]] = I(j);
-          best_[medoid_[j]] = -norm_[medoid_[j]];
+          best_[medoid_[j]] = norm_[medoid_[j]] * 0;  // NaN stays NaN
         }
-      for (int64_t i = 0; i < n_; ++i) {  // from here on: squared distances, a NaN stays NaN
-        const C distance = best_[i] + norm_[i];
-        best_[i] = distance < 0 ? C(0) : distance;
-      }
       repair_empty(n_, k_, weight_, best_, label_, count_);
       const bool same = t > 0 && !std::memcmp(label_, previous_, size_t(n_) * sizeof(I));
       if (same) break;
       mark_changes(t);
       this->group_members();
-      if (a.medoids) {
-        update_medoids();
-        if (t + 1 == a.iterations) break;
+      if (a.medoids) update_medoids();
+      if (t + 1 == a.iterations) break;
+      if (!gram_path_)
+        this->update_direct();
+      else if (a.medoids)
         use_medoids();
-      } else {
-        if (t + 1 == a.iterations) break;
+      else
         update_means();
-      }
       std::swap(label_, previous_);
     }
   }
@@ -283,41 +252,11 @@ class Clustering : protected Result<In> {
       if (label_[i] != previous_[i]) changed_[label_[i]] = changed_[previous_[i]] = 1;
   }
 
-  // The nearest centers of a panel's tokens so far.
-  struct Nearest {
-    Vec<C> best[TP_VECTORS];
-    Vec<I> label[TP_VECTORS];
-
-    TP_INLINE Nearest() {
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        best[v] = splat(std::numeric_limits<C>::infinity());
-        label[v] = Vec<I>{};
-      }
-    }
-    TP_INLINE void compare(int64_t j, C center_norm, const C* products) {
-      const Vec<C> norm = splat(center_norm);
-      const Vec<I> index = splat(I(j));
-#pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> score = norm - C(2) * load(products + v * L);
-        const auto nearer = score < best[v];
-        best[v] = nearer ? score : best[v];
-        label[v] = nearer ? index : label[v];
-      }
-    }
-    TP_INLINE void write(C* best_out, I* label_out) const {
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        store(best_out + v * L, best[v]);
-        store(label_out + v * L, label[v]);
-      }
-    }
-  };
-
-  void assign_kept() {
+  void assign_gram() {
     const bool far = k_ * row_stride_ * int64_t(sizeof(C)) > 512 << 10;  // products beyond the second-level cache
     split(a.parallel_for, worth(n_ * k_), padded_ / P, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * P; i < end * P; i += P) {
-        Nearest nearest;
+        Nearest<C> nearest;
         for (int64_t j = 0; j < k_; ++j) {
           if (far) {
             const C* soon = row_of_[std::min(j + 12, k_ - 1)] + i;
@@ -329,54 +268,19 @@ class Clustering : protected Result<In> {
         nearest.write(best_ + i, label_ + i);
       }
     });
-  }
-
-  void assign_streamed() {
-    constexpr int64_t kCenters = 64, kPanels = 8;  // centers whose products wait for the comparison; panels they are fetched for
-    const int64_t panel_size = P * a.features, together = std::min(kPanels, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(panel_size, 1)));
-    split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
-      Buffer<C> packed(together * panel_size), product(kCenters * P);
-      int32_t center[kCenters];
-      C* out[kCenters];
-      for (int64_t j = 0; j < kCenters; ++j) out[j] = product + j * P;
-      for (int64_t p = begin; p < end; p += together) {
-        const int64_t panels = std::min(together, end - p);
-        Nearest nearest[kPanels];
-        for (int64_t q = 0; q < panels; ++q) pack((p + q) * P, packed + q * panel_size);
-        for (int64_t first = 0; first < k_; first += kCenters) {
-          const int64_t count = std::min(kCenters, k_ - first);
-          for (int64_t j = 0; j < count; ++j) center[j] = int32_t(first + j);
-          for (int64_t q = 0; q < panels; ++q) {
-            multiply_panel(center, count, packed + q * panel_size, out);
-            for (int64_t j = 0; j < count; ++j) nearest[q].compare(first + j, center_norm_[first + j], out[j]);
-          }
-        }
-        for (int64_t q = 0; q < panels; ++q) nearest[q].write(best_ + (p + q) * P, label_ + (p + q) * P);
-      }
-    });
+    for (int64_t i = 0; i < n_; ++i) {  // squared distances; a NaN stays NaN
+      const C distance = best_[i] + norm_[i];
+      best_[i] = distance < 0 ? C(0) : distance;
+    }
   }
 
   // ---------------------------------------------------------------------------------------------------- update
 
-  void update_means() {
-    if (gram_path_) {
-      split(a.parallel_for, worth(n_ * n_), k_, [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j)
-          if (changed_[j]) mean_products(j);
-      });
-      return;
-    }
-    split(a.parallel_for, worth(n_ * a.features), k_, [&](int64_t begin, int64_t end) {
+  void update_means() {  // gram path
+    split(a.parallel_for, worth(n_ * n_), k_, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j)
-        if (changed_[j]) {
-          this->template mean_row<true>(j, center_ + j * a.features);
-          center_norm_[j] = squared_norm(center_ + j * a.features);
-        }
+        if (changed_[j]) mean_products(j);
     });
-    int64_t count = 0;
-    for (int64_t j = 0; j < k_; ++j)
-      if (changed_[j]) stale_[count++] = int32_t(j);
-    multiply_centers(count);
   }
 
   // Products of cluster j's mean with all tokens, from the Gram rows of its members; and its squared norm.
@@ -447,17 +351,12 @@ class Clustering : protected Result<In> {
     return nearest;
   }
 
+  bool gram_path_ = false;
   int64_t row_stride_ = 0;      // of products and the Gram matrix
-  bool gram_path_ = false, kept_ = false;
-  C *packed_ = nullptr, *gram_ = nullptr;     // if kept: [panels][D][P]; gram path: [padded][row_stride]
-  C* product_ = nullptr;        // if kept: [k][row_stride]
-  const C** row_of_ = nullptr;  // if kept: where center j's products are
-  C* center_ = nullptr;         // direct path: [k][D] scaled, centered
-  C* center_norm_ = nullptr;    // [k] squared norms
-  C* best_ = nullptr;           // [n] squared distance to its center
+  C *packed_ = nullptr, *gram_ = nullptr;  // gram path: [panels][D][P]; [padded][row_stride]
+  C* product_ = nullptr;        // gram path: [k][row_stride]
+  const C** row_of_ = nullptr;  // gram path: where center j's products are
   I* previous_ = nullptr;       // [n] labels of the last iteration
-  int32_t *used_ = nullptr, *stale_ = nullptr;  // [k] the token a center was; centers to multiply
-  uint8_t* changed_ = nullptr;  // [k] members differ from the last iteration's
 };
 
 // Images are handed to the threads one by one: they need not take equally long, nor are all cores equally fast. An image

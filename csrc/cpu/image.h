@@ -24,6 +24,13 @@ class Image {
       if (mask[i]) valid_[n_++] = int32_t(i);
   }
 
+  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch for every block of features.
+  void want_image(int64_t b, int64_t times, Ahead& ahead) const {
+    if (b < a.images && a.x_token_stride == a.features)
+      ahead.want(static_cast<const In*>(a.x) + b * a.x_image_stride, a.tokens * a.features * int64_t(sizeof(In)),
+                 times * ((a.features + kDepthBlock - 1) / kDepthBlock));
+  }
+
   int64_t token(int64_t i) const { return valid_ ? valid_[i] : i; }
   const In* row(int64_t i) const { return x_ + token(i) * a.x_token_stride; }
 
@@ -153,6 +160,38 @@ class Image {
       rest += difference * difference;
     }
     return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+  }
+
+  // ||x * scale - mean - center||^2 of one token and M centers.
+  template <int M>
+  TP_INLINE void squared_differences(const In* x, const C* const (&center)[M], C* out) const {
+    constexpr int W = M == 1 ? 4 : 2;
+    const int64_t D = a.features;
+    const Vec<C> scale = splat(scale_);
+    Vec<C> sum[M][W] = {};
+    C rest[M] = {};
+    int64_t d = 0;
+    const auto add = [&](int w) {
+      const Vec<C> token = load_acc(x + d + w * L) * scale - load(mean_ + d + w * L);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Vec<C> difference = token - load(center[m] + d + w * L);
+        sum[m][w] += difference * difference;
+      }
+    };
+    for (; d + W * L <= D; d += W * L)
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) add(w);
+    for (; d + L <= D; d += L) add(0);
+    for (; d < D; ++d) {
+      const C token = C(to_float(x[d])) * scale_ - mean_[d];
+      for (int m = 0; m < M; ++m) rest[m] += (token - center[m][d]) * (token - center[m][d]);
+    }
+    for (int m = 0; m < M; ++m) {
+      Vec<C> total = sum[m][0];
+      for (int w = 1; w < W; ++w) total += sum[m][w];
+      out[m] = lane_sum<C>(total) + rest[m];
+    }
   }
 
   const ClusterArgs& a;

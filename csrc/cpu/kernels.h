@@ -8,6 +8,7 @@ namespace TP_ISA {
 #include "groups.h"
 #include "image.h"
 #include "result.h"
+#include "direct.h"
 #include "cluster.h"
 #include "pool.h"
 #include "attention.h"

@@ -40,6 +40,25 @@ TP_INLINE T lane_sum(Vec<T> v) {
   return a[0];
 }
 
+// The signs of the lanes, the first lane's in the lowest bit.
+template <class T>
+TP_INLINE uint32_t lane_bits(Vec<typename Lane<T>::Int> v) {
+#if defined(__x86_64__) && TP_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return uint32_t(_mm512_movepi32_mask((__m512i)v));
+  return uint32_t(_mm512_movepi64_mask((__m512i)v));
+#elif defined(__x86_64__) && TP_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)v));
+  return uint32_t(_mm256_movemask_pd((__m256d)v));
+#elif defined(__x86_64__) && TP_VECTOR_BYTES == 16
+  if constexpr (sizeof(T) == 4) return uint32_t(_mm_movemask_ps((__m128)v));
+  return uint32_t(_mm_movemask_pd((__m128d)v));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= uint32_t(v[i] < 0) << i;
+  return bits;
+#endif
+}
+
 TP_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Larger of two, lane by lane: a NaN in `b` is passed over.

@@ -1,0 +1,125 @@
+"""CPU paths without a Gram matrix: bounds decide which distances are computed, and never what the result is."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenpool_ext as tp
+from helpers import assert_identical
+
+pytestmark = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
+PATHS = ["gram", "direct", "streamed"]
+
+
+def normal(B, N, D, generator):
+    return torch.randn(B, N, D, generator=generator, dtype=torch.float64)
+
+
+def blobs(B, N, D, generator):  # bounds rule out nearly everything
+    return normal(B, N, D, generator) + 30 * normal(B, 8, D, generator)[:, torch.arange(N) % 8]
+
+
+def line(B, N, D, generator):  # centers travel far
+    return torch.rand(B, N, 1, generator=generator, dtype=torch.float64).expand(B, N, D).contiguous() ** 3
+
+
+def far_away(B, N, D, generator):
+    return normal(B, N, D, generator) + 1e5
+
+
+def twice_each(B, N, D, generator):  # ties and empty clusters
+    return normal(B, (N + 1) // 2, D, generator).repeat_interleave(2, 1)[:, :N].contiguous()
+
+
+def one_outlier(B, N, D, generator):
+    x = normal(B, N, D, generator)
+    x[:, N // 2] *= 1e4
+    return x
+
+
+KINDS = [normal, blobs, line, far_away, twice_each, one_outlier]
+SHAPES = [(40, 3, 9), (200, 20, 10), (150, 65, 60), (98, 130, 3), (120, 8, 120)]
+
+
+def run(monkeypatch, path, algorithm, x, K, **options):
+    monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", path)
+    return getattr(tp, algorithm)(x, K, backend="cpu", **options)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+@pytest.mark.parametrize("N,D,K", SHAPES)
+def test_same_as_comparing_with_all_centers(monkeypatch, kind, algorithm, N, D, K):
+    """Float64, many iterations, weights, padding and fewer clusters in some images: not a label differs."""
+    generator = torch.Generator().manual_seed(N)
+    x, w = kind(3, N, D, generator), 0.1 + torch.rand(3, N, generator=generator, dtype=torch.float64)
+    mask = torch.rand(3, N, generator=generator) < 0.9
+    counts = torch.tensor([K, max(1, K // 2), K])
+    if kind is twice_each and algorithm == "kmedoids":
+        w[:, 1::2] = w[:, ::2] * 0.5  # of two equal tokens the heavier one, or rounding would choose the medoid
+    want = getattr(tp, algorithm)(x, counts, weights=w, mask=mask, num_iters=30, backend="reference")
+    for path in PATHS:
+        got = run(monkeypatch, path, algorithm, x, counts, weights=w, mask=mask, num_iters=30)
+        torch.testing.assert_close(got.inertia, want.inertia, rtol=1e-6, atol=1e-9)
+        if kind is not twice_each:
+            assert torch.equal(got.assignment, want.assignment), path
+            torch.testing.assert_close(got.centers, want.centers, rtol=1e-9, atol=1e-6 if kind is far_away else 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS[:4], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_every_token_ends_at_its_nearest_center(monkeypatch, path, kind, dtype):
+    """Converged, no other center is nearer than a token's own, rounding aside."""
+    x = kind(2, 300, 48, torch.Generator().manual_seed(7)) - (1e5 if kind is far_away else 0)
+    x = x.to(dtype)
+    found = run(monkeypatch, path, "kmeans", x, 40, num_iters=200)
+    again = run(monkeypatch, path, "kmeans", x, 40, num_iters=201)
+    assert_identical(found.assignment, again.assignment)
+    x64 = x.double()
+    members = torch.nn.functional.one_hot(found.assignment, 40).double()
+    centers = (members.transpose(1, 2) @ x64) / members.sum(1)[:, :, None]
+    distances = torch.cdist(x64, centers)
+    own = distances.gather(2, found.assignment[:, :, None])[:, :, 0]
+    assert (own <= distances.amin(2) * (1 + 1e-3) + 1e-5).all()
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_given_centers_anywhere(monkeypatch, path):
+    generator = torch.Generator().manual_seed(1)
+    x = normal(2, 200, 24, generator)
+    for scale in (1e-6, 1, 1e6):
+        centers = scale * normal(2, 30, 24, generator)
+        want = run(monkeypatch, "gram", "kmeans", x, 30, init=centers, num_iters=30)
+        got = run(monkeypatch, path, "kmeans", x, 30, init=centers, num_iters=30)
+        assert torch.equal(got.assignment, want.assignment), scale
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("where", ["token", "center"])
+def test_nothing_is_ruled_out_by_a_nan(monkeypatch, path, where):
+    """What is not a number is no bound: the same clusters as by comparing with all centers."""
+    generator = torch.Generator().manual_seed(3)
+    x = blobs(1, 120, 16, generator)
+    init = x[:, :12].clone()
+    (x if where == "token" else init)[0, 7] = float("nan")
+    want = run(monkeypatch, "gram", "kmeans", x, 12, init=init, num_iters=20)
+    got = run(monkeypatch, path, "kmeans", x, 12, init=init, num_iters=20)
+    assert torch.equal(got.assignment, want.assignment)
+    assert torch.equal(got.centers.isnan(), want.centers.isnan())
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+def test_threads_share_an_image_without_changing_it(monkeypatch, path, algorithm):
+    x = normal(1, 3000, 40, torch.Generator().manual_seed(5)).float()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(monkeypatch, path, algorithm, x, 200, num_iters=8))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_identical([t for t in results[0] if t is not None], [t for t in other if t is not None])
