@@ -4,7 +4,7 @@ Both paths are forced in turn (environment variable TOKENPOOL_EXT_CPU_PATH) over
 on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The tokens are real (DINOv2's, bench/tokens.py): how much the bounds of the direct path spare depends on them.
 The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
     gram   = m_g N^2 D / 2 + t N D   + P r N^2 + T c N K
-    direct = m_d N K D + a [T > 1] N K D + t (P + 1) N D + c T N K   with P = min(T, 3): later, few clusters change
+    direct = m_d N K D   + t (P + 1) N D + b T N K   with P = min(T, 3): later, few clusters change
 is fitted by non-negative least squares of relative errors. Then: how often the fitted planner picks the slower path, and how
 much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
 T is the number of iterations really done (an image stops early when nothing changes); the planner knows only those asked for.
@@ -25,8 +25,8 @@ from . import machine, timing, tokens
 
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
-PRODUCTS = 3  # kPasses of the planner
-NAMES = ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kAgain * kDirectMultiplyAdd", "kRowAdd", "kCompare", "kToken")
+PRODUCTS, SETTLED = 3, 8  # kPasses and kSettled of the planner
+NAMES = ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kRowAdd", "kCompare", "kBound", "kToken")
 
 
 def grid(quick: bool):
@@ -87,11 +87,11 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base)
 
 def features(path: str, row: dict, iterations: str = "iterations_done") -> list[float]:
     """Multipliers of the model's constants for one measurement."""
-    N, D, K, T = row["N"], row["D"], row["K"], row[iterations]
+    N, D, K, T = row["N"], row["D"], row["K"], min(row[iterations], SETTLED)
     P = min(T, PRODUCTS)
     if path == "gram":
-        return [N * N * D / 2, 0.0, 0.0, P * N * N, T * N * K, N * D]
-    return [0.0, N * K * D, N * K * D * (T > 1), 0.0, T * N * K, (P + 1) * N * D]
+        return [N * N * D / 2, 0.0, P * N * N, T * N * K, 0.0, N * D]
+    return [0.0, N * K * D, 0.0, 0.0, T * N * K, (P + 1) * N * D]
 
 
 def fit(rows: list[dict]) -> list[float]:

@@ -5,7 +5,8 @@ the library's GEMM. GPU rates: a large GEMM and a large copy by events (there is
 bfloat16 and float16 on a CPU without their own dot products run at the float32 multiply-add rate, and are floored so.
 
 Floor of a problem, an image: the larger of
-- flops / peak rate: gram N^2 D (the lower triangle of x x^T: half of 2 N^2 D), or direct T * 2 N K D, the cheaper;
+- flops / peak rate: gram N^2 D (the lower triangle of x x^T: half of 2 N^2 D), or direct 2 N K D (one product with the
+  centers; of later iterations bounds may spare all), the cheaper;
 - bytes / copy rate: tokens read once, centers and labels written once.
 attention_received: 4 H N^2 d flops without a given log-sum-exp (two passes over q k^T), and read q, k once.
 pool_backward: read the gradient of the centers and the labels, write the gradient of the tokens.
@@ -100,8 +101,8 @@ def work(problem) -> dict:
                 "bytes": 2 * p.K * p.N * p.D * size + 4 * p.N}
     if p.op == "pool_backward":
         return {"path": "copy", "flops": 0.0, "bytes": (p.N + p.K) * p.D * size + 8 * p.N}
-    gram, direct = float(p.N) ** 2 * p.D, 2.0 * p.iters * p.N * p.K * p.D
-    path = "gram" if p.op == "kmedoids" or gram <= direct else "direct"
+    gram, direct = float(p.N) ** 2 * p.D, 2.0 * p.N * p.K * p.D  # direct: one product with the centers; bounds may spare the rest
+    path = "gram" if gram <= direct else "direct"
     return {"path": path, "flops": gram if path == "gram" else direct,
             "bytes": (p.N + p.K) * p.D * size + 8 * p.N}
 

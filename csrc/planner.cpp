@@ -9,31 +9,32 @@ namespace tokenpool {
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
 // AVX2, 2026-11-23: bench/results/crossover-zen3.json). Only their ratios matter: the price of a path against the other.
-constexpr double kGramMultiplyAdd = 0.0274;    // one multiply-add of the Gram product
-constexpr double kDirectMultiplyAdd = 0.0214;  // one of the products with the centers
-constexpr double kRowAdd = 0.166;              // one element of a Gram row added to its cluster's row
-constexpr double kCompare = 0.081;             // one token compared with one center
-constexpr double kToken = 0.522;               // one feature of one token converted, centered and packed, or added to a mean
-constexpr double kAgain = 0.2;                 // products computed again after the first iteration, as a share of all, at their price
-constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
+constexpr double kGramMultiplyAdd = 0.0279;    // one multiply-add of the Gram product
+constexpr double kDirectMultiplyAdd = 0.0227;  // one of the products with the centers
+constexpr double kRowAdd = 0.150;              // one element of a Gram row added to its cluster's row
+constexpr double kCompare = 0.051;             // one token compared with one center
+constexpr double kToken = 0.637;               // one feature of one token converted, centered and packed, or added to a mean
+constexpr double kBound = 0.547;           // one token and center, an iteration, where bounds decide: what they do not spare, too
+constexpr double kFarthest = 0.09;         // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
+constexpr double kSettled = 8;  // iterations after which an image hardly changes, and mostly stops
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
 CpuPlan plan_cpu(const CpuProblem& p) {
-  const double n = double(p.tokens), k = double(p.clusters), d = double(p.features), t = double(p.iterations);
+  const double n = double(p.tokens), k = double(p.clusters), d = double(p.features), t = std::min(double(p.iterations), kSettled);
   const double width = p.acc_bytes / 4.0;  // a double counts twice
   const double gram_bytes = n * n * p.acc_bytes;
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
   const double passes = std::min(t, kPasses);
-  const double direct_product = (t > 1 ? 1 + kAgain : 1) * n * k * d;
+  const double direct_product = n * k * d;
 
   CpuPlan plan;
   const double gram_iterations = passes * n * n * kRowAdd + t * n * k * kCompare;
   plan.gram_ns =
       width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + gram_iterations);
-  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (passes + 1) * n * d * kToken + t * n * k * kCompare +
+  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (passes + 1) * n * d * kToken + t * n * k * kBound +
                             (p.farthest ? n * k * d * kFarthest : 0));
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;

@@ -21,19 +21,16 @@ struct Nearest {
       label[v] = Vec<I>{};
     }
   }
-  // Center j, above all before it unless AnyOrder.
-  template <bool AnyOrder>
-  TP_INLINE void take(int v, int64_t j, Vec<C> score) {
+  TP_INLINE void take(int v, int64_t j, Vec<C> score) {  // center j, above all before it
     const Vec<I> index = splat(I(j));
-    auto nearer = score < best[v];
-    if (AnyOrder) nearer |= (score == best[v]) & (index < label[v]);
+    const auto nearer = score < best[v];
     best[v] = nearer ? score : best[v];
     label[v] = nearer ? index : label[v];
   }
   TP_INLINE void compare(int64_t j, C center_norm, const C* products) {
     const Vec<C> norm = splat(center_norm);
 #pragma GCC unroll 4
-    for (int v = 0; v < TP_VECTORS; ++v) take<false>(v, j, norm - C(2) * load(products + v * L));
+    for (int v = 0; v < TP_VECTORS; ++v) take(v, j, norm - C(2) * load(products + v * L));
   }
   TP_INLINE void write(C* best_out, I* label_out) const {
     for (int v = 0; v < TP_VECTORS; ++v) {
@@ -67,20 +64,17 @@ class Direct : protected Result<In> {
   struct Scratch {
     Scratch(const Direct& d)
         : products(kCenters * P), packed(d.together_ * P * d.a.features),
-          second(d.group_ > 1 ? d.together_ * d.groups_ * P : 0), group(d.groups_), slot(d.groups_), tokens(d.groups_),
-          center(d.k_), distance(d.k_) {
+          second(d.group_ > 1 ? d.together_ * d.groups_ * P : 0), group(d.groups_), of_token(P * d.groups_),
+          center(d.group_ > 1 ? d.k_ : 0), tokens(d.groups_), distance(d.k_) {
       for (int64_t j = 0; j < kCenters; ++j) out[j] = products + j * P;
-      for (int64_t g = 0; g < d.groups_; ++g) {
-        group[g] = int32_t(g);
-        slot[g] = -1;
-      }
+      for (int64_t g = 0; g < d.groups_; ++g) group[g] = int32_t(g);
     }
-    Buffer<C> products, packed, second;  // second[slot][panel][P]: the second lowest score of a group
+    Buffer<C> products, packed, second;  // second[group][panel][P]: the second lowest score of a group
     C* out[kCenters];
-    Buffer<int32_t> group, slot;         // groups to look at, and where a group stands among them (-1: it does not)
-    Buffer<uint64_t> tokens;             // for which tokens of the panel, one bit each
-    Buffer<int32_t> center;              // one token's candidates
-    Buffer<C> distance;                  // and how far they are, squared
+    Buffer<int32_t> group;               // groups to look at
+    Buffer<int32_t> of_token, center;    // the groups to look at for each token; one token's candidates
+    Buffer<uint64_t> tokens;             // for which tokens a group is looked at, one bit each
+    Buffer<C> distance;                  // how far a token's candidates are, squared
   };
 
   void take_direct() {
@@ -88,6 +82,8 @@ class Direct : protected Result<In> {
     drift_ = take<C>(k_);
     group_ = a.path == int(Path::Streamed) ? std::max<int64_t>(center_group(n_, k_, sizeof(C)), 4) : center_group(n_, k_, sizeof(C));
     groups_ = (k_ + group_ - 1) / group_;
+    group_of_ = take<int32_t>(k_);
+    for (int64_t j = 0; j < k_; ++j) group_of_[j] = int32_t(j / group_);
     bound_ = take<C>(padded_ * groups_);
     travelled_ = take<C>(groups_);
     for (int64_t g = 0; g < groups_; ++g) travelled_[g] = 0;
@@ -137,7 +133,6 @@ class Direct : protected Result<In> {
     this->want_image(next, padded_ / P * ((k_ + kRows - 1) / kRows), ahead);
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
       Scratch s(*this);
-      for (int64_t g = 0; g < groups_; ++g) s.slot[g] = int32_t(g);
       for (int64_t p = begin; p < end; p += together_) {
         const int64_t panels = std::min(together_, end - p);
         for (int64_t q = 0; q < panels; ++q) {
@@ -145,7 +140,7 @@ class Direct : protected Result<In> {
           pack((p + q) * P, packed);
           panel_norms(packed, norm_ + (p + q) * P);
         }
-        multiply<true>(p, panels, groups_, nullptr, s, this->parallel_ ? nullptr : &ahead);
+        nearest_of_all(p, panels, s, this->parallel_ ? nullptr : &ahead);
       }
     });
   }
@@ -156,20 +151,24 @@ class Direct : protected Result<In> {
       Scratch s(*this);
       for (int64_t p = begin; p < end; ++p) {
         std::memcpy(label_ + p * P, own + p * P, P * sizeof(I));
-        int64_t pairs = 0;
-        const int64_t count = find(p, own, s, pairs);
-        if (count == 0) continue;
-        for (int64_t f = 0; f < count; ++f) s.slot[s.group[f]] = int32_t(f);
-        constexpr int64_t kSingle = 4, kPack = 24;  // a pair alone costs so many times what it does in a product of panels
-        if (kSingle * pairs * group_ < P * (count * group_ + kPack)) {
-          compute(p, count, own, s);
-        } else {
+        const Panel panel = look_at(p, own);
+        int64_t count = groups_, pairs = 0;
+        for (int64_t g = 0; g < groups_; ++g) s.group[g] = int32_t(g);
+        find(p, panel, s, count, pairs);
+        if (!single_costs_less(pairs * group_, count * group_)) {
           pack(p * P, s.packed);
-          multiply<false>(p, 1, count, own, s, nullptr);
+          tighten(p, count, own, s);
+          find(p, panel, s, count, pairs);
         }
-        for (int64_t f = 0; f < count; ++f) s.slot[s.group[f]] = -1;
+        if (count > 0) compute(p, count, own, s);
       }
     });
+  }
+
+  // So many pairs one by one, or a whole panel against so many centers? Prices in hundredths of a nanosecond, measured.
+  bool single_costs_less(int64_t pairs, int64_t centers) const {
+    const int64_t D = a.features, single = 9 * D + 2500, together = 2 * D + 100, pack = 60 * D;
+    return pairs * single < P * (centers * together + pack);
   }
 
   C* bounds(int64_t panel, int64_t group) const { return bound_ + (panel * groups_ + group) * P; }
@@ -180,80 +179,98 @@ class Direct : protected Result<In> {
     return far * far - norm;
   }
 
-  // The groups in which bounds leave a nearer center possible -> s.group, s.tokens; how many; pairs: tokens times groups.
-  int64_t find(int64_t p, const I* own, Scratch& s, int64_t& pairs) {
+  struct Panel {
+    Vec<C> norm[TP_VECTORS], reach[TP_VECTORS];  // squared norms less the room for rounding; distances to the own center, plus it
+    uint64_t live;                               // tokens, not padding
+  };
+
+  Panel look_at(int64_t p, const I* own) {
     const int64_t first = p * P, live = std::min<int64_t>(P, n_ - first);
     C norm[P], reach[P];
     for (int64_t r = 0; r < P; ++r) {
       const int64_t i = first + r;
-      norm[r] = r < live ? norm_[i] * (C(1) - slack_) : std::numeric_limits<C>::infinity();
-      reach[r] = r < live ? std::sqrt(best_[i]) * (C(1) + slack_) : C(0);
+      norm[r] = r < live ? norm_[i] * (C(1) - slack_) : C(0);
+      reach[r] = r < live ? best_[i] : C(0);
       if (r >= live || own[i] == held_[i]) continue;  // moved by other than its distance: look at where it was
-      bounds(p, held_[i] / group_)[r] = -std::numeric_limits<C>::infinity();
+      bounds(p, group_of_[held_[i]])[r] = -std::numeric_limits<C>::infinity();
       held_[i] = own[i];
     }
-    const uint64_t all = live == 64 ? ~uint64_t(0) : (uint64_t(1) << live) - 1;
-    Vec<C> norms[TP_VECTORS], reaches[TP_VECTORS];
+    Panel panel;
     for (int v = 0; v < TP_VECTORS; ++v) {
-      norms[v] = load(norm + v * L);
-      reaches[v] = load(reach + v * L);
+      panel.norm[v] = load(norm + v * L);
+      panel.reach[v] = root<C>(load(reach + v * L)) * (C(1) + slack_);
     }
-    int64_t count = 0;
-    const C* at = bounds(p, 0);
-    for (int64_t g = 0; g < groups_; ++g, at += P) {
+    panel.live = live == 64 ? ~uint64_t(0) : (uint64_t(1) << live) - 1;
+    return panel;
+  }
+
+  // Of the groups s.group[0..count) those that may hold a center nearer than a token's own, and for which tokens (s.tokens).
+  void find(int64_t p, const Panel& panel, Scratch& s, int64_t& count, int64_t& pairs) const {
+    const int64_t asked = count;
+    count = pairs = 0;
+    for (int64_t f = 0; f < asked; ++f) {
+      const int32_t g = s.group[f];
+      const C* at = bounds(p, g);
       const Vec<C> travelled = splat(travelled_[g]);
       uint64_t tokens = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> far = reaches[v] + travelled;
-        tokens |= uint64_t(lane_bits<C>(~(norms[v] + load(at + v * L) >= far * far))) << (v * L);  // a NaN rules nothing out
+        const Vec<C> far = panel.reach[v] + travelled;
+        tokens |= uint64_t(lane_bits<C>(~(panel.norm[v] + load(at + v * L) >= far * far))) << (v * L);  // a NaN rules nothing out
       }
-      tokens &= all;
+      tokens &= panel.live;
       if (!tokens) continue;
-      s.group[count] = int32_t(g);
+      s.group[count] = g;
       s.tokens[count++] = tokens;
       pairs += __builtin_popcountll(tokens);
     }
-    return count;
   }
 
   // Candidates one by one.
   void compute(int64_t p, int64_t count, const I* own, Scratch& s) {
-    uint64_t any = 0;
-    for (int64_t f = 0; f < count; ++f) any |= s.tokens[f];
-    for (; any; any &= any - 1) {
-      const int r = __builtin_ctzll(any);
-      const int64_t i = p * P + r;
-      int64_t candidates = 0;
-      for (int64_t f = 0; f < count; ++f) {
-        if (!(s.tokens[f] >> r & 1)) continue;
-        const int64_t first = s.group[f] * group_, last = std::min(first + group_, k_);
-        for (int64_t j = first; j < last; ++j) s.center[candidates++] = int32_t(j);
+    int64_t found[P] = {};  // groups to look at for each token: s.of_token[r * groups_ ..]
+    for (int64_t f = 0; f < count; ++f)
+      for (uint64_t tokens = s.tokens[f]; tokens; tokens &= tokens - 1) {
+        const int r = __builtin_ctzll(tokens);
+        s.of_token[r * groups_ + found[r]++] = s.group[f];
       }
-      if (any & (any - 1)) prefetch_row(p * P + __builtin_ctzll(any & (any - 1)));
-      distances(row(i), s.center, candidates, s.distance);
+    for (int64_t r = 0; r < P; ++r) {
+      if (!found[r]) continue;
+      const int32_t* group = s.of_token + r * groups_;
+      const int64_t i = p * P + r;
+      int64_t next = r + 1;
+      while (next < P && !found[next]) ++next;
+      if (next < P) prefetch_row(p * P + next);
+      const int32_t* center = group;
+      int64_t candidates = found[r];
+      if (group_ > 1) {
+        candidates = 0;
+        for (int64_t f = 0; f < found[r]; ++f)
+          for (int64_t j = group[f] * group_; j < std::min((group[f] + 1) * group_, k_); ++j) s.center[candidates++] = int32_t(j);
+        center = s.center;
+      }
+      distances(row(i), center, candidates, s.distance);
 
       const C before = best_[i];
       const bool known = before == before;  // else its own center is among the candidates, as all are
       C best = known ? before : std::numeric_limits<C>::infinity();
       I label = known ? own[i] : I(0);
       for (int64_t c = 0; c < candidates; ++c) {
-        const C found = s.distance[c];
-        if (found < best || (found == best && s.center[c] < label)) {
-          best = found;
-          label = s.center[c];
+        const C distance = s.distance[c];
+        if (distance < best || (distance == best && center[c] < label)) {
+          best = distance;
+          label = center[c];
         }
       }
       int64_t c = 0;
-      bool was = false;  // its group of before is among these
-      for (int64_t f = 0; f < count; ++f) {
-        if (!(s.tokens[f] >> r & 1)) continue;
-        const int64_t g = s.group[f], last = std::min((g + 1) * group_, k_);
+      bool was = false;  // the group it was in is among these
+      for (int64_t f = 0; f < found[r]; ++f) {
+        const int64_t g = group[f], last = std::min((g + 1) * group_, k_);
         C least = std::numeric_limits<C>::infinity();
         for (int64_t j = g * group_; j < last; ++j, ++c)
           if (I(j) != label && s.distance[c] < least) least = s.distance[c];
         bounds(p, g)[r] = bound(least, g, norm_[i]);
-        was |= g == own[i] / group_;
+        was |= g == group_of_[own[i]];
       }
       if (label != own[i] && !was) leave(p, r, own[i], before);
       label_[i] = held_[i] = label;
@@ -268,7 +285,7 @@ class Direct : protected Result<In> {
 
   // A token leaves a cluster whose center is at this squared distance.
   void leave(int64_t p, int64_t r, I cluster, C squared) {
-    const int64_t g = cluster / group_;
+    const int64_t g = group_of_[cluster];
     C& old = bounds(p, g)[r];
     old = std::min(old, bound(squared, g, norm_[p * P + r]));
   }
@@ -288,25 +305,10 @@ class Direct : protected Result<In> {
     }
   }
 
-  // Packed panels p.. against the groups s.group[0..count): nearest centers and bounds.
-  template <bool First>
-  void multiply(int64_t p, int64_t panels, int64_t count, const I* own, Scratch& s, Ahead* ahead) {
-    const C infinity = std::numeric_limits<C>::infinity();
-    Nearest<C> nearest[kPanels];
-    if (!First) {  // one panel; its own centers' distances are known
-      C best[P];
-      I label[P];
-      for (int r = 0; r < P; ++r) {
-        const int64_t i = p * P + r;
-        const bool known = i < n_ && best_[i] == best_[i];
-        best[r] = known ? best_[i] - norm_[i] : infinity;
-        label[r] = known ? own[i] : I(0);
-      }
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        nearest[0].best[v] = load(best + v * L);
-        nearest[0].label[v] = load(label + v * L);
-      }
-    }
+  // The products of `panels` packed panels with the centers of the groups s.group[0..count), in ascending order:
+  // use(panel, center, place of its group, is it the group's first, products).
+  template <class F>
+  TP_INLINE void each_center(int64_t panels, int64_t count, Scratch& s, Ahead* ahead, const F& use) {
     int32_t center[kCenters], place[kCenters];
     for (int64_t f = 0, inside = 0; f < count;) {
       int64_t block = 0;
@@ -320,52 +322,68 @@ class Direct : protected Result<In> {
       }
       for (int64_t q = 0; q < panels; ++q) {
         multiply_panel(center, block, s.packed + q * P * a.features, s.out, ahead);
-        for (int64_t c = 0; c < block; ++c) {
-          const C norm = center_norm_[center[c]];
-          C* lowest = bounds(p + q, s.group[place[c]]);
-          C* second = group_ > 1 ? s.second + (place[c] * together_ + q) * P : nullptr;
-          const bool fresh = center[c] % group_ == 0;
-#pragma GCC unroll 4
-          for (int v = 0; v < TP_VECTORS; ++v) {
-            const Vec<C> score = splat(norm) - C(2) * load(s.out[c] + v * L);
-            nearest[q].template take<!First>(v, center[c], score);
-            const Vec<C> low = score - splat(slack_ * norm);
-            if (group_ == 1) {
-              store(lowest + v * L, low);
-              continue;
-            }
-            const Vec<C> m1 = fresh ? splat(infinity) : load(lowest + v * L), m2 = fresh ? splat(infinity) : load(second + v * L);
-            const auto lower = low < m1;
-            const Vec<C> higher = lower ? m1 : low;
-            store(lowest + v * L, lower ? low : m1);
-            store(second + v * L, higher < m2 ? higher : m2);
-          }
-        }
+        for (int64_t c = 0; c < block; ++c) use(q, center[c], place[c], center[c] == s.group[place[c]] * group_, s.out[c]);
       }
     }
+  }
+
+  // Packed panels p.. against all centers: the nearest ones, and bounds for the others.
+  void nearest_of_all(int64_t p, int64_t panels, Scratch& s, Ahead* ahead) {
+    const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
+    Nearest<C> nearest[kPanels];
+    each_center(panels, groups_, s, ahead, [&](int64_t q, int32_t j, int64_t place, bool fresh, const C* products) {
+      const Vec<C> norm = splat(center_norm_[j]), room = splat(slack_ * center_norm_[j]);
+      C* lowest = bounds(p + q, place);
+      C* second = group_ > 1 ? s.second + (place * together_ + q) * P : nullptr;
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v) {
+        const Vec<C> score = norm - C(2) * load(products + v * L), low = score - room;
+        nearest[q].take(v, j, score);
+        if (group_ == 1) {
+          store(lowest + v * L, low);
+          continue;
+        }
+        const Vec<C> m1 = fresh ? infinity : load(lowest + v * L), m2 = fresh ? infinity : load(second + v * L);
+        const auto lower = low < m1;
+        const Vec<C> higher = lower ? m1 : low;
+        store(lowest + v * L, lower ? low : m1);
+        store(second + v * L, higher < m2 ? higher : m2);
+      }
+    });
     for (int64_t q = 0; q < panels; ++q) {
-      C best[P];
-      I label[P];
-      nearest[q].write(best, label);
-      if (!First)
-        for (int64_t f = 0; f < count; ++f) {
-          C* at = bounds(p, s.group[f]);
-          for (int r = 0; r < P; ++r) at[r] = bound(std::max(norm_[p * P + r] + at[r], C(0)), s.group[f], norm_[p * P + r]);
-        }
-      for (int r = 0; r < P; ++r) {
-        const int64_t i = (p + q) * P + r;
-        if (i >= n_) break;
-        const int64_t g = label[r] / group_, slot = s.slot[g];
-        if (slot >= 0) {  // a token's own center needs no bound
-          C other = group_ > 1 ? C(s.second[(slot * together_ + q) * P + r]) : infinity;
-          if (!First) other = bound(std::max(norm_[i] + other, C(0)), g, norm_[i]);
-          bounds(p + q, g)[r] = other;
-        }
-        if (!First && label[r] == own[i]) continue;
-        if (!First && s.slot[own[i] / group_] < 0) leave(p, r, own[i], best_[i]);
-        const C distance = best[r] + norm_[i];
+      const int64_t first = (p + q) * P;
+      nearest[q].write(best_ + first, label_ + first);
+      for (int r = 0; r < P && first + r < n_; ++r) {
+        const int64_t i = first + r, g = group_of_[label_[i]];
+        bounds(p + q, g)[r] = group_ > 1 ? C(s.second[(g * together_ + q) * P + r]) : infinity[0];  // all but its own center
+        held_[i] = label_[i];
+        const C distance = best_[i] + norm_[i];
         best_[i] = distance < 0 ? C(0) : distance;
-        label_[i] = held_[i] = label[r];
+      }
+    }
+  }
+
+  // Packed panel p against the groups s.group[0..count): bounds as tight as rounding allows.
+  void tighten(int64_t p, int64_t count, const I* own, Scratch& s) {
+    const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
+    each_center(1, count, s, nullptr, [&](int64_t, int32_t j, int64_t place, bool fresh, const C* products) {
+      const Vec<C> norm = splat(center_norm_[j] * (C(1) - slack_));
+      const Vec<I> index = splat(I(j));
+      C* lowest = bounds(p, s.group[place]);
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v) {
+        const Vec<C> low = index == load(own + p * P + v * L) ? infinity : norm - C(2) * load(products + v * L);
+        const Vec<C> least = fresh ? infinity : load(lowest + v * L);
+        store(lowest + v * L, least < low ? least : low);
+      }
+    });
+    for (int64_t f = 0; f < count; ++f) {
+      C* at = bounds(p, s.group[f]);
+      const Vec<C> travelled = splat(travelled_[s.group[f]]);
+      for (int v = 0; v < P; v += L) {
+        const Vec<C> norm = load(norm_ + p * P + v), squared = norm + load(at + v);
+        const Vec<C> far = root<C>(squared < C(0) ? Vec<C>{} : squared) + travelled;
+        store(at + v, far * far - norm);
       }
     }
   }
@@ -424,6 +442,7 @@ class Direct : protected Result<In> {
   C* best_ = nullptr;           // [n] squared distance to its center
   uint8_t* changed_ = nullptr;  // [k] members differ from the last iteration's
   int64_t group_ = 1, groups_ = 0;  // consecutive centers that share a bound; how many groups
+  int32_t* group_of_ = nullptr; // [k]
   // [panels][groups][P] the norm of the token plus this is a lower bound of (distance + travelled)^2, where the distance is
   // that of the group's nearest center other than the token's own when it was last computed, and travelled what the group had
   // then: so a center is nearer than `reach` only if it is below (reach + what the group has travelled by now)^2.
