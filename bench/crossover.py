@@ -1,7 +1,8 @@
 """``python -m bench.crossover``: gram against direct on this machine, and the planner's constants fitted to it.
 
 Both paths are forced in turn (environment variable TOKENPOOL_EXT_CPU_PATH) over a grid of N, D, K and T, interleaved,
-on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The tokens are real (DINOv2's, bench/tokens.py): how much the bounds of the direct path spare depends on them.
+on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The tokens are real
+(DINOv2's, bench/tokens.py): how much the bounds of the direct path spare depends on them.
 The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
     gram   = m_g N^2 D / 2 + t N D   + P r N^2 + T c N K
     direct = m_d N K D   + t (P + 1) N D + b T N K   with P = min(T, 3): later, few clusters change
@@ -131,7 +132,8 @@ def main(argv=None) -> int:
     measured = {}
     for kind in ("real", "random"):
         rows = measured[kind] = []
-        print(f"{kind} tokens\n{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
+        print(f"{kind} tokens")
+        print(f"{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
         for N, D, K, T in grid(args.quick or kind == "random"):
             row = measure(N, D, K, T, args.repeats, args.budget, base if kind == "real" else None)
             rows.append(row)

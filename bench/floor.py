@@ -1,7 +1,7 @@
 """How fast could it be: this machine's peak rates, measured in the same run, and the work a problem needs at least.
 
-CPU rates: a register-only multiply-add loop and a copy (bench/native/rates.cpp, compiled with g++ at first use; CPU time of each thread), and
-the library's GEMM. GPU rates: a large GEMM and a large copy by events (there is no register loop).
+CPU rates: a register-only multiply-add loop and a copy (bench/native/rates.cpp, compiled with g++ at first use; CPU time of
+each thread), and the library's GEMM. GPU rates: a large GEMM and a large copy by events (there is no register loop).
 bfloat16 and float16 on a CPU without their own dot products run at the float32 multiply-add rate, and are floored so.
 
 Floor of a problem, an image: the larger of

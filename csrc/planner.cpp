@@ -8,7 +8,7 @@ namespace tokenpool {
 
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
-// AVX2, 2026-11-23: bench/results/crossover-zen3.json). Only their ratios matter: the price of a path against the other.
+// AVX2, 2026-11-23: bench/results/crossover-zen3.json), but for kFarthest, read off a few calls. Only their ratios matter.
 constexpr double kGramMultiplyAdd = 0.0279;    // one multiply-add of the Gram product
 constexpr double kDirectMultiplyAdd = 0.0227;  // one of the products with the centers
 constexpr double kRowAdd = 0.150;              // one element of a Gram row added to its cluster's row

@@ -11,6 +11,12 @@ pytestmark = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu ba
 PATHS = ["gram", "direct", "streamed"]
 
 
+@pytest.fixture(params=["best", "baseline"], autouse=True)
+def instruction_set(request, monkeypatch):  # other vector lengths are other panels and other orders of summation
+    if request.param == "baseline":
+        monkeypatch.setenv("TOKENPOOL_EXT_CPU_ISA", "baseline")
+
+
 def normal(B, N, D, generator):
     return torch.randn(B, N, D, generator=generator, dtype=torch.float64)
 
@@ -84,29 +90,67 @@ def test_every_token_ends_at_its_nearest_center(monkeypatch, path, kind, dtype):
     assert (own <= distances.amin(2) * (1 + 1e-3) + 1e-5).all()
 
 
-@pytest.mark.parametrize("path", PATHS[1:])
-def test_given_centers_anywhere(monkeypatch, path):
+def excess(x, centers, assignment):
+    """How much farther than its nearest center a token's own is: the most of any token, as a share of that distance."""
+    distances = torch.cdist(x.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    own = distances.gather(2, assignment[:, :, None])[:, :, 0]
+    return float((own / distances.amin(2).clamp(min=1e-30)).max()) - 1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 1e6, 1e25])
+@pytest.mark.parametrize("path", PATHS)
+def test_given_centers_anywhere(monkeypatch, path, scale):
+    """A center may come from afar: what is known about its distances must not survive that."""
     generator = torch.Generator().manual_seed(1)
-    x = normal(2, 200, 24, generator)
-    for scale in (1e-6, 1, 1e6):
-        centers = scale * normal(2, 30, 24, generator)
-        want = run(monkeypatch, "gram", "kmeans", x, 30, init=centers, num_iters=30)
-        got = run(monkeypatch, path, "kmeans", x, 30, init=centers, num_iters=30)
-        assert torch.equal(got.assignment, want.assignment), scale
+    x = torch.randn(2, 200, 24, generator=generator)
+    centers = torch.randn(2, 30, 24, generator=generator) * scale
+    before = run(monkeypatch, path, "kmeans", x, 30, init=centers, num_iters=199).centers
+    found = run(monkeypatch, path, "kmeans", x, 30, init=centers, num_iters=200)
+    assert excess(x, before, found.assignment) < 1e-4
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
 @pytest.mark.parametrize("where", ["token", "center"])
 def test_nothing_is_ruled_out_by_a_nan(monkeypatch, path, where):
     """What is not a number is no bound: the same clusters as by comparing with all centers."""
-    generator = torch.Generator().manual_seed(3)
-    x = blobs(1, 120, 16, generator)
-    init = x[:, :12].clone()
-    (x if where == "token" else init)[0, 7] = float("nan")
-    want = run(monkeypatch, "gram", "kmeans", x, 12, init=init, num_iters=20)
-    got = run(monkeypatch, path, "kmeans", x, 12, init=init, num_iters=20)
-    assert torch.equal(got.assignment, want.assignment)
-    assert torch.equal(got.centers.isnan(), want.centers.isnan())
+    for at in range(12):
+        generator = torch.Generator().manual_seed(at)
+        x = blobs(1, 120, 16, generator)
+        init = x[:, :12].clone()
+        (x if where == "token" else init)[0, at] = float("nan")
+        want = run(monkeypatch, "gram", "kmeans", x, 12, init=init, num_iters=20)
+        got = run(monkeypatch, path, "kmeans", x, 12, init=init, num_iters=20)
+        assert torch.equal(got.assignment, want.assignment), at
+        assert torch.equal(got.centers.isnan(), want.centers.isnan()), at
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_of_two_identical_medoids_the_lower_is_chosen(monkeypatch, path, dtype):
+    K = 20
+    for seed, D in enumerate([3, 17, 24, 40, 100, 384]):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, 60, D, generator=generator).to(dtype).repeat_interleave(2, 1)
+        pairs = torch.randperm(60, generator=generator)[:10].mul(2).repeat_interleave(2)
+        pairs[1::2] += 1
+        init = pairs[torch.randperm(K, generator=generator)][None]
+        for iters in (1, 2, 3, 4):
+            medoids = run(monkeypatch, path, "kmedoids", x, K, init=init, num_iters=iters).medoids[0]
+            assignment = run(monkeypatch, path, "kmedoids", x, K, init=init, num_iters=iters + 1).assignment[0]
+            lowest = (x[0, medoids][:, None] == x[0, medoids][None]).all(-1).float().argmax(1)
+            others = torch.ones(120, dtype=torch.bool)
+            others[medoids] = False  # a medoid belongs to its own cluster
+            assert torch.equal(lowest[assignment[others]], assignment[others]), (D, iters)
+
+
+def test_a_bound_for_many_centers(monkeypatch):
+    """So many tokens and centers that several share a bound without being told to."""
+    monkeypatch.delenv("TOKENPOOL_EXT_CPU_PATH", raising=False)
+    assert tp.explain(1, 20000, 1300, 8, dtype=torch.float32, device="cpu").path == "streamed"
+    x = normal(1, 20000, 8, torch.Generator().manual_seed(2)).float()
+    before = tp.kmeans(x, 1300, num_iters=5, backend="cpu").centers
+    found = tp.kmeans(x, 1300, num_iters=6, backend="cpu")
+    assert excess(x, before, found.assignment) < 1e-4
 
 
 @pytest.mark.parametrize("path", PATHS[1:])

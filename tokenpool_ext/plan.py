@@ -56,7 +56,8 @@ def explain(
     num_iters: int = 5,
     compute_capability: Optional[Tuple[int, int]] = None,
 ) -> Plan:
-    """The plan for `kmeans` of B images of N tokens of D features into K clusters. Nothing is run.
+    """The plan for `kmeans` of B images of N tokens of D features into K clusters, starting from given tokens (any `init`
+    but "farthest" and given centers, for which the CPU may take another path). Nothing is run.
 
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 

@@ -54,7 +54,7 @@ struct Profile : Clustering<float> {
   void phases(double floor) {
     run(0, 1);
     std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", best([&] { run(0, 1); }), best([&] { run(0, 1); }) / floor,
-                gram_path_ ? "gram" : "direct");
+                gram_path_ ? "gram" : this->group_ > 1 ? "streamed" : "direct");
     std::printf("  mean, scale      %8.1f\n", best([&] { measure(); }));
     if (gram_path_) {
       std::printf("  pack             %8.1f\n", best([&] {

@@ -4,8 +4,9 @@
 // a token's own: one that was at distance d and has moved by m since is at least d - m away (triangle inequality; Elkan, "Using
 // the triangle inequality to accelerate k-means", ICML 2003). Of a ViT's tokens and centers, a pair in a hundred is left.
 // There is a bound for every token and center or, where those need too much memory, for every token and group of consecutive
-// centers (path "streamed"; Ding et al., "Yinyang k-means", ICML 2015). The result is that of comparing with all centers:
-// bounds leave room for rounding, and what they do not rule out is computed, ties going to the lowest center.
+// centers (path "streamed"; Ding et al., "Yinyang k-means", ICML 2015). Where bounds leave much of a panel open, products
+// tighten them; what is open then is computed from differences, ties going to the lowest center. The result is that of
+// comparing with all centers: bounds leave room for rounding (slack_), and what is not a number rules nothing out.
 
 // The nearest centers of a panel's tokens so far, by score: ||center||^2 - 2 <token, center>.
 template <class C>
@@ -80,7 +81,8 @@ class Direct : protected Result<In> {
   void take_direct() {
     center_ = take<C>(k_ * a.features);
     drift_ = take<C>(k_);
-    group_ = a.path == int(Path::Streamed) ? std::max<int64_t>(center_group(n_, k_, sizeof(C)), 4) : center_group(n_, k_, sizeof(C));
+    group_ = center_group(n_, k_, sizeof(C));
+    if (a.path == int(Path::Streamed)) group_ = std::max<int64_t>(group_, 4);
     groups_ = (k_ + group_ - 1) / group_;
     group_of_ = take<int32_t>(k_);
     for (int64_t j = 0; j < k_; ++j) group_of_[j] = int32_t(j / group_);
@@ -151,7 +153,7 @@ class Direct : protected Result<In> {
       Scratch s(*this);
       for (int64_t p = begin; p < end; ++p) {
         std::memcpy(label_ + p * P, own + p * P, P * sizeof(I));
-        const Panel panel = look_at(p, own);
+        const Panel panel = take_up(p, own);
         int64_t count = groups_, pairs = 0;
         for (int64_t g = 0; g < groups_; ++g) s.group[g] = int32_t(g);
         find(p, panel, s, count, pairs);
@@ -184,14 +186,15 @@ class Direct : protected Result<In> {
     uint64_t live;                               // tokens, not padding
   };
 
-  Panel look_at(int64_t p, const I* own) {
+  // A panel's tokens where they are now: bounds of those that were moved by other than their distance are void.
+  Panel take_up(int64_t p, const I* own) {
     const int64_t first = p * P, live = std::min<int64_t>(P, n_ - first);
     C norm[P], reach[P];
     for (int64_t r = 0; r < P; ++r) {
       const int64_t i = first + r;
       norm[r] = r < live ? norm_[i] * (C(1) - slack_) : C(0);
       reach[r] = r < live ? best_[i] : C(0);
-      if (r >= live || own[i] == held_[i]) continue;  // moved by other than its distance: look at where it was
+      if (r >= live || own[i] == held_[i]) continue;
       bounds(p, group_of_[held_[i]])[r] = -std::numeric_limits<C>::infinity();
       held_[i] = own[i];
     }
@@ -211,7 +214,7 @@ class Direct : protected Result<In> {
     for (int64_t f = 0; f < asked; ++f) {
       const int32_t g = s.group[f];
       const C* at = bounds(p, g);
-      const Vec<C> travelled = splat(travelled_[g]);
+      const Vec<C> travelled = splat(travelled_[g] * (C(1) + slack_));
       uint64_t tokens = 0;
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
@@ -232,6 +235,7 @@ class Direct : protected Result<In> {
     for (int64_t f = 0; f < count; ++f)
       for (uint64_t tokens = s.tokens[f]; tokens; tokens &= tokens - 1) {
         const int r = __builtin_ctzll(tokens);
+        if (best_[p * P + r] == 0 && s.group[f] * group_ > own[p * P + r]) continue;  // zero loses to lower centers only
         s.of_token[r * groups_ + found[r]++] = s.group[f];
       }
     for (int64_t r = 0; r < P; ++r) {
@@ -418,11 +422,27 @@ class Direct : protected Result<In> {
         }
       }
     });
+    C widest = 0;
+    for (int64_t i = 0; i < n_; ++i) widest = std::max(widest, norm_[i]);
+    const C far = 16 * std::sqrt(widest);  // only a given center can come from so far (or from where nothing can be computed)
     for (int64_t g = 0; g < groups_; ++g) {
       C most = 0;
-      for (int64_t j = g * group_; j < std::min((g + 1) * group_, k_); ++j) most = drift_[j] <= most ? most : drift_[j];  // or NaN
-      travelled_[g] += most;
+      bool usable = true;
+      for (int64_t j = g * group_; j < std::min((g + 1) * group_, k_); ++j) {
+        usable = usable && drift_[j] <= far;
+        most = std::max(most, drift_[j]);
+      }
+      if (!usable)
+        forget(g);
+      else if (most > 0)
+        travelled_[g] = (travelled_[g] + most) * (C(1) + std::numeric_limits<C>::epsilon());
     }
+  }
+
+  void forget(int64_t g) {  // beside such a way the bounds of group g mean nothing: they are made anew
+    travelled_[g] = 0;
+    for (int64_t p = 0; p < padded_ / P; ++p)
+      for (int64_t r = 0; r < P; ++r) bounds(p, g)[r] = -std::numeric_limits<C>::infinity();
   }
 
   C squared_distance(const C* a_row, const C* b_row) const {

@@ -162,10 +162,10 @@ class Image {
     return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
-  // ||x * scale - mean - center||^2 of one token and M centers.
+  // ||x * scale - mean - center||^2 of one token and M centers, summed alike for every M: equal centers are equally far.
   template <int M>
   TP_INLINE void squared_differences(const In* x, const C* const (&center)[M], C* out) const {
-    constexpr int W = M == 1 ? 4 : 2;
+    constexpr int W = 2;
     const int64_t D = a.features;
     const Vec<C> scale = splat(scale_);
     Vec<C> sum[M][W] = {};
