@@ -9,13 +9,13 @@ namespace tokenpool {
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
 // AVX2, 2026-11-23: bench/results/crossover-zen3.json), but for kFarthest, read off a few calls. Only their ratios matter.
-constexpr double kGramMultiplyAdd = 0.0279;    // one multiply-add of the Gram product
+constexpr double kGramMultiplyAdd = 0.0294;    // one multiply-add of the Gram product
 constexpr double kDirectMultiplyAdd = 0.0227;  // one of the products with the centers
-constexpr double kRowAdd = 0.150;              // one element of a Gram row added to its cluster's row
-constexpr double kCompare = 0.051;             // one token compared with one center
-constexpr double kToken = 0.637;               // one feature of one token converted, centered and packed, or added to a mean
-constexpr double kBound = 0.547;           // one token and center, an iteration, where bounds decide: what they do not spare, too
-constexpr double kFarthest = 0.09;         // one feature of one token compared with one chosen token (farthest-first, direct)
+constexpr double kRowAdd = 0.196;              // one element of a Gram row added to its cluster's row
+constexpr double kCompare = 0.063;             // one token compared with one center
+constexpr double kToken = 0.728;               // one feature of one token converted, centered and packed, or added to a mean
+constexpr double kBound = 0.630;               // one token and center, an iteration, where bounds decide: what they do not spare, too
+constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
 constexpr double kSettled = 8;  // iterations after which an image hardly changes, and mostly stops
 constexpr double kMaximumGramBytes = 16 << 20;
