@@ -88,8 +88,7 @@ def figure(groups: list[list[dict]], out: Path) -> Path:
                           xerr=[[over["p50"] - over["p20"]], [over["p80"] - over["p50"]]], ecolor="black", capsize=2)
                 bars.text(over["p80"], row, f"  {over['p50']:.1f}", va="center", fontsize=8)
         bars.axvline(1, color="black", lw=0.8)
-        bars.set_xlim(left=0)
-        bars.margins(x=0.15)
+        bars.set_xlim(0, 1.15 * bars.get_xlim()[1])  # room for the figures
         bars.set_xlabel("our time over the floor (1: peak rate)")
     where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, threads: {first['threads']}"
     if any(r.get("clock") == "cpu" for g in groups for r in g):
