@@ -73,12 +73,11 @@ def test_same_as_comparing_with_all_centers(monkeypatch, kind, algorithm, N, D, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS[:4], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", [normal, blobs, line, one_outlier], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_every_token_ends_at_its_nearest_center(monkeypatch, path, kind, dtype):
     """Converged, no other center is nearer than a token's own, rounding aside."""
-    x = kind(2, 300, 48, torch.Generator().manual_seed(7)) - (1e5 if kind is far_away else 0)
-    x = x.to(dtype)
+    x = kind(2, 300, 48, torch.Generator().manual_seed(7)).to(dtype)
     found = run(monkeypatch, path, "kmeans", x, 40, num_iters=200)
     again = run(monkeypatch, path, "kmeans", x, 40, num_iters=201)
     assert_identical(found.assignment, again.assignment)

@@ -47,7 +47,7 @@ class Direct : protected Result<In> {
   using Base = Result<In>;
   using typename Base::C;
   using typename Base::I;
-  using Base::a, Base::n_, Base::scale_, Base::mean_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_;
+  using Base::a, Base::n_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_;
   using Base::start_, Base::medoid_;
   using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_differences, Base::worth;
   using Base::center_token;
@@ -68,7 +68,10 @@ class Direct : protected Result<In> {
           second(d.group_ > 1 ? d.together_ * d.groups_ * P : 0), group(d.groups_), of_token(P * d.groups_),
           center(d.group_ > 1 ? d.k_ : 0), tokens(d.groups_), distance(d.k_) {
       for (int64_t j = 0; j < kCenters; ++j) out[j] = products + j * P;
-      for (int64_t g = 0; g < d.groups_; ++g) group[g] = int32_t(g);
+    }
+    int64_t ask_all(int64_t groups) {
+      for (int64_t g = 0; g < groups; ++g) group[g] = int32_t(g);
+      return groups;
     }
     Buffer<C> products, packed, second;  // second[group][panel][P]: the second lowest score of a group
     C* out[kCenters];
@@ -135,6 +138,7 @@ class Direct : protected Result<In> {
     this->want_image(next, padded_ / P * ((k_ + kRows - 1) / kRows), ahead);
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
       Scratch s(*this);
+      s.ask_all(groups_);
       for (int64_t p = begin; p < end; p += together_) {
         const int64_t panels = std::min(together_, end - p);
         for (int64_t q = 0; q < panels; ++q) {
@@ -154,8 +158,7 @@ class Direct : protected Result<In> {
       for (int64_t p = begin; p < end; ++p) {
         std::memcpy(label_ + p * P, own + p * P, P * sizeof(I));
         const Panel panel = take_up(p, own);
-        int64_t count = groups_, pairs = 0;
-        for (int64_t g = 0; g < groups_; ++g) s.group[g] = int32_t(g);
+        int64_t count = s.ask_all(groups_), pairs = 0;
         find(p, panel, s, count, pairs);
         if (!single_costs_less(pairs * group_, count * group_)) {
           pack(p * P, s.packed);
@@ -398,7 +401,7 @@ class Direct : protected Result<In> {
   void update_direct() {
     const int64_t D = a.features;
     split(a.parallel_for, worth(2 * n_ * D), k_, [&](int64_t begin, int64_t end) {
-      Buffer<C> to(D);
+      Buffer<C> to(D), way(D);
       for (int64_t j = begin; j < end; ++j) {
         drift_[j] = 0;
         if (!changed_[j]) continue;
@@ -407,7 +410,8 @@ class Direct : protected Result<In> {
         else
           this->template mean_row<true>(j, to);
         C* center = center_ + j * D;
-        drift_[j] = std::sqrt(squared_distance(center, to)) * (C(1) + slack_);
+        for (int64_t d = 0; d < D; ++d) way[d] = to[d] - center[d];
+        drift_[j] = std::sqrt(squared_norm(way)) * (C(1) + slack_);
         std::memcpy(center, to, size_t(D) * sizeof(C));
         center_norm_[j] = squared_norm(center);
         const C* const centers[1] = {center};
@@ -443,18 +447,6 @@ class Direct : protected Result<In> {
     travelled_[g] = 0;
     for (int64_t p = 0; p < padded_ / P; ++p)
       for (int64_t r = 0; r < P; ++r) bounds(p, g)[r] = -std::numeric_limits<C>::infinity();
-  }
-
-  C squared_distance(const C* a_row, const C* b_row) const {
-    Vec<C> sum = {};
-    C rest = 0;
-    int64_t d = 0;
-    for (; d + L <= a.features; d += L) {
-      const Vec<C> difference = load(a_row + d) - load(b_row + d);
-      sum += difference * difference;
-    }
-    for (; d < a.features; ++d) rest += (a_row[d] - b_row[d]) * (a_row[d] - b_row[d]);
-    return lane_sum<C>(sum) + rest;
   }
 
   C* center_ = nullptr;         // [k][D] scaled, centered

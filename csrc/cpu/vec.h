@@ -41,20 +41,9 @@ TP_INLINE T lane_sum(Vec<T> v) {
 }
 
 template <class T>
-TP_INLINE Vec<T> root(Vec<T> v) {
-#if defined(__x86_64__) && TP_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_sqrt_ps((__m512)v);
-  else return (Vec<T>)_mm512_sqrt_pd((__m512d)v);
-#elif defined(__x86_64__) && TP_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_sqrt_ps((__m256)v);
-  else return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
-#elif defined(__x86_64__) && TP_VECTOR_BYTES == 16
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm_sqrt_ps((__m128)v);
-  else return (Vec<T>)_mm_sqrt_pd((__m128d)v);
-#else
+TP_INLINE Vec<T> root(Vec<T> v) {  // one instruction, since the build says -fno-math-errno
   for (int i = 0; i < kLanes<T>; ++i) v[i] = std::sqrt(v[i]);
   return v;
-#endif
 }
 
 // The signs of the lanes, the first lane's in the lowest bit.
