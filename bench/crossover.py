@@ -70,10 +70,10 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base)
     work = N * D * min(N / 2 + 8, T * K + 16)
     B = int(max(1, min(64, 1e9 // work)))
     x = tokens.random_tokens(B, N, D) if base is None else tokens.derive(base, B, N, D)[0].contiguous()
-    init = ((torch.arange(K) * N) // K).expand(B, K).contiguous()
 
     def cluster(t=T):
-        return tp.kmeans(x, K, init=init, num_iters=t, backend="cpu")
+        return tp.kmeans(x, K, init="strided", num_iters=t, backend="cpu")
+
     calls = {path: (lambda path=path: run_path(path, cluster)) for path in PATHS}
     done = run_path("direct", lambda: iterations_done(cluster, T)) if T > 1 else 1.0
     for call in calls.values():

@@ -10,7 +10,7 @@ namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
 // AVX2, 2026-11-23: bench/results/crossover-zen3.json), but for kFarthest, read off a few calls. Only their ratios matter.
 constexpr double kGramMultiplyAdd = 0.0294;    // one multiply-add of the Gram product
-constexpr double kDirectMultiplyAdd = 0.0227;  // one of the products with the centers
+constexpr double kDirectMultiplyAdd = 0.0227;  // one of the products with the centers, of numbers rounded to 16 bits
 constexpr double kRowAdd = 0.196;              // one element of a Gram row added to its cluster's row
 constexpr double kCompare = 0.063;             // one token compared with one center
 constexpr double kToken = 0.728;               // one feature of one token converted, centered and packed, or added to a mean

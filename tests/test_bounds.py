@@ -96,6 +96,33 @@ def excess(x, centers, assignment):
     return float((own / distances.amin(2).clamp(min=1e-30)).max()) - 1
 
 
+def nested(B, N, D, generator):  # clusters of clusters: neighbours far closer to each other than to the mean
+    coarse, fine = 100 * normal(B, 3, D, generator), 0.1 * normal(B, 9, D, generator)
+    return (coarse[:, torch.arange(N) % 3] + fine[:, torch.arange(N) % 9] + 1e-3 * normal(B, N, D, generator))
+
+
+@pytest.mark.parametrize("starts", ["tokens", "near tokens", "anywhere"])
+@pytest.mark.parametrize("kind", [*KINDS, nested], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_the_first_assignment_is_that_of_differences(monkeypatch, path, kind, starts):
+    """Rough products come first, yet a token gets its nearest center, but for the rounding of (token - center)^2."""
+    problems = [(9, 1, 3, 1), (60, 3, 9, 1e-20), (100, 15, 30, 1), (200, 16, 9, 1e18), (150, 33, 100, 1), (70, 530, 20, 1)]
+    for N, D, K, scale in problems:
+        generator = torch.Generator().manual_seed(D)
+        x = (kind(2, N, D, generator) * scale).float()
+        centers = x[:, torch.randperm(N, generator=generator)[:K]].clone()
+        if starts == "near tokens":
+            centers += 1e-3 * x.abs().mean() * torch.randn(2, K, D, generator=generator)
+        elif starts == "anywhere":
+            centers = x.abs().amax() * torch.randn(2, K, D, generator=generator)
+        assignment = run(monkeypatch, path, "kmeans", x, K, init=centers, num_iters=1).assignment
+        distances = torch.cdist(x.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        own = distances.gather(2, assignment[..., None])[..., 0]
+        alone = torch.stack([row.bincount(minlength=K)[row] for row in assignment]) == 1  # may have been moved to an empty cluster
+        rounding = 1e-6 * D**0.5 * x.abs().amax()
+        assert bool((own <= distances.amin(2) * (1 + 1e-6) + rounding)[~alone].all()), (N, D, K)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 1e6, 1e25])
 @pytest.mark.parametrize("path", PATHS)
 def test_given_centers_anywhere(monkeypatch, path, scale):

@@ -13,7 +13,7 @@ class Clustering : protected Direct<In> {
   using Base::label_, Base::norm_, Base::member_, Base::share_, Base::start_, Base::count_, Base::medoid_, Base::total_;
   using Base::center_, Base::center_norm_, Base::best_, Base::changed_;
   using Base::local_index, Base::row, Base::pack, Base::squared_norm, Base::squared_difference, Base::worth;
-  using Base::center_token, Base::multiply_panel, Base::parallel_;
+  using Base::center_token, Base::parallel_;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
  public:
@@ -210,12 +210,13 @@ class Clustering : protected Direct<In> {
       Buffer<C*> out(k_);
       for (int64_t p = begin; p < end; ++p) {
         for (int64_t j = 0; j < k_; ++j) out[j] = product_ + j * row_stride_ + p * P;
-        multiply_panel(all, k_, packed_ + p * P * D, out);
+        this->template multiply_panel<C>(center_, D, all, k_, TP_VECTORS, packed_ + p * P * D, out);
       }
     });
   }
 
   void iterate(int64_t next) {
+    this->settled_ = false;
     for (int64_t t = 0;; ++t) {
       if (gram_path_)
         assign_gram();
@@ -228,10 +229,12 @@ class Clustering : protected Direct<In> {
           label_[medoid_[j]] = I(j);
           best_[medoid_[j]] = norm_[medoid_[j]] * 0;  // NaN stays NaN
         }
+      if (!gram_path_ && t == 0 && this->rough_ && any_empty()) this->measure_distances();
       repair_empty(n_, k_, weight_, best_, label_, count_);
       const bool same = t > 0 && !std::memcmp(label_, previous_, size_t(n_) * sizeof(I));
-      if (same) break;
       mark_changes(t);
+      this->settled_ = !gram_path_ && t > 0 && this->finite_;
+      if (same) break;
       this->group_members();
       if (a.medoids) update_medoids();
       if (t + 1 == a.iterations) break;
@@ -243,6 +246,12 @@ class Clustering : protected Direct<In> {
         update_means();
       std::swap(label_, previous_);
     }
+  }
+
+  bool any_empty() {
+    std::memset(count_, 0, size_t(k_) * sizeof(int32_t));
+    for (int64_t i = 0; i < n_; ++i) ++count_[label_[i]];
+    return std::find(count_, count_ + k_, 0) != count_ + k_;
   }
 
   void mark_changes(int64_t t) {

@@ -7,6 +7,10 @@
 // centers (path "streamed"; Ding et al., "Yinyang k-means", ICML 2015). Where bounds leave much of a panel open, products
 // tighten them; what is open then is computed from differences, ties going to the lowest center. The result is that of
 // comparing with all centers: bounds leave room for rounding (slack_), and what is not a number rules nothing out.
+//
+// That lets the first products be rough: float32 tokens and centers are rounded to 16 bits, each panel and each center in a
+// unit of its own. Rounding moves a token by at most an error that is known, so what the products say of the rounded ones
+// bounds the distances of the true ones; a token whose nearest center that leaves open is settled by differences.
 
 // The nearest centers of a panel's tokens so far, by score: ||center||^2 - 2 <token, center>.
 template <class C>
@@ -48,10 +52,11 @@ class Direct : protected Result<In> {
   using typename Base::C;
   using typename Base::I;
   using Base::a, Base::n_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_;
-  using Base::start_, Base::medoid_;
-  using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_differences, Base::worth;
-  using Base::center_token;
+  using Base::start_, Base::medoid_, Base::scale_, Base::mean_, Base::center_, Base::best_, Base::changed_;
+  using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference, Base::squared_differences;
+  using Base::worth, Base::center_token;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
+  static constexpr C kExact = 8 * std::numeric_limits<C>::epsilon();  // room for what is done to products without error
   static constexpr int64_t kCenters = 64, kPanels = 8;  // centers whose products wait; panels that centers are fetched for
 
   using Base::Base;
@@ -61,22 +66,35 @@ class Direct : protected Result<In> {
     return Base::template take<T>(count);
   }
 
+  // What a row's whole numbers are multiples of, and how far rounding to them may have moved it.
+  struct Unit {
+    C unit, error;
+  };
+  // The same of a panel's tokens. With e for how far rounding moves a token and its center together, and r for the distance of
+  // the rounded ones, the true distance is at least r - e, and (r - e)^2 >= keep r^2 - e^2 (1 / (1 - keep) - 1) for any keep
+  // below 1: a bound without a square root. It is sharp where r = e / (1 - keep).
+  struct Rounding : Unit {
+    C keep, loss;  // loss: 1 / (1 - keep) - 1
+  };
+
   // What a thread needs while it looks at panels.
   struct Scratch {
     Scratch(const Direct& d)
-        : products(kCenters * P), packed(d.together_ * P * d.a.features),
+        : products(kCenters * P), packed(d.together_ * P * d.a.features), rounded(d.rough_ ? d.together_ * P * d.lanes_ : 0),
           second(d.group_ > 1 ? d.together_ * d.groups_ * P : 0), group(d.groups_), of_token(P * d.groups_),
-          center(d.group_ > 1 ? d.k_ : 0), tokens(d.groups_), distance(d.k_) {
-      for (int64_t j = 0; j < kCenters; ++j) out[j] = products + j * P;
+          center(d.group_ > 1 ? d.k_ : 0), open(d.rough_ ? d.k_ : 0), tokens(d.groups_), distance(d.k_) {
+      std::memset(products, 0, kCenters * P * sizeof(C));  // lanes past the last token are looked at, too
     }
     int64_t ask_all(int64_t groups) {
       for (int64_t g = 0; g < groups; ++g) group[g] = int32_t(g);
       return groups;
     }
-    Buffer<C> products, packed, second;  // second[group][panel][P]: the second lowest score of a group
-    C* out[kCenters];
+    Buffer<C> products, packed;
+    Buffer<int32_t> rounded;             // panels of 16-bit pairs
+    Buffer<C> second;                    // [group][panel][P]: the second lowest score of a group
     Buffer<int32_t> group;               // groups to look at
     Buffer<int32_t> of_token, center;    // the groups to look at for each token; one token's candidates
+    Buffer<int32_t> open;                // which of those rounding leaves open
     Buffer<uint64_t> tokens;             // for which tokens a group is looked at, one bit each
     Buffer<C> distance;                  // how far a token's candidates are, squared
   };
@@ -93,24 +111,37 @@ class Direct : protected Result<In> {
     travelled_ = take<C>(groups_);
     for (int64_t g = 0; g < groups_; ++g) travelled_[g] = 0;
     held_ = take<I>(padded_);
-    together_ = std::min(kPanels, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(P * a.features, 1)));
+    together_ = std::min(kPanels, std::max<int64_t>(1, ((kRounds<C> ? 2 : 1) << 15) / std::max<int64_t>(P * a.features, 1)));
     slack_ = C(2) * C(a.features + 16) * std::numeric_limits<C>::epsilon();
+    C nothing = 0;
+    for (int64_t d = 0; d < a.features; ++d) nothing += mean_[d] * 0;  // NaN from a token that is not finite
+    finite_ = nothing == 0;
+    rough_ = false;
+    if constexpr (kRounds<C>) {
+      lanes_ = rounded_lanes(a.features);
+      center_rounded_ = take<int32_t>(k_ * lanes_);
+      center_unit_ = take<Unit>(k_);
+      rounded_norm_ = take<C>(k_);
+      rounding_ = take<Rounding>(padded_ / P);
+    }
   }
 
-  // Products of the centers which[0..count) with a panel's tokens: out[i] gets those of the i-th.
-  TP_INLINE void multiply_panel(const int32_t* which, int64_t count, const C* panel, C* const* out, Ahead* ahead = nullptr) const {
-    const int64_t D = a.features;
-    C nowhere[P] = {};
-    for (int64_t d0 = 0; d0 == 0 || d0 < D; d0 += kDepthBlock)
+  // Products of the centers which[0..count) (rows of this length) with so many vectors of a panel: out[i] gets those of the i-th.
+  template <class T>
+  TP_INLINE void multiply_panel(const T* centers, int64_t length, const int32_t* which, int64_t count, int64_t vectors,
+                                const T* panel, T* const* out, Ahead* ahead = nullptr) const {
+    constexpr int64_t kBlock = std::is_same<T, C>::value ? kDepthBlock : kRoundedBlock;
+    T nowhere[P] = {};
+    for (int64_t d0 = 0; d0 == 0 || d0 < length; d0 += kBlock)
       for (int64_t i = 0; i < count; i += kRows) {
-        const C* rows[kRows];
-        C* to[kRows];
+        const T* rows[kRows];
+        T* to[kRows];
         for (int r = 0; r < kRows; ++r) {
-          rows[r] = center_ + which[std::min(i + r, count - 1)] * D + d0;
+          rows[r] = centers + which[std::min(i + r, count - 1)] * length + d0;
           to[r] = i + r < count ? out[i + r] : nowhere;
         }
         if (ahead) ahead->fetch();
-        product_strip<C, TP_VECTORS>(rows, 1, panel + d0 * P, std::min(kDepthBlock, D - d0), d0 > 0, to);
+        product_strip<T>(rows, 1, panel + d0 * P, std::min(kBlock, length - d0), d0 > 0, to, vectors);
       }
   }
 
@@ -131,23 +162,97 @@ class Direct : protected Result<In> {
 
   // ------------------------------------------------------------------------------------------------ assignment
 
+  // A unit in which vectors of at most this length have whole numbers below 2^15, and how far rounding to them moves a vector:
+  // half a unit a feature, and some room for the rounding of the arithmetic.
+  Unit unit_of(C longest) const {
+    const C unit = std::max(longest, C(1e-13)) / C(32000);
+    return {unit, unit * (C(0.51) * std::sqrt(C(a.features)) + C(0.02))};
+  }
+
+  // Round the centers, if that can be done: nothing but numbers.
+  void round_centers() {
+    const int64_t D = a.features;
+    rough_ = false;
+    if (!finite_) return;
+    for (int64_t j = 0; j < k_; ++j) {
+      center_norm_[j] = squared_norm(center_ + j * D);
+      if (!(center_norm_[j] <= C(1e30))) return;
+    }
+    rough_ = true;
+    split(a.parallel_for, worth(k_ * D), k_, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) round_center(j);
+    });
+  }
+
+  void round_center(int64_t j) {
+    const C* const center = center_ + j * a.features;
+    center_unit_[j] = unit_of(std::sqrt(center_norm_[j]));
+    const C unit = center_unit_[j].unit;
+    rounded_norm_[j] = round_row<float>(center, C(1), nullptr, C(1) / unit, center_rounded_ + j * lanes_) * unit * unit;
+  }
+
+  // Panel p, rounded; norm_: of the rounded tokens, times keep.
+  Rounding round_tokens(int64_t p, int32_t* panel) {
+    const In* rows[P];
+    const int64_t count = std::min<int64_t>(P, n_ - p * P);
+    C longest = 0, total = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      rows[r] = row(p * P + r);
+      const C norm = squared_difference(rows[r], mean_);
+      longest = std::max(longest, norm);
+      total += norm;
+    }
+    Rounding rounding;
+    static_cast<Unit&>(rounding) = unit_of(std::sqrt(longest));
+    const C part = std::min(C(3) * rounding.error / (std::sqrt(total / C(count)) + C(1e-30)), C(0.5));
+    rounding.keep = C(1) - part;
+    rounding.loss = C(1) / part - C(1);
+    round_panel<In>(rows, count, a.features, scale_, mean_, C(1) / rounding.unit, panel);
+    const Vec<C> factor = splat(rounding.keep * rounding.unit * rounding.unit);
+    for (int v = 0; v < P; v += L) {
+      Vec<int32_t> norm = {};
+      for (int64_t d = 0; d < lanes_; ++d) add_product(norm, load(panel + d * P + v), load(panel + d * P + v));
+      store(norm_ + p * P + v, factor * __builtin_convertvector(norm, Vec<C>));
+    }
+    return rounding;
+  }
+
   // All tokens against all centers. Meanwhile the image `next`, if there is one, is fetched.
   void assign_first(int64_t next) {
-    measure_centers();
+    if constexpr (kRounds<C>) round_centers();
+    if (!rough_) measure_centers();
     Ahead ahead;
     this->want_image(next, padded_ / P * ((k_ + kRows - 1) / kRows), ahead);
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
       Scratch s(*this);
-      s.ask_all(groups_);
       for (int64_t p = begin; p < end; p += together_) {
+        s.ask_all(groups_);
         const int64_t panels = std::min(together_, end - p);
         for (int64_t q = 0; q < panels; ++q) {
+          if constexpr (kRounds<C>)
+            if (rough_) {
+              rounding_[p + q] = round_tokens(p + q, s.rounded + q * P * lanes_);
+              continue;
+            }
           C* packed = s.packed + q * P * a.features;
           pack((p + q) * P, packed);
           panel_norms(packed, norm_ + (p + q) * P);
         }
-        nearest_of_all(p, panels, s, this->parallel_ ? nullptr : &ahead);
+        Ahead* const fetched = this->parallel_ ? nullptr : &ahead;
+        if (!rough_) {
+          nearest_of_all<C>(p, panels, s, fetched);
+          continue;
+        }
+        if constexpr (kRounds<C>) nearest_of_all<int32_t>(p, panels, s, fetched);
+        for (int64_t q = 0; q < panels; ++q) settle(p + q, label_, true, s);
       }
+    });
+  }
+
+  // After the first assignment of rounded tokens best_ is no more than a bound: the true distances, where those are wanted.
+  void measure_distances() {
+    split(a.parallel_for, worth(n_ * a.features), n_, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) measure_own(i, label_[i]);
     });
   }
 
@@ -157,17 +262,36 @@ class Direct : protected Result<In> {
       Scratch s(*this);
       for (int64_t p = begin; p < end; ++p) {
         std::memcpy(label_ + p * P, own + p * P, P * sizeof(I));
-        const Panel panel = take_up(p, own);
-        int64_t count = s.ask_all(groups_), pairs = 0;
-        find(p, panel, s, count, pairs);
-        if (!single_costs_less(pairs * group_, count * group_)) {
-          pack(p * P, s.packed);
-          tighten(p, count, own, s);
-          find(p, panel, s, count, pairs);
-        }
-        if (count > 0) compute(p, count, own, s);
+        settle(p, own, false, s);
       }
     });
+  }
+
+  void measure_own(int64_t i, I own) {
+    const C* const centers[1] = {center_ + own * a.features};
+    this->template squared_differences<1>(row(i), centers, best_ + i);
+  }
+
+  // A panel's tokens against those centers that bounds do not rule out. rough: best_ is no more than a bound.
+  void settle(int64_t p, const I* own, bool rough, Scratch& s) {
+    const Panel panel = take_up(p, own);
+    int64_t count = s.ask_all(groups_), pairs = 0;
+    find(p, panel, s, count, pairs);
+    if (!single_costs_less(pairs * group_, count * group_)) {
+      pack(p * P, s.packed);
+      tighten(p, count, own, s);
+      find(p, panel, s, count, pairs);
+    }
+    if (count == 0) return;
+    if (rough) {
+      uint64_t tokens = 0;
+      for (int64_t f = 0; f < count; ++f) tokens |= s.tokens[f];
+      for (; tokens; tokens &= tokens - 1) {
+        const int64_t i = p * P + __builtin_ctzll(tokens);
+        measure_own(i, own[i]);
+      }
+    }
+    compute(p, count, own, s);
   }
 
   // So many pairs one by one, or a whole panel against so many centers? Prices in hundredths of a nanosecond, measured.
@@ -218,12 +342,17 @@ class Direct : protected Result<In> {
       const int32_t g = s.group[f];
       const C* at = bounds(p, g);
       const Vec<C> travelled = splat(travelled_[g] * (C(1) + slack_));
-      uint64_t tokens = 0;
+      Vec<I> open[TP_VECTORS], any = {};
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
         const Vec<C> far = panel.reach[v] + travelled;
-        tokens |= uint64_t(lane_bits<C>(~(panel.norm[v] + load(at + v * L) >= far * far))) << (v * L);  // a NaN rules nothing out
+        open[v] = ~(panel.norm[v] + load(at + v * L) >= far * far);  // a NaN rules nothing out
+        any |= open[v];
       }
+      if (!lane_bits<C>(any)) continue;
+      uint64_t tokens = 0;
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v) tokens |= uint64_t(lane_bits<C>(open[v])) << (v * L);
       tokens &= panel.live;
       if (!tokens) continue;
       s.group[count] = g;
@@ -256,10 +385,9 @@ class Direct : protected Result<In> {
           for (int64_t j = group[f] * group_; j < std::min((group[f] + 1) * group_, k_); ++j) s.center[candidates++] = int32_t(j);
         center = s.center;
       }
-      distances(row(i), center, candidates, s.distance);
-
       const C before = best_[i];
       const bool known = before == before;  // else its own center is among the candidates, as all are
+      measure_candidates(p, i, known ? before : std::numeric_limits<C>::infinity(), center, candidates, s);
       C best = known ? before : std::numeric_limits<C>::infinity();
       I label = known ? own[i] : I(0);
       for (int64_t c = 0; c < candidates; ++c) {
@@ -297,6 +425,75 @@ class Direct : protected Result<In> {
     old = std::min(old, bound(squared, g, norm_[p * P + r]));
   }
 
+  // s.distance: a token's squared distances from centers; for those surely farther than `best`, something between best and that.
+  void measure_candidates(int64_t p, int64_t i, C best, const int32_t* center, int64_t count, Scratch& s) const {
+    if constexpr (kRounds<C>) {
+      constexpr int64_t kFew = 3;  // candidates that are not worth rounding the token first
+      if (rough_ && count > kFew && best < std::numeric_limits<C>::infinity()) {
+        const Rounding& mine = rounding_[p];
+        round_row<In>(row(i), scale_, mean_, C(1) / mine.unit, s.rounded);
+        const C norm = norm_[i] / mine.keep;
+        int64_t open = 0;
+        for (int64_t c = 0; c < count; c += 4) {
+          int32_t products[4];
+          rounded_products(s.rounded, center + c, std::min<int64_t>(4, count - c), products);
+          for (int64_t e = c; e < std::min(c + 4, count); ++e) {
+            const int32_t j = center[e];
+            const Unit& other = center_unit_[j];
+            const C squared = norm + rounded_norm_[j] - C(2) * mine.unit * other.unit * C(products[e - c]);
+            const C far = std::sqrt(std::max(squared - kExact * (norm + rounded_norm_[j]), C(0))) - (mine.error + other.error);
+            s.distance[e] = far > 0 ? far * far : C(0);
+            if (!(s.distance[e] > best * (C(1) + slack_))) s.open[open++] = int32_t(e);
+          }
+        }
+        for (int64_t c = 0; c < open; ++c) distances(row(i), center + s.open[c], 1, s.distance + s.open[c]);
+        return;
+      }
+    }
+    distances(row(i), center, count, s.distance);
+  }
+
+  // One row, rounded: row * scale - mean (or without mean), times fine. Returns its squared norm.
+  template <class Row>
+  C round_row(const Row* x, C scale, const C* mean, C fine, int32_t* out) const {
+    const int64_t D = a.features;
+    Vec<int32_t> norm = {};
+    const auto take = [&](int64_t d, Vec<C> low, Vec<C> high) {
+      const Vec<int32_t> pair = round_pair(low, high, splat(fine));
+      store(out + d / 2, pair);
+      add_product(norm, pair, pair);
+    };
+    int64_t d = 0;
+    for (; d + 2 * L <= D; d += 2 * L) {
+      const Vec<C> low = load_acc(x + d) * splat(scale), high = load_acc(x + d + L) * splat(scale);
+      if (mean)
+        take(d, low - load(mean + d), high - load(mean + d + L));
+      else
+        take(d, low, high);
+    }
+    if (d < D) {
+      C rest[2 * L] = {};
+      for (int64_t e = d; e < D; ++e) rest[e - d] = C(to_float(x[e])) * scale - (mean ? mean[e] : C(0));
+      take(d, load(rest), load(rest + L));
+    }
+    C squared = 0;
+    for (int v = 0; v < L; ++v) squared += C(norm[v]);
+    return squared;
+  }
+
+  // Products of a rounded token with up to four rounded centers.
+  void rounded_products(const int32_t* x, const int32_t* center, int64_t count, int32_t* out) const {
+    const int32_t* row[4];
+    for (int64_t c = 0; c < 4; ++c) row[c] = center_rounded_ + center[std::min(c, count - 1)] * lanes_;
+    Vec<int32_t> sum[4] = {};
+    for (int64_t d = 0; d < lanes_; d += L) {
+      const Vec<int32_t> token = load(x + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) add_product(sum[c], token, load(row[c] + d));
+    }
+    for (int c = 0; c < 4; ++c) out[c] = lane_sum<int32_t>(sum[c]);
+  }
+
   // Squared distances of one token (as it was given) from centers.
   void distances(const In* x, const int32_t* center, int64_t count, C* out) const {
     const int64_t D = a.features;
@@ -312,11 +509,13 @@ class Direct : protected Result<In> {
     }
   }
 
-  // The products of `panels` packed panels with the centers of the groups s.group[0..count), in ascending order:
-  // use(panel, center, place of its group, is it the group's first, products).
-  template <class F>
-  TP_INLINE void each_center(int64_t panels, int64_t count, Scratch& s, Ahead* ahead, const F& use) {
+  // The products of the packed panels p .. p + panels - 1 with the centers of the groups s.group[0..count), in ascending order:
+  // use(panel, center, place of its group, is it the group's first, products). T: C, or int32_t for rounded ones.
+  template <class T, class F>
+  TP_INLINE void each_center(int64_t p, int64_t panels, int64_t count, Scratch& s, Ahead* ahead, const F& use) {
     int32_t center[kCenters], place[kCenters];
+    T* out[kCenters];
+    for (int64_t j = 0; j < kCenters; ++j) out[j] = reinterpret_cast<T*>(static_cast<C*>(s.products)) + j * P;
     for (int64_t f = 0, inside = 0; f < count;) {
       int64_t block = 0;
       for (; block < kCenters && f < count; ++block) {
@@ -328,23 +527,47 @@ class Direct : protected Result<In> {
         }
       }
       for (int64_t q = 0; q < panels; ++q) {
-        multiply_panel(center, block, s.packed + q * P * a.features, s.out, ahead);
-        for (int64_t c = 0; c < block; ++c) use(q, center[c], place[c], center[c] == s.group[place[c]] * group_, s.out[c]);
+        const int64_t vectors = (std::min<int64_t>(P, n_ - (p + q) * P) + L - 1) / L;  // none past the last token
+        if constexpr (std::is_same<T, C>::value)
+          multiply_panel<T>(center_, a.features, center, block, vectors, s.packed + q * P * a.features, out, ahead);
+        else
+          multiply_panel<T>(center_rounded_, lanes_, center, block, vectors, s.rounded + q * P * lanes_, out, ahead);
+        for (int64_t c = 0; c < block; ++c) use(q, center[c], place[c], center[c] == s.group[place[c]] * group_, out[c]);
       }
     }
   }
 
   // Packed panels p.. against all centers: the nearest ones, and bounds for the others.
+  template <class T>
   void nearest_of_all(int64_t p, int64_t panels, Scratch& s, Ahead* ahead) {
+    constexpr bool rounded = !std::is_same<T, C>::value;
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
     Nearest<C> nearest[kPanels];
-    each_center(panels, groups_, s, ahead, [&](int64_t q, int32_t j, int64_t place, bool fresh, const C* products) {
-      const Vec<C> norm = splat(center_norm_[j]), room = splat(slack_ * center_norm_[j]);
+    each_center<T>(p, panels, groups_, s, ahead, [&](int64_t q, int32_t j, int64_t place, bool fresh, const T* products) {
+      Vec<C> norm, room, factor, keep;
+      if constexpr (rounded) {
+        const Rounding& mine = rounding_[p + q];
+        const C error = mine.error + center_unit_[j].error;
+        norm = splat(rounded_norm_[j]);
+        factor = splat(C(2) * mine.unit * center_unit_[j].unit);
+        keep = splat(mine.keep);
+        room = splat(kExact * rounded_norm_[j] + error * error * mine.loss);
+      } else {
+        norm = splat(center_norm_[j]);
+        room = splat(slack_ * center_norm_[j]);
+      }
       C* lowest = bounds(p + q, place);
       C* second = group_ > 1 ? s.second + (place * together_ + q) * P : nullptr;
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> score = norm - C(2) * load(products + v * L), low = score - room;
+        Vec<C> score, low;
+        if constexpr (rounded) {
+          score = norm - factor * __builtin_convertvector(load(products + v * L), Vec<C>);
+          low = keep * score - room;
+        } else {
+          score = norm - C(2) * load(products + v * L);
+          low = score - room;
+        }
         nearest[q].take(v, j, score);
         if (group_ == 1) {
           store(lowest + v * L, low);
@@ -364,8 +587,15 @@ class Direct : protected Result<In> {
         const int64_t i = first + r, g = group_of_[label_[i]];
         bounds(p + q, g)[r] = group_ > 1 ? C(s.second[(g * together_ + q) * P + r]) : infinity[0];  // all but its own center
         held_[i] = label_[i];
-        const C distance = best_[i] + norm_[i];
-        best_[i] = distance < 0 ? C(0) : distance;
+        if constexpr (rounded) {
+          const C own = rounded_norm_[label_[i]], norm = norm_[i] / rounding_[p + q].keep;
+          const C far = std::sqrt(std::max(norm + best_[i] + kExact * (norm + own), C(0))) + rounding_[p + q].error +
+                        center_unit_[label_[i]].error;
+          best_[i] = far * far;
+        } else {
+          const C distance = best_[i] + norm_[i];
+          best_[i] = distance < 0 ? C(0) : distance;
+        }
       }
     }
   }
@@ -373,7 +603,7 @@ class Direct : protected Result<In> {
   // Packed panel p against the groups s.group[0..count): bounds as tight as rounding allows.
   void tighten(int64_t p, int64_t count, const I* own, Scratch& s) {
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
-    each_center(1, count, s, nullptr, [&](int64_t, int32_t j, int64_t place, bool fresh, const C* products) {
+    each_center<C>(p, 1, count, s, nullptr, [&](int64_t, int32_t j, int64_t place, bool fresh, const C* products) {
       const Vec<C> norm = splat(center_norm_[j] * (C(1) - slack_));
       const Vec<I> index = splat(I(j));
       C* lowest = bounds(p, s.group[place]);
@@ -384,11 +614,13 @@ class Direct : protected Result<In> {
         store(lowest + v * L, least < low ? least : low);
       }
     });
+    C true_norm[P];  // norm_ may be that of rounded tokens
+    panel_norms(s.packed, true_norm);
     for (int64_t f = 0; f < count; ++f) {
       C* at = bounds(p, s.group[f]);
       const Vec<C> travelled = splat(travelled_[s.group[f]]);
       for (int v = 0; v < P; v += L) {
-        const Vec<C> norm = load(norm_ + p * P + v), squared = norm + load(at + v);
+        const Vec<C> norm = load(norm_ + p * P + v), squared = load(true_norm + v) + load(at + v);
         const Vec<C> far = root<C>(squared < C(0) ? Vec<C>{} : squared) + travelled;
         store(at + v, far * far - norm);
       }
@@ -414,6 +646,8 @@ class Direct : protected Result<In> {
         drift_[j] = std::sqrt(squared_norm(way)) * (C(1) + slack_);
         std::memcpy(center, to, size_t(D) * sizeof(C));
         center_norm_[j] = squared_norm(center);
+        if constexpr (kRounds<C>)
+          if (rough_) round_center(j);
         const C* const centers[1] = {center};
         const bool alone = start_[j + 1] - start_[j] == 1;
         for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
@@ -449,10 +683,7 @@ class Direct : protected Result<In> {
       for (int64_t r = 0; r < P; ++r) bounds(p, g)[r] = -std::numeric_limits<C>::infinity();
   }
 
-  C* center_ = nullptr;         // [k][D] scaled, centered
   C* center_norm_ = nullptr;    // [k] squared norms
-  C* best_ = nullptr;           // [n] squared distance to its center
-  uint8_t* changed_ = nullptr;  // [k] members differ from the last iteration's
   int64_t group_ = 1, groups_ = 0;  // consecutive centers that share a bound; how many groups
   int32_t* group_of_ = nullptr; // [k]
   // [panels][groups][P] the norm of the token plus this is a lower bound of (distance + travelled)^2, where the distance is
@@ -463,5 +694,12 @@ class Direct : protected Result<In> {
   C* drift_ = nullptr;          // [k] how far a center moved in the last update
   I* held_ = nullptr;           // [n] the cluster whose center a token's bounds leave out
   C slack_ = 0;                 // relative room for rounding
+  bool finite_ = true;          // all tokens
+  bool rough_ = false;          // the first products are those of rounded tokens and centers
+  int64_t lanes_ = 0;           // lanes of a rounded row: pairs of features
+  int32_t* center_rounded_ = nullptr;    // [k][lanes]
+  Unit* center_unit_ = nullptr;          // [k]
+  C* rounded_norm_ = nullptr;   // [k] squared norms of the rounded centers
+  Rounding* rounding_ = nullptr;  // [panels]
   int64_t together_ = 1;        // panels multiplied at a time
 };

@@ -9,6 +9,28 @@ struct Tile {
   Vec<C> v[kRows][TP_VECTORS];
 };
 
+TP_INLINE void add_product(Vec<float>& sum, Vec<float> a, Vec<float> b) { sum += a * b; }
+TP_INLINE void add_product(Vec<double>& sum, Vec<double> a, Vec<double> b) { sum += a * b; }
+
+// Tokens rounded to 16 bits: a lane holds two features, and one instruction adds up both products, without error. That is 1.6
+// times as fast as floats (Zen 3), from half the memory. Elsewhere than on x86-64 there is no such instruction: no rounding.
+#if defined(__x86_64__)
+template <class C>
+constexpr bool kRounds = std::is_same<C, float>::value;
+TP_INLINE void add_product(Vec<int32_t>& sum, Vec<int32_t> a, Vec<int32_t> b) {
+#if TP_VECTOR_BYTES == 64
+  sum += (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif TP_VECTOR_BYTES == 32
+  sum += (Vec<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  sum += (Vec<int32_t>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+#else
+template <class C>
+constexpr bool kRounds = false;
+#endif
+
 // tile[r][:] = sum over d < depth of left[r][d * left_step] * panel[d][:], for the first V vectors of the panel
 template <class C, int V = TP_VECTORS>
 TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const C* panel, int64_t depth, Tile<C>& tile) {
@@ -21,7 +43,7 @@ TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const 
     for (int r = 0; r < kRows; ++r) {
       const Vec<C> a = splat(left[r][d * left_step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += a * b[v];
+      for (int v = 0; v < V; ++v) add_product(acc[r][v], a, b[v]);
     }
   }
 #pragma GCC unroll 8
@@ -62,7 +84,50 @@ inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t rows, int64_t 
   }
 }
 
-constexpr int64_t kDepthBlock = 128;  // features a pass: two panels' blocks stay in the first-level cache
+// A row times `fine`, rounded to whole numbers: those of features low and high share a lane. |row * fine| < 2^15.
+TP_INLINE Vec<int32_t> round_pair(Vec<float> low, Vec<float> high, Vec<float> fine) {
+  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: whatever is added to it is rounded, and stands in its low bits
+  const Vec<int32_t> a = (Vec<int32_t>)(low * fine + magic), b = (Vec<int32_t>)(high * fine + magic);
+  return (a & 0xffff) | (b << 16);
+}
+
+// As many lanes as `features` fill when rounded: whole vectors.
+constexpr int64_t rounded_lanes(int64_t features) {
+  return (features + 2 * kLanes<float> - 1) / (2 * kLanes<float>) * kLanes<float>;
+}
+
+// Rows of any dtype -> panel of pairs [rounded_lanes][kPanel] of (row * scale - mean) * fine; zero from row `rows` on.
+template <class In>
+inline void round_panel(const In* const* row, int64_t rows, int64_t features, float scale, const float* mean, float fine,
+                        int32_t* panel) {
+  constexpr int L = kLanes<float>;
+  const Vec<float> factor = splat(scale), finer = splat(fine);
+  for (int g = 0; g < kPanel<float>; g += L)
+    for (int64_t d = 0; d < features; d += 2 * L) {
+      Vec<float> r[L];
+      if (d + 2 * L <= features && rows >= g + L) {
+        const Vec<float> low = load(mean + d), high = load(mean + d + L);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          const In* x = row[g + i] + d;
+          r[i] = (Vec<float>)round_pair(load_acc(x) * factor - low, load_acc(x + L) * factor - high, finer);
+        }
+      } else {
+        for (int i = 0; i < L; ++i) {
+          float x[2 * L] = {};
+          for (int64_t e = d; g + i < rows && e < std::min(d + 2 * L, features); ++e)
+            x[e - d] = to_float(row[g + i][e]) * scale - mean[e];
+          r[i] = (Vec<float>)round_pair(load(x), load(x + L), finer);
+        }
+      }
+      transpose<float>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(panel + (d / 2 + i) * kPanel<int32_t> + g, (Vec<int32_t>)r[i]);
+    }
+}
+
+constexpr int64_t kDepthBlock = 128;    // features a pass: two panels' blocks stay in the first-level cache
+constexpr int64_t kRoundedBlock = 512;  // lanes a pass of rounded ones, where every pass more costs more than the cache gains
 
 // Products of kRows rows with a panel over `depth` features, stored or added to what `out` holds.
 template <class C, int V>
@@ -77,6 +142,19 @@ TP_INLINE void product_strip(const C* const (&rows)[kRows], int64_t row_step, co
       C* at = out[r] + v * kLanes<C>;
       store(at, add ? load(at) + acc.v[r][v] : acc.v[r][v]);
     }
+}
+
+// The same for the first `vectors` vectors of the panel.
+template <class C>
+TP_INLINE void product_strip(const C* const (&rows)[kRows], int64_t row_step, const C* panel, int64_t depth, bool add,
+                             C* const (&out)[kRows], int64_t vectors) {
+  static_assert(TP_VECTORS <= 3, "strips of 1, 2 and TP_VECTORS vectors");
+  if (vectors >= TP_VECTORS)
+    product_strip<C, TP_VECTORS>(rows, row_step, panel, depth, add, out);
+  else if (vectors == 2)
+    product_strip<C, 2>(rows, row_step, panel, depth, add, out);
+  else
+    product_strip<C, 1>(rows, row_step, panel, depth, add, out);
 }
 
 // Memory that will be wanted soon, fetched into the cache a few lines at a time while something else is computed.
@@ -122,18 +200,12 @@ inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t fir
         }
         if (ahead) ahead->fetch();
         const int vectors = row == column ? (g + kRows - 1) / kLanes<C> + 1 : TP_VECTORS;
-        if (vectors == TP_VECTORS)
-          product_strip<C, TP_VECTORS>(rows, P, right, depth, d0 > 0, out);
-        else if (vectors == 2)
-          product_strip<C, 2>(rows, P, right, depth, d0 > 0, out);
-        else
-          product_strip<C, 1>(rows, P, right, depth, d0 > 0, out);
+        product_strip<C>(rows, P, right, depth, d0 > 0, out, vectors);
       }
       if (++row == panels) row = ++column;
     }
   }
 }
-static_assert(TP_VECTORS <= 3, "gram_tiles knows strips of 1, 2 and TP_VECTORS vectors");
 
 // Copy the lower triangle above the diagonal.
 template <class C>

@@ -124,12 +124,17 @@ class Image {
   }
 
   C squared_norm(const C* x) const {
-    Vec<C> sum = {};
+    constexpr int W = 4;
+    const int64_t D = a.features;
+    Vec<C> sum[W] = {};
     C rest = 0;
     int64_t d = 0;
-    for (; d + L <= a.features; d += L) sum += load(x + d) * load(x + d);
-    for (; d < a.features; ++d) rest += x[d] * x[d];
-    return lane_sum<C>(sum) + rest;
+    for (; d + W * L <= D; d += W * L)
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) sum[w] += load(x + d + w * L) * load(x + d + w * L);
+    for (; d + L <= D; d += L) sum[0] += load(x + d) * load(x + d);
+    for (; d < D; ++d) rest += x[d] * x[d];
+    return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
   // The i-th token as distances see it: x * scale - mean.

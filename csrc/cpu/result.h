@@ -117,17 +117,25 @@ class Result : protected Image<In> {
   // Center j as it is returned -> the weighted squared distances of its members to it.
   double write_center(int64_t j, C* mean, In* out) const {
     const int64_t D = a.features, first = member_[start_[j]];
-    const bool alone = start_[j + 1] - start_[j] == 1;
+    const bool alone = start_[j + 1] - start_[j] == 1, settled = settled_ && !changed_[j];
     if (alone || a.medoids) {
       const In* x = row(a.medoids ? medoid_[j] : first);
       std::memcpy(static_cast<void*>(out), x, size_t(D) * sizeof(In));
       if (alone) return double(norm_[first]) * double(weight_ ? weight_[first] : C(1)) * 0;  // NaN stays NaN
       for (int64_t d = 0; d < D; ++d) mean[d] = C(to_float(x[d])) * scale_;
     } else {
-      mean_row<false>(j, mean);
+      if (settled)
+        for (int64_t d = 0; d < D; ++d) mean[d] = center_[j * D + d] + mean_[d];
+      else
+        mean_row<false>(j, mean);
       narrow(mean, C(1) / scale_, out, D);
     }
     double error = 0;
+    if (settled) {
+      for (int64_t m = start_[j]; m < start_[j + 1]; ++m)
+        error += double(weight_ ? weight_[member_[m]] : C(1)) * double(best_[member_[m]]);
+      return error;
+    }
     for (int64_t m = start_[j]; m < start_[j + 1]; ++m)
       error += double(weight_ ? weight_[member_[m]] : C(1)) * double(squared_difference(row(member_[m]), mean));
     return error;
@@ -144,6 +152,10 @@ class Result : protected Image<In> {
   int64_t k_ = 0, padded_ = 0;
   I* label_ = nullptr;          // [n]
   C* norm_ = nullptr;           // [n] squared norms of the tokens, scaled and centered
+  C* center_ = nullptr;         // [k][D] scaled, centered
+  C* best_ = nullptr;           // [n] squared distance to its center
+  uint8_t* changed_ = nullptr;  // [k] members differ from those the center was last made of
+  bool settled_ = false;        // center_ and best_ are right for clusters that did not change since
   int32_t *member_ = nullptr, *start_ = nullptr, *count_ = nullptr, *medoid_ = nullptr;
   C *share_ = nullptr, *total_ = nullptr;  // [n] by place in member_; [k] summed weights
   double* error_ = nullptr;     // [k]
