@@ -4,11 +4,11 @@ Both paths are forced in turn (environment variable TOKENPOOL_EXT_CPU_PATH) over
 on one thread, in CPU time (so a busy machine does little harm; with more threads: elapsed time). The tokens are real
 (DINOv2's, bench/tokens.py): how much the bounds of the direct path spare depends on them.
 The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
-    gram   = m_g N^2 D / 2 + t N D   + P r N^2 + T c N K
-    direct = m_d N K D   + t (P + 1) N D + b T N K   with P = min(T, 3): later, few clusters change
+    gram   = m_g N^2 D / 2 + t_g N D         + r P N^2
+    direct = m_d N K D     + t_d N D (P + 1) + b N K   + v N (P - 1)   with P = min(T, 3): later, few clusters change
 is fitted by non-negative least squares of relative errors. Then: how often the fitted planner picks the slower path, and how
 much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
-T is the number of iterations really done (an image stops early when nothing changes); the planner knows only those asked for.
+T is the number of iterations asked for, which is what the planner knows; an image stops early when nothing changes ("done").
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from . import machine, timing, tokens
 
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
-PRODUCTS, SETTLED = 3, 8  # kPasses and kSettled of the planner
-NAMES = ("kGramMultiplyAdd", "kDirectMultiplyAdd", "kRowAdd", "kCompare", "kBound", "kToken")
+PASSES = 3  # kPasses of the planner
+NAMES = ("kGramMultiplyAdd", "kGramToken", "kRowAdd", "kDirectMultiplyAdd", "kDirectToken", "kCompare", "kVisit")
 
 
 def grid(quick: bool):
@@ -86,13 +86,11 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base)
             **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 20) / B * 1e9 for p in PATHS}}
 
 
-def features(path: str, row: dict, iterations: str = "iterations_done") -> list[float]:
+def features(path: str, row: dict) -> list[float]:
     """Multipliers of the model's constants for one measurement."""
-    N, D, K, T = row["N"], row["D"], row["K"], min(row[iterations], SETTLED)
-    P = min(T, PRODUCTS)
-    if path == "gram":
-        return [N * N * D / 2, 0.0, P * N * N, T * N * K, 0.0, N * D]
-    return [0.0, N * K * D, 0.0, 0.0, T * N * K, (P + 1) * N * D]
+    N, D, K, P = row["N"], row["D"], row["K"], min(row["T"], PASSES)
+    gram, direct = [N * N * D / 2, N * D, P * N * N], [N * K * D, (P + 1) * N * D, N * K, (P - 1) * N]
+    return [*gram, *[0.0] * 4] if path == "gram" else [*[0.0] * 3, *direct]
 
 
 def fit(rows: list[dict]) -> list[float]:
@@ -105,10 +103,10 @@ def fit(rows: list[dict]) -> list[float]:
 
 
 def judge(rows: list[dict], constants: list[float]) -> dict:
-    """How good the picks of these constants are on the measured rows. The planner knows the iterations asked for only."""
+    """How good the picks of these constants are on the measured rows."""
     wrong, lost, errors = 0, 0.0, []
     for row in rows:
-        told = {p: sum(c * f for c, f in zip(constants, features(p, row, "T"))) for p in PATHS}
+        told = {p: sum(c * f for c, f in zip(constants, features(p, row))) for p in PATHS}
         pick = min(PATHS, key=told.get)
         fastest = min(PATHS, key=lambda p: row[f"{p}_ns"])
         wrong += row[f"{pick}_ns"] > 1.05 * row[f"{fastest}_ns"]

@@ -9,38 +9,38 @@ namespace tokenpool {
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
 // AVX2, 2026-11-23: bench/results/crossover-zen3.json), but for kFarthest, read off a few calls. Only their ratios matter.
-constexpr double kGramMultiplyAdd = 0.0294;    // one multiply-add of the Gram product
-constexpr double kDirectMultiplyAdd = 0.0227;  // one of the products with the centers, of numbers rounded to 16 bits
-constexpr double kRowAdd = 0.196;              // one element of a Gram row added to its cluster's row
-constexpr double kCompare = 0.063;             // one token compared with one center
-constexpr double kToken = 0.728;               // one feature of one token converted, centered and packed, or added to a mean
-constexpr double kBound = 0.630;               // one token and center, an iteration, where bounds decide: what they do not spare, too
+constexpr double kGramMultiplyAdd = 0.0235;    // one multiply-add of the Gram product
+constexpr double kGramToken = 1.407;           // one feature of one token converted, centered, packed; and added to a mean
+constexpr double kRowAdd = 0.204;              // one element of a Gram row added to its cluster's row
+constexpr double kDirectMultiplyAdd = 0.0139;  // one of the products with the centers: float32 is rounded to 16 bits for them
+constexpr double kDirectToken = 0.596;         // one feature of one token converted and packed, or added to a mean
+constexpr double kCompare = 0.926;             // one token and center: score and bound
+constexpr double kVisit = 128;                 // one token in one pass: centers that its bounds leave open
 constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
-constexpr double kSettled = 8;  // iterations after which an image hardly changes, and mostly stops
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
 CpuPlan plan_cpu(const CpuProblem& p) {
-  const double n = double(p.tokens), k = double(p.clusters), d = double(p.features), t = std::min(double(p.iterations), kSettled);
+  const double n = double(p.tokens), k = double(p.clusters), d = double(p.features);
   const double width = p.acc_bytes / 4.0;  // a double counts twice
   const double gram_bytes = n * n * p.acc_bytes;
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
-  const double passes = std::min(t, kPasses);
+  const double passes = std::min(double(p.iterations), kPasses);
   const double direct_product = n * k * d;
 
   CpuPlan plan;
-  const double gram_iterations = passes * n * n * kRowAdd + t * n * k * kCompare;
-  plan.gram_ns =
-      width * (gram_product * kGramMultiplyAdd + first_product * kDirectMultiplyAdd + n * d * kToken + gram_iterations);
-  plan.direct_ns = width * (direct_product * kDirectMultiplyAdd + (passes + 1) * n * d * kToken + t * n * k * kBound +
-                            (p.farthest ? n * k * d * kFarthest : 0));
+  const double direct_multiply_add = p.acc_bytes == 4 ? kDirectMultiplyAdd : kGramMultiplyAdd;
+  plan.gram_ns = width * ((gram_product + first_product) * kGramMultiplyAdd + n * d * kGramToken + passes * n * n * kRowAdd);
+  plan.direct_ns = width * (direct_product * direct_multiply_add + (passes + 1) * n * d * kDirectToken + n * k * kCompare +
+                            (passes - 1) * n * kVisit + (p.farthest ? n * k * d * kFarthest : 0));
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n : direct_product + passes * n * d);
   plan.center_group = plan.gram ? 1 : center_group(p.tokens, p.clusters, p.acc_bytes);
-  plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : k * d + n * std::ceil(k / double(plan.center_group)));
+  plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : (p.acc_bytes == 4 ? 1.5 : 1.0) * k * d +
+                                                                     n * std::ceil(k / double(plan.center_group)));
 
   char text[256];
   if (!fits)
