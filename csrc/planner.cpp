@@ -9,13 +9,13 @@ namespace tokenpool {
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
 // AVX2, 2026-11-23: bench/results/crossover-zen3.json), but for kFarthest, read off a few calls. Only their ratios matter.
-constexpr double kGramMultiplyAdd = 0.0235;    // one multiply-add of the Gram product
-constexpr double kGramToken = 1.407;           // one feature of one token converted, centered, packed; and added to a mean
-constexpr double kRowAdd = 0.204;              // one element of a Gram row added to its cluster's row
-constexpr double kDirectMultiplyAdd = 0.0139;  // one of the products with the centers: float32 is rounded to 16 bits for them
-constexpr double kDirectToken = 0.596;         // one feature of one token converted and packed, or added to a mean
-constexpr double kCompare = 0.926;             // one token and center: score and bound
-constexpr double kVisit = 128;                 // one token in one pass: centers that its bounds leave open
+constexpr double kGramMultiplyAdd = 0.0230;    // one multiply-add of the Gram product
+constexpr double kGramToken = 1.286;           // one feature of one token converted, centered, packed; and added to a mean
+constexpr double kRowAdd = 0.213;              // one element of a Gram row added to its cluster's row
+constexpr double kDirectMultiplyAdd = 0.0129;  // one of the products with the centers: float32 is rounded to 16 bits for them
+constexpr double kDirectToken = 0.568;         // one feature of one token converted and packed, or added to a mean
+constexpr double kCompare = 1.177;             // one token and center: score and bound
+constexpr double kVisit = 118;                 // one token in one pass: centers that its bounds leave open
 constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
 constexpr double kMaximumGramBytes = 16 << 20;
