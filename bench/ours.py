@@ -56,11 +56,12 @@ def setup(data, backend: str | None = None):
     if p.op == "attention_received":
         return lambda: tp.attention_received(data.x, data.k, backend=backend)
     if p.op == "pool_backward":
+        from tokenpool_ext import registry
+
         assignment, _, grad = pooling_inputs(data)
-        x = data.x.detach().clone().requires_grad_(True)
-        pooled = tp.pool(x, assignment, p.K, backend=backend)
-        pooled = pooled if isinstance(pooled, torch.Tensor) else pooled[0]
-        return lambda: torch.autograd.grad(pooled, x, grad, retain_graph=True)[0]
+        chain = registry.select("pool", data.x, backend)
+        pooled, mass = registry.call(chain, "pool", data.x, assignment, None, p.K)
+        return lambda: registry.call(chain, "pool_backward", grad, data.x, pooled, assignment, None, mass)[0]  # no autograd, as its peer
     cluster = getattr(tp, p.op)
     if p.mode == "forward":
         return lambda: cluster(data.x, p.K, init=data.init, num_iters=p.iters, backend=backend)

@@ -1,26 +1,5 @@
 // Means of an assignment, their backward, and the way back to tokens.
 
-// An output too large to stay in the caches is written past them: a line that is not read first costs half.
-constexpr int64_t kPastCaches = 8 << 20;  // bytes
-
-inline void copy_past_caches(void* out, const void* from, int64_t bytes) {
-#if defined(__SSE2__)
-  if (reinterpret_cast<uintptr_t>(out) % 16 == 0 && bytes % 16 == 0) {
-    for (int64_t i = 0; i < bytes; i += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(out) + i),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
-    return;
-  }
-#endif
-  std::memcpy(out, from, size_t(bytes));
-}
-
-inline void finish_past_caches() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // Weighted mean (or plain sum) of the tokens of each cluster, in token order.
 template <class In>
 inline void pool_image(const PoolArgs& a, int64_t b, bool parallel) {
@@ -69,11 +48,8 @@ inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
   std::memset(static_cast<void*>(count), 0, size_t(K) * sizeof(int32_t));
   for (int64_t i = 0; i < N; ++i)
     if (label[i] >= 0 && label[i] < K) ++count[label[i]];
-  const int64_t bytes = D * int64_t(sizeof(In));
-  const bool past_caches = a.images * N * bytes > kPastCaches;
   split(a.parallel_for, parallel && N * D > 200000, N, [&](int64_t begin, int64_t end) {
     Buffer<C> x_row(D), center_row(D), grad_row(D);
-    Buffer<In> out_row(D);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t j = label[i];
       if (j < 0 || j >= K) {
@@ -84,9 +60,7 @@ inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
       const C total = mass[j];
       const C share = total > 0 ? (weight ? weight[i] : C(1)) / total : C(1) / C(count[j]);
       const C* g = as_acc(grad + j * a.grad_row_stride, static_cast<C*>(grad_row), D);
-      In* out = grad_x + i * D;
-      narrow(g, share, past_caches ? static_cast<In*>(out_row) : out, D);
-      if (past_caches) copy_past_caches(out, out_row, bytes);
+      narrow(g, share, grad_x + i * D, D);
       if (!grad_weights) continue;
       const C* v = as_acc(x + i * a.x_token_stride, static_cast<C*>(x_row), D);
       const C* c = as_acc(centers + j * a.centers_row_stride, static_cast<C*>(center_row), D);
@@ -97,7 +71,6 @@ inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
       for (; d < D; ++d) rest += (v[d] - c[d]) * g[d];
       grad_weights[i] = total > 0 ? (lane_sum<C>(sum) + rest) / total : C(0);
     }
-    finish_past_caches();
   });
 }
 
@@ -107,20 +80,14 @@ inline void unpool_image(const PoolArgs& a, int64_t element, int64_t b, bool par
   const int64_t* label = a.assignment + b * N;
   const char* centers = static_cast<const char*>(a.centers) + b * a.centers_image_stride * element;
   char* out = static_cast<char*>(a.grad_x) + b * N * bytes;
-  const bool past_caches = a.images * N * bytes > kPastCaches;
   split(a.parallel_for, parallel && N * bytes > 800000, N, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (label[i] < 0 || label[i] >= K) {
         std::memset(out + i * bytes, 0, size_t(bytes));
         continue;
       }
-      const char* from = centers + label[i] * a.centers_row_stride * element;
-      if (past_caches)
-        copy_past_caches(out + i * bytes, from, bytes);
-      else
-        std::memcpy(out + i * bytes, from, size_t(bytes));
+      std::memcpy(out + i * bytes, centers + label[i] * a.centers_row_stride * element, size_t(bytes));
     }
-    finish_past_caches();
   });
 }
 
