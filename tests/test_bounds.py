@@ -152,6 +152,17 @@ def test_nothing_is_ruled_out_by_a_nan(monkeypatch, path, where):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", PATHS)
+def test_a_tie_where_all_lengths_are_zero(monkeypatch, path, dtype):
+    """All tokens alike: both centers end on them, and the lower has the token that need not fill the other."""
+    for N, K in [(2, 2), (30, 3), (60, 20)]:
+        x = torch.zeros(1, N, 4, dtype=dtype)
+        centers = torch.linspace(2, 0.5, K, dtype=torch.float32).to(dtype)[None, :, None].expand(1, K, 4).contiguous()
+        want = tp.kmeans(x, K, init=centers, num_iters=4, backend="reference").assignment
+        assert torch.equal(run(monkeypatch, path, "kmeans", x, K, init=centers, num_iters=4).assignment, want), (N, K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
 def test_of_two_identical_medoids_the_lower_is_chosen(monkeypatch, path, dtype):
     K = 20
     for seed, D in enumerate([3, 17, 24, 40, 100, 384]):

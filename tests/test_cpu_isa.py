@@ -1,5 +1,9 @@
 """Every copy of the CPU kernels this processor can run, against the reference; and the refusal of those it cannot."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,6 +24,17 @@ def isa(request, monkeypatch):
     except RuntimeError as error:
         pytest.skip(str(error))
     return request.param
+
+
+def test_other_processors_compile_too(tmp_path):
+    """The baseline without anything of x86-64: what arm64 gets."""
+    compiler, source = shutil.which("g++"), Path(__file__).parent.parent / "csrc"
+    if compiler is None or not source.is_dir():
+        pytest.skip("needs g++ and the sources")
+    shutil.copytree(source, tmp_path / "csrc")
+    for name in (tmp_path / "csrc/cpu").glob("*.h"):
+        name.write_text(name.read_text().replace("defined(__x86_64__)", "0"))
+    subprocess.run([compiler, "-std=c++17", "-fsyntax-only", str(tmp_path / "csrc/cpu/kernels_baseline.cpp")], check=True)
 
 
 @pytest.mark.parametrize("path", ["gram", "direct", "streamed"])

@@ -77,7 +77,8 @@ class Clustering : protected Direct<In> {
   void build_gram(int64_t next) {
     const int64_t panels = padded_ / P;
     Ahead ahead;  // the product leaves the memory idle: time to fetch the next image
-    this->want_image(next, panels * (panels + 1) / 2 * (P / kRows), ahead);
+    const int64_t blocks = (a.features + kDepthBlock - 1) / kDepthBlock;
+    this->want_image(next, panels * (panels + 1) / 2 * (P / kRows) * blocks, ahead);
     row_stride_ = padded_ + ((padded_ * int64_t(sizeof(C))) % 1024 == 0 ? L : 0);  // rows not a power of two apart
     gram_ = take<C>(padded_ * row_stride_);
     split(a.parallel_for, parallel_, panels * (panels + 1) / 2, [&](int64_t begin, int64_t end) {

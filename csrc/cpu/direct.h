@@ -6,11 +6,11 @@
 // There is a bound for every token and center or, where those need too much memory, for every token and group of consecutive
 // centers (path "streamed"; Ding et al., "Yinyang k-means", ICML 2015). Where bounds leave much of a panel open, products
 // tighten them; what is open then is computed from differences, ties going to the lowest center. The result is that of
-// comparing with all centers: bounds leave room for rounding (slack_), and what is not a number rules nothing out.
+// comparing with all centers: bounds leave room for rounding (slack_, kExact), and what is not a number rules nothing out.
 //
-// That lets the first products be rough: float32 tokens and centers are rounded to 16 bits, each panel and each center in a
-// unit of its own. Rounding moves a token by at most an error that is known, so what the products say of the rounded ones
-// bounds the distances of the true ones; a token whose nearest center that leaves open is settled by differences.
+// That lets products be rough: where float32 is computed with, tokens and centers are rounded to 16 bits, each panel and each
+// center in a unit of its own. Rounding moves a token by at most an error that is known, so what the products say of the rounded
+// ones bounds the distances of the true ones; a token whose nearest center that leaves open is settled by differences.
 
 // The nearest centers of a panel's tokens so far, by score: ||center||^2 - 2 <token, center>.
 template <class C>
@@ -56,7 +56,7 @@ class Direct : protected Result<In> {
   using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference, Base::squared_differences;
   using Base::worth, Base::center_token;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
-  static constexpr C kExact = 8 * std::numeric_limits<C>::epsilon();  // room for what is done to products without error
+  static constexpr C kExact = 16 * std::numeric_limits<C>::epsilon();  // room for what is done to products without error
   static constexpr int64_t kCenters = 64, kPanels = 8;  // centers whose products wait; panels that centers are fetched for
 
   using Base::Base;
@@ -71,8 +71,8 @@ class Direct : protected Result<In> {
     C unit, error;
   };
   // The same of a panel's tokens. With e for how far rounding moves a token and its center together, and r for the distance of
-  // the rounded ones, the true distance is at least r - e, and (r - e)^2 >= keep r^2 - e^2 (1 / (1 - keep) - 1) for any keep
-  // below 1: a bound without a square root. It is sharp where r = e / (1 - keep).
+  // the rounded ones (so r^2 is norm_ / keep + score), the true distance is at least r - e, and for any keep below 1
+  // (r - e)^2 >= keep r^2 - e^2 (1 / (1 - keep) - 1): a bound without a square root. It is sharp where r = e / (1 - keep).
   struct Rounding : Unit {
     C keep, loss;  // loss: 1 / (1 - keep) - 1
   };
@@ -83,7 +83,7 @@ class Direct : protected Result<In> {
         : products(kCenters * P), packed(d.together_ * P * d.a.features), rounded(d.rough_ ? d.together_ * P * d.lanes_ : 0),
           second(d.group_ > 1 ? d.together_ * d.groups_ * P : 0), group(d.groups_), of_token(P * d.groups_),
           center(d.group_ > 1 ? d.k_ : 0), open(d.rough_ ? d.k_ : 0), tokens(d.groups_), distance(d.k_) {
-      std::memset(products, 0, kCenters * P * sizeof(C));  // lanes past the last token are looked at, too
+      std::memset(products, 0, kCenters * P * sizeof(C));  // lanes past the last token are looked at, too, whatever they hold
     }
     int64_t ask_all(int64_t groups) {
       for (int64_t g = 0; g < groups; ++g) group[g] = int32_t(g);
@@ -204,6 +204,8 @@ class Direct : protected Result<In> {
     }
     Rounding rounding;
     static_cast<Unit&>(rounding) = unit_of(std::sqrt(longest));
+    // Sharp at two thirds of the tokens' distance from the mean (e is twice the error, if the center is as long), about where
+    // the nearest centers are that have to be ruled out.
     const C part = std::min(C(3) * rounding.error / (std::sqrt(total / C(count)) + C(1e-30)), C(0.5));
     rounding.keep = C(1) - part;
     rounding.loss = C(1) / part - C(1);
@@ -222,7 +224,8 @@ class Direct : protected Result<In> {
     if constexpr (kRounds<C>) round_centers();
     if (!rough_) measure_centers();
     Ahead ahead;
-    this->want_image(next, padded_ / P * ((k_ + kRows - 1) / kRows), ahead);
+    const int64_t blocks = rough_ ? (lanes_ + kRoundedBlock - 1) / kRoundedBlock : (a.features + kDepthBlock - 1) / kDepthBlock;
+    this->want_image(next, padded_ / P * ((k_ + kRows - 1) / kRows) * blocks, ahead);
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
       Scratch s(*this);
       for (int64_t p = begin; p < end; p += together_) {
@@ -244,7 +247,7 @@ class Direct : protected Result<In> {
           continue;
         }
         if constexpr (kRounds<C>) nearest_of_all<int32_t>(p, panels, s, fetched);
-        for (int64_t q = 0; q < panels; ++q) settle(p + q, label_, true, s);
+        for (int64_t q = 0; q < panels; ++q) settle(p + q, label_, false, s);
       }
     });
   }
@@ -262,7 +265,7 @@ class Direct : protected Result<In> {
       Scratch s(*this);
       for (int64_t p = begin; p < end; ++p) {
         std::memcpy(label_ + p * P, own + p * P, P * sizeof(I));
-        settle(p, own, false, s);
+        settle(p, own, true, s);
       }
     });
   }
@@ -272,18 +275,25 @@ class Direct : protected Result<In> {
     this->template squared_differences<1>(row(i), centers, best_ + i);
   }
 
-  // A panel's tokens against those centers that bounds do not rule out. rough: best_ is no more than a bound.
-  void settle(int64_t p, const I* own, bool rough, Scratch& s) {
+  // A panel's tokens against those centers that bounds do not rule out. known: best_ holds distances, not upper bounds of them (as
+  // it does after rounded products, when bounds are as tight as such products make them).
+  void settle(int64_t p, const I* own, bool known, Scratch& s) {
     const Panel panel = take_up(p, own);
     int64_t count = s.ask_all(groups_), pairs = 0;
     find(p, panel, s, count, pairs);
+    if constexpr (kRounds<C>)
+      if (rough_ && known && !single_costs_less(pairs * group_, count * group_)) {
+        round_tokens(p, s.rounded);  // to the same numbers as the first time
+        tighten<int32_t>(p, count, own, s);
+        find(p, panel, s, count, pairs);
+      }
     if (!single_costs_less(pairs * group_, count * group_)) {
       pack(p * P, s.packed);
-      tighten(p, count, own, s);
+      tighten<C>(p, count, own, s);
       find(p, panel, s, count, pairs);
     }
     if (count == 0) return;
-    if (rough) {
+    if (!known) {
       uint64_t tokens = 0;
       for (int64_t f = 0; f < count; ++f) tokens |= s.tokens[f];
       for (; tokens; tokens &= tokens - 1) {
@@ -346,7 +356,8 @@ class Direct : protected Result<In> {
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
         const Vec<C> far = panel.reach[v] + travelled;
-        open[v] = ~(panel.norm[v] + load(at + v * L) >= far * far);  // a NaN rules nothing out
+        // A NaN rules nothing out; nor does equality: lengths of zero leave no room for rounding.
+        open[v] = ~(panel.norm[v] + load(at + v * L) > far * far);
         any |= open[v];
       }
       if (!lane_bits<C>(any)) continue;
@@ -431,8 +442,7 @@ class Direct : protected Result<In> {
       constexpr int64_t kFew = 3;  // candidates that are not worth rounding the token first
       if (rough_ && count > kFew && best < std::numeric_limits<C>::infinity()) {
         const Rounding& mine = rounding_[p];
-        round_row<In>(row(i), scale_, mean_, C(1) / mine.unit, s.rounded);
-        const C norm = norm_[i] / mine.keep;
+        const C norm = round_row<In>(row(i), scale_, mean_, C(1) / mine.unit, s.rounded) * mine.unit * mine.unit;
         int64_t open = 0;
         for (int64_t c = 0; c < count; c += 4) {
           int32_t products[4];
@@ -458,7 +468,7 @@ class Direct : protected Result<In> {
   C round_row(const Row* x, C scale, const C* mean, C fine, int32_t* out) const {
     const int64_t D = a.features;
     Vec<int32_t> norm = {};
-    const auto take = [&](int64_t d, Vec<C> low, Vec<C> high) {
+    const auto put = [&](int64_t d, Vec<C> low, Vec<C> high) {
       const Vec<int32_t> pair = round_pair(low, high, splat(fine));
       store(out + d / 2, pair);
       add_product(norm, pair, pair);
@@ -467,14 +477,14 @@ class Direct : protected Result<In> {
     for (; d + 2 * L <= D; d += 2 * L) {
       const Vec<C> low = load_acc(x + d) * splat(scale), high = load_acc(x + d + L) * splat(scale);
       if (mean)
-        take(d, low - load(mean + d), high - load(mean + d + L));
+        put(d, low - load(mean + d), high - load(mean + d + L));
       else
-        take(d, low, high);
+        put(d, low, high);
     }
     if (d < D) {
       C rest[2 * L] = {};
       for (int64_t e = d; e < D; ++e) rest[e - d] = C(to_float(x[e])) * scale - (mean ? mean[e] : C(0));
-      take(d, load(rest), load(rest + L));
+      put(d, load(rest), load(rest + L));
     }
     C squared = 0;
     for (int v = 0; v < L; ++v) squared += C(norm[v]);
@@ -537,37 +547,47 @@ class Direct : protected Result<In> {
     }
   }
 
+  // What the products of a center with a panel's tokens say: their scores, ||center||^2 - 2 <token, center>, and what those are at
+  // least; with rounded ones, as parts of squared distances times keep.
+  template <class T>
+  struct Reading {
+    static constexpr bool rounded = !std::is_same<T, C>::value;
+    C norm, room, factor, keep;
+    Reading(const Direct& d, int64_t p, int64_t j) {
+      if constexpr (rounded) {
+        const Rounding& mine = d.rounding_[p];
+        const C error = mine.error + d.center_unit_[j].error;
+        norm = d.rounded_norm_[j];
+        room = kExact * norm + error * error * mine.loss;
+        factor = C(2) * mine.unit * d.center_unit_[j].unit;
+        keep = mine.keep;
+      } else {
+        norm = d.center_norm_[j];
+        room = d.slack_ * norm;
+        factor = 2;
+        keep = 1;
+      }
+    }
+    TP_INLINE Vec<C> score(const T* products) const {
+      if constexpr (rounded) return splat(norm) - splat(factor) * __builtin_convertvector(load(products), Vec<C>);
+      else return splat(norm) - C(2) * load(products);
+    }
+    template <class V>
+    TP_INLINE V least(V score) const { return (rounded ? score * keep : score) - room; }
+  };
+
   // Packed panels p.. against all centers: the nearest ones, and bounds for the others.
   template <class T>
   void nearest_of_all(int64_t p, int64_t panels, Scratch& s, Ahead* ahead) {
-    constexpr bool rounded = !std::is_same<T, C>::value;
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
     Nearest<C> nearest[kPanels];
     each_center<T>(p, panels, groups_, s, ahead, [&](int64_t q, int32_t j, int64_t place, bool fresh, const T* products) {
-      Vec<C> norm, room, factor, keep;
-      if constexpr (rounded) {
-        const Rounding& mine = rounding_[p + q];
-        const C error = mine.error + center_unit_[j].error;
-        norm = splat(rounded_norm_[j]);
-        factor = splat(C(2) * mine.unit * center_unit_[j].unit);
-        keep = splat(mine.keep);
-        room = splat(kExact * rounded_norm_[j] + error * error * mine.loss);
-      } else {
-        norm = splat(center_norm_[j]);
-        room = splat(slack_ * center_norm_[j]);
-      }
+      const Reading<T> reading(*this, p + q, j);
       C* lowest = bounds(p + q, place);
       C* second = group_ > 1 ? s.second + (place * together_ + q) * P : nullptr;
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
-        Vec<C> score, low;
-        if constexpr (rounded) {
-          score = norm - factor * __builtin_convertvector(load(products + v * L), Vec<C>);
-          low = keep * score - room;
-        } else {
-          score = norm - C(2) * load(products + v * L);
-          low = score - room;
-        }
+        const Vec<C> score = reading.score(products + v * L), low = reading.least(score);
         nearest[q].take(v, j, score);
         if (group_ == 1) {
           store(lowest + v * L, low);
@@ -584,13 +604,17 @@ class Direct : protected Result<In> {
       const int64_t first = (p + q) * P;
       nearest[q].write(best_ + first, label_ + first);
       for (int r = 0; r < P && first + r < n_; ++r) {
-        const int64_t i = first + r, g = group_of_[label_[i]];
-        bounds(p + q, g)[r] = group_ > 1 ? C(s.second[(g * together_ + q) * P + r]) : infinity[0];  // all but its own center
+        const int64_t i = first + r, j = label_[i], g = group_of_[j];
+        C& lowest = bounds(p + q, g)[r];  // of all but its own center: that is not always the one of the lowest bound
+        if (group_ == 1)
+          lowest = infinity[0];
+        else if (!(lowest < Reading<T>(*this, p + q, j).least(best_[i])))
+          lowest = s.second[(g * together_ + q) * P + r];
         held_[i] = label_[i];
-        if constexpr (rounded) {
-          const C own = rounded_norm_[label_[i]], norm = norm_[i] / rounding_[p + q].keep;
-          const C far = std::sqrt(std::max(norm + best_[i] + kExact * (norm + own), C(0))) + rounding_[p + q].error +
-                        center_unit_[label_[i]].error;
+        if constexpr (Reading<T>::rounded) {
+          const Rounding& mine = rounding_[p + q];
+          const C norm = norm_[i] / mine.keep, squared = norm + best_[i] + kExact * (norm + rounded_norm_[j]);
+          const C far = std::sqrt(std::max(squared, C(0))) + mine.error + center_unit_[j].error;
           best_[i] = far * far;
         } else {
           const C distance = best_[i] + norm_[i];
@@ -600,29 +624,34 @@ class Direct : protected Result<In> {
     }
   }
 
-  // Packed panel p against the groups s.group[0..count): bounds as tight as rounding allows.
+  // Packed (or rounded) panel p against the groups s.group[0..count): bounds as tight as rounding allows.
+  template <class T>
   void tighten(int64_t p, int64_t count, const I* own, Scratch& s) {
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
-    each_center<C>(p, 1, count, s, nullptr, [&](int64_t, int32_t j, int64_t place, bool fresh, const C* products) {
-      const Vec<C> norm = splat(center_norm_[j] * (C(1) - slack_));
+    each_center<T>(p, 1, count, s, nullptr, [&](int64_t, int32_t j, int64_t place, bool fresh, const T* products) {
+      const Reading<T> reading(*this, p, j);
       const Vec<I> index = splat(I(j));
       C* lowest = bounds(p, s.group[place]);
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> low = index == load(own + p * P + v * L) ? infinity : norm - C(2) * load(products + v * L);
+        const Vec<C> low = reading.least(reading.score(products + v * L));
+        const Vec<C> other = index == load(own + p * P + v * L) ? infinity : low;
         const Vec<C> least = fresh ? infinity : load(lowest + v * L);
-        store(lowest + v * L, least < low ? least : low);
+        store(lowest + v * L, least < other ? least : other);
       }
     });
-    C true_norm[P];  // norm_ may be that of rounded tokens
-    panel_norms(s.packed, true_norm);
+    C norm[P];  // norm_ may be that of rounded tokens
+    if constexpr (Reading<T>::rounded)
+      std::memcpy(norm, norm_ + p * P, sizeof norm);
+    else
+      panel_norms(s.packed, norm);
     for (int64_t f = 0; f < count; ++f) {
       C* at = bounds(p, s.group[f]);
       const Vec<C> travelled = splat(travelled_[s.group[f]]);
       for (int v = 0; v < P; v += L) {
-        const Vec<C> norm = load(norm_ + p * P + v), squared = load(true_norm + v) + load(at + v);
+        const Vec<C> squared = load(norm + v) * (C(1) - slack_) + load(at + v);
         const Vec<C> far = root<C>(squared < C(0) ? Vec<C>{} : squared) + travelled;
-        store(at + v, far * far - norm);
+        store(at + v, far * far - load(norm_ + p * P + v));
       }
     }
   }

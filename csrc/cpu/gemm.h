@@ -29,6 +29,9 @@ TP_INLINE void add_product(Vec<int32_t>& sum, Vec<int32_t> a, Vec<int32_t> b) {
 #else
 template <class C>
 constexpr bool kRounds = false;
+TP_INLINE void add_product(Vec<int32_t>& sum, Vec<int32_t> a, Vec<int32_t> b) {  // so that all compiles
+  sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
 #endif
 
 // tile[r][:] = sum over d < depth of left[r][d * left_step] * panel[d][:], for the first V vectors of the panel
@@ -87,8 +90,8 @@ inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t rows, int64_t 
 // A row times `fine`, rounded to whole numbers: those of features low and high share a lane. |row * fine| < 2^15.
 TP_INLINE Vec<int32_t> round_pair(Vec<float> low, Vec<float> high, Vec<float> fine) {
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: whatever is added to it is rounded, and stands in its low bits
-  const Vec<int32_t> a = (Vec<int32_t>)(low * fine + magic), b = (Vec<int32_t>)(high * fine + magic);
-  return (a & 0xffff) | (b << 16);
+  typedef Vec<uint32_t> Bits;
+  return (Vec<int32_t>)(((Bits)(low * fine + magic) & 0xffff) | ((Bits)(high * fine + magic) << 16));
 }
 
 // As many lanes as `features` fill when rounded: whole vectors.

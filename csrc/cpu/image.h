@@ -24,11 +24,11 @@ class Image {
       if (mask[i]) valid_[n_++] = int32_t(i);
   }
 
-  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch for every block of features.
+  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch.
   void want_image(int64_t b, int64_t times, Ahead& ahead) const {
     if (b < a.images && a.x_token_stride == a.features)
       ahead.want(static_cast<const In*>(a.x) + b * a.x_image_stride, a.tokens * a.features * int64_t(sizeof(In)),
-                 times * ((a.features + kDepthBlock - 1) / kDepthBlock));
+                 times);
   }
 
   int64_t token(int64_t i) const { return valid_ ? valid_[i] : i; }

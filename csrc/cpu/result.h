@@ -151,11 +151,11 @@ class Result : protected Image<In> {
   const bool parallel_;
   int64_t k_ = 0, padded_ = 0;
   I* label_ = nullptr;          // [n]
-  C* norm_ = nullptr;           // [n] squared norms of the tokens, scaled and centered
+  C* norm_ = nullptr;           // [n] squared norms of the tokens, scaled and centered (rounded ones: times Rounding::keep)
   C* center_ = nullptr;         // [k][D] scaled, centered
-  C* best_ = nullptr;           // [n] squared distance to its center
+  C* best_ = nullptr;           // [n] squared distance to its center, or an upper bound of it (direct.h: assign_first)
   uint8_t* changed_ = nullptr;  // [k] members differ from those the center was last made of
-  bool settled_ = false;        // center_ and best_ are right for clusters that did not change since
+  bool settled_ = false;        // center_ and best_ are right for clusters that did not change since (never with a NaN in mean_)
   int32_t *member_ = nullptr, *start_ = nullptr, *count_ = nullptr, *medoid_ = nullptr;
   C *share_ = nullptr, *total_ = nullptr;  // [n] by place in member_; [k] summed weights
   double* error_ = nullptr;     // [k]
