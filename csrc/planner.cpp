@@ -37,7 +37,8 @@ CpuPlan plan_cpu(const CpuProblem& p) {
                             (passes - 1) * n * kVisit + (p.farthest ? n * k * d * kFarthest : 0));
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
-  plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n : direct_product + passes * n * d);
+  plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n
+                              : direct_product + passes * n * d + (p.farthest ? n * k * d : 0));
   plan.center_group = plan.gram ? 1 : center_group(p.tokens, p.clusters, p.acc_bytes);
   plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : (p.acc_bytes == 4 ? 1.5 : 1.0) * k * d +
                                                                      n * std::ceil(k / double(plan.center_group)));

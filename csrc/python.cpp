@@ -23,7 +23,8 @@ PYBIND11_MODULE(_C, m) {
       "What was compiled, and which instruction set the CPU kernels use here.");
   m.def(
       "plan_cpu",
-      [](int64_t tokens, int64_t clusters, int64_t features, int64_t iterations, int acc_bytes, bool centers_given) {
+      [](int64_t tokens, int64_t clusters, int64_t features, int64_t iterations, int acc_bytes, bool centers_given,
+         bool farthest) {
         tokenpool::CpuProblem problem;
         problem.tokens = tokens;
         problem.clusters = clusters;
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
         problem.iterations = iterations;
         problem.acc_bytes = acc_bytes;
         problem.centers_given = centers_given;
+        problem.farthest = farthest;
         const tokenpool::CpuPlan plan = tokenpool::plan_cpu(problem);
         py::dict result;
         result["path"] = plan.gram ? "gram" : plan.center_group == 1 ? "direct" : "streamed";
@@ -42,7 +44,7 @@ PYBIND11_MODULE(_C, m) {
         return result;
       },
       py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"), py::arg("acc_bytes") = 4,
-      py::arg("centers_given") = false, "How the CPU backend would compute one image, and why.");
+      py::arg("centers_given") = false, py::arg("farthest") = false, "How the CPU backend would compute one image, and why.");
   m.def(
       "plan_cuda",
       [](int64_t batch, int tokens, int clusters, int features, int iterations, int dtype, bool medoids, int major, int minor,

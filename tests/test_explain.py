@@ -36,6 +36,23 @@ def test_the_path_does_not_depend_on_the_batch():
         assert len(paths) == 1, f"{shape}: {paths}"
 
 
+@pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
+@pytest.mark.parametrize("init", [None, "strided", "farthest", "centers"])
+def test_the_path_told_is_the_path_taken(init, monkeypatch):
+    """The start decides, too: what `explain` names gives the bits of the path it names, forced."""
+    for N, K, D in [(196, 49, 768), (196, 98, 384), (256, 64, 128)]:
+        x = torch.randn(2, N, D, generator=torch.Generator().manual_seed(N))
+        given = x[:, :K].clone() if init == "centers" else init
+        monkeypatch.delenv("TOKENPOOL_EXT_CPU_PATH", raising=False)
+        path = tp.explain(2, N, K, D, init=init).path
+        free = tp.kmeans(x, K, init=given)
+        inertia = {}
+        for forced in ("gram", "direct"):
+            monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", forced)
+            inertia[forced] = tp.kmeans(x, K, init=given).inertia
+        assert torch.equal(free.inertia, inertia[path]), (N, K, D, path)
+
+
 def test_the_override_is_followed(monkeypatch):
     monkeypatch.setenv("TOKENPOOL_EXT_BACKEND", "reference")
     assert tp.explain(**VIT, dtype=torch.float32, device="cpu").backend == "reference"
@@ -43,7 +60,7 @@ def test_the_override_is_followed(monkeypatch):
 
 @pytest.mark.parametrize("changes,name", [(dict(B=0), "B"), (dict(N=-1), "N"), (dict(K=0), "K"), (dict(K=257), "K"),
                                           (dict(D=1.5), "D"), (dict(num_iters=0), "num_iters"),
-                                          (dict(dtype=torch.int64), "dtype")])
+                                          (dict(dtype=torch.int64), "dtype"), (dict(init="nearest"), "init")])
 def test_wrong_arguments_are_named(changes, name):
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
         tp.explain(**{**VIT, "dtype": torch.float32, "device": "cpu", **changes})

@@ -10,6 +10,7 @@ import torch
 
 from . import loader, registry
 from .functional import FLOATING
+from .init import STRATEGIES
 from .reference import accumulate_dtype
 
 
@@ -54,15 +55,18 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: Union[str, torch.device] = "cpu",
     num_iters: int = 5,
+    init: Optional[str] = None,
     compute_capability: Optional[Tuple[int, int]] = None,
 ) -> Plan:
-    """The plan for `kmeans` of B images of N tokens of D features into K clusters, starting from given tokens (any `init`
-    but "farthest" and given centers, for which the CPU may take another path). Nothing is run.
+    """The plan for `kmeans` of B images of N tokens of D features into K clusters. Nothing is run.
+
+    init: the name `kmeans` would get, or "centers" for a tensor of centers; the CPU's path depends on "farthest" (chosen inside)
+    and "centers", and on no other.
 
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 
     Raises:
-        ValueError: a size below 1, K above N, or a dtype no backend takes.
+        ValueError: a size below 1, K above N, an unknown init, or a dtype no backend takes.
         RuntimeError: TOKENPOOL_EXT_BACKEND names a backend that cannot run this.
     """
     for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
@@ -72,6 +76,8 @@ def explain(
         raise ValueError(f"explain: K must be at most N = {N}, got {K}")
     if dtype not in FLOATING:
         raise ValueError(f"explain: dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype}")
+    if init not in (None, *STRATEGIES, "centers"):
+        raise ValueError(f"explain: init must be one of {', '.join(STRATEGIES)}, or centers, got {init!r}")
     device = torch.device(device)
     if compute_capability is not None:
         return _plan_cuda(B, N, K, D, dtype, num_iters, compute_capability, "")
@@ -89,7 +95,7 @@ def explain(
     problem = f"{_problem(B, N, K, D, num_iters, dtype)} on {device}"
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
-        plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize)
+        plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, init == "centers", init == "farthest")
         forced = os.environ.get("TOKENPOOL_EXT_CPU_PATH")
         if forced and forced != plan["path"]:
             plan = {**plan, "path": forced, "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}"}
