@@ -106,9 +106,8 @@ template <class In>
 inline void attention_all(const AttentionArgs& a) {
   using C = typename AccOf<In>::Type;
   C* partial = static_cast<C*>(a.partial);
-  split(a.parallel_for, a.threads > 1, a.images * a.heads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) attention_head<In>(a, i / a.heads, i % a.heads, partial + i * a.keys);
-  });
+  hand_out(a.parallel_for, a.threads, a.images * a.heads,
+           [&](int64_t i) { attention_head<In>(a, i / a.heads, i % a.heads, partial + i * a.keys); });
   const C factor = C(1) / C(std::max<int64_t>(a.heads * a.queries, 1));
   for (int64_t b = 0; b < a.images; ++b)
     for (int64_t i = 0; i < a.keys; ++i) {

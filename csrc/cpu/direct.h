@@ -219,6 +219,12 @@ class Direct : protected Result<In> {
     return rounding;
   }
 
+  Rounding rounding_of(int64_t p) const {  // a copy, that stores of other numbers do not change
+    if constexpr (kRounds<C>)
+      if (rough_) return rounding_[p];
+    return {};
+  }
+
   // All tokens against all centers. Meanwhile the image `next`, if there is one, is fetched.
   void assign_first(int64_t next) {
     if constexpr (kRounds<C>) round_centers();
@@ -319,8 +325,9 @@ class Direct : protected Result<In> {
   }
 
   struct Panel {
-    Vec<C> norm[TP_VECTORS], reach[TP_VECTORS];  // squared norms less the room for rounding; distances to the own center, plus it
-    uint64_t live;                               // tokens, not padding
+    // With room for rounding: twice the distance to the own center, and its square less the squared norm.
+    Vec<C> twice[TP_VECTORS], least[TP_VECTORS];
+    uint64_t live;  // tokens, not padding
   };
 
   // A panel's tokens where they are now: bounds of those that were moved by other than their distance are void.
@@ -337,8 +344,9 @@ class Direct : protected Result<In> {
     }
     Panel panel;
     for (int v = 0; v < TP_VECTORS; ++v) {
-      panel.norm[v] = load(norm + v * L);
-      panel.reach[v] = root<C>(load(reach + v * L)) * (C(1) + slack_);
+      const Vec<C> far = root<C>(load(reach + v * L)) * (C(1) + slack_);
+      panel.twice[v] = C(2) * far;
+      panel.least[v] = far * far - load(norm + v * L);
     }
     panel.live = live == 64 ? ~uint64_t(0) : (uint64_t(1) << live) - 1;
     return panel;
@@ -346,24 +354,24 @@ class Direct : protected Result<In> {
 
   // Of the groups s.group[0..count) those that may hold a center nearer than a token's own, and for which tokens (s.tokens).
   void find(int64_t p, const Panel& panel, Scratch& s, int64_t& count, int64_t& pairs) const {
+    constexpr uint32_t kAll = (uint64_t(1) << L) - 1;
     const int64_t asked = count;
     count = pairs = 0;
     for (int64_t f = 0; f < asked; ++f) {
       const int32_t g = s.group[f];
       const C* at = bounds(p, g);
       const Vec<C> travelled = splat(travelled_[g] * (C(1) + slack_));
-      Vec<I> open[TP_VECTORS], any = {};
+      Vec<I> farther[TP_VECTORS], all = ~Vec<I>{};
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> far = panel.reach[v] + travelled;
-        // A NaN rules nothing out; nor does equality: lengths of zero leave no room for rounding.
-        open[v] = ~(panel.norm[v] + load(at + v * L) > far * far);
-        any |= open[v];
+        // norm + bound > (reach + travelled)^2. A NaN rules nothing out; nor does equality: lengths of zero leave no room.
+        farther[v] = load(at + v * L) > panel.least[v] + travelled * (panel.twice[v] + travelled);
+        all &= farther[v];
       }
-      if (!lane_bits<C>(any)) continue;
+      if (lane_bits<C>(all) == kAll) continue;
       uint64_t tokens = 0;
 #pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) tokens |= uint64_t(lane_bits<C>(open[v])) << (v * L);
+      for (int v = 0; v < TP_VECTORS; ++v) tokens |= uint64_t(lane_bits<C>(farther[v]) ^ kAll) << (v * L);
       tokens &= panel.live;
       if (!tokens) continue;
       s.group[count] = g;
@@ -524,7 +532,7 @@ class Direct : protected Result<In> {
   template <class T, class F>
   TP_INLINE void each_center(int64_t p, int64_t panels, int64_t count, Scratch& s, Ahead* ahead, const F& use) {
     int32_t center[kCenters], place[kCenters];
-    T* out[kCenters];
+    T* out[kCenters];  // one after another
     for (int64_t j = 0; j < kCenters; ++j) out[j] = reinterpret_cast<T*>(static_cast<C*>(s.products)) + j * P;
     for (int64_t f = 0, inside = 0; f < count;) {
       int64_t block = 0;
@@ -542,7 +550,7 @@ class Direct : protected Result<In> {
           multiply_panel<T>(center_, a.features, center, block, vectors, s.packed + q * P * a.features, out, ahead);
         else
           multiply_panel<T>(center_rounded_, lanes_, center, block, vectors, s.rounded + q * P * lanes_, out, ahead);
-        for (int64_t c = 0; c < block; ++c) use(q, center[c], place[c], center[c] == s.group[place[c]] * group_, out[c]);
+        use(q, block, center, place, out[0]);
       }
     }
   }
@@ -553,9 +561,8 @@ class Direct : protected Result<In> {
   struct Reading {
     static constexpr bool rounded = !std::is_same<T, C>::value;
     C norm, room, factor, keep;
-    Reading(const Direct& d, int64_t p, int64_t j) {
+    Reading(const Direct& d, const Rounding& mine, int64_t j) {
       if constexpr (rounded) {
-        const Rounding& mine = d.rounding_[p];
         const C error = mine.error + d.center_unit_[j].error;
         norm = d.rounded_norm_[j];
         room = kExact * norm + error * error * mine.loss;
@@ -581,24 +588,41 @@ class Direct : protected Result<In> {
   void nearest_of_all(int64_t p, int64_t panels, Scratch& s, Ahead* ahead) {
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
     Nearest<C> nearest[kPanels];
-    each_center<T>(p, panels, groups_, s, ahead, [&](int64_t q, int32_t j, int64_t place, bool fresh, const T* products) {
-      const Reading<T> reading(*this, p + q, j);
-      C* lowest = bounds(p + q, place);
-      C* second = group_ > 1 ? s.second + (place * together_ + q) * P : nullptr;
+    each_center<T>(p, panels, groups_, s, ahead, [&](int64_t q, int64_t block, const int32_t* center, const int32_t* place,
+                                                     const T* products) {
+      const Rounding rounding = rounding_of(p + q);
+      Nearest<C> found = nearest[q];
+      if (group_ == 1) {
+        C* lowest = bounds(p + q, center[0]);
+        for (int64_t c = 0; c < block; ++c, products += P, lowest += P) {
+          const Reading<T> reading(*this, rounding, center[0] + c);
 #pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> score = reading.score(products + v * L), low = reading.least(score);
-        nearest[q].take(v, j, score);
-        if (group_ == 1) {
-          store(lowest + v * L, low);
-          continue;
+          for (int v = 0; v < TP_VECTORS; ++v) {
+            const Vec<C> score = reading.score(products + v * L);
+            found.take(v, center[0] + c, score);
+            store(lowest + v * L, reading.least(score));
+          }
         }
-        const Vec<C> m1 = fresh ? infinity : load(lowest + v * L), m2 = fresh ? infinity : load(second + v * L);
-        const auto lower = low < m1;
-        const Vec<C> higher = lower ? m1 : low;
-        store(lowest + v * L, lower ? low : m1);
-        store(second + v * L, higher < m2 ? higher : m2);
+        nearest[q] = found;
+        return;
       }
+      for (int64_t c = 0; c < block; ++c, products += P) {
+        const Reading<T> reading(*this, rounding, center[c]);
+        const bool fresh = center[c] % group_ == 0;
+        C* lowest = bounds(p + q, place[c]);
+        C* second = s.second + (place[c] * together_ + q) * P;
+#pragma GCC unroll 4
+        for (int v = 0; v < TP_VECTORS; ++v) {
+          const Vec<C> score = reading.score(products + v * L), low = reading.least(score);
+          found.take(v, center[c], score);
+          const Vec<C> m1 = fresh ? infinity : load(lowest + v * L), m2 = fresh ? infinity : load(second + v * L);
+          const auto lower = low < m1;
+          const Vec<C> higher = lower ? m1 : low;
+          store(lowest + v * L, lower ? low : m1);
+          store(second + v * L, higher < m2 ? higher : m2);
+        }
+      }
+      nearest[q] = found;
     });
     for (int64_t q = 0; q < panels; ++q) {
       const int64_t first = (p + q) * P;
@@ -608,7 +632,7 @@ class Direct : protected Result<In> {
         C& lowest = bounds(p + q, g)[r];  // of all but its own center: that is not always the one of the lowest bound
         if (group_ == 1)
           lowest = infinity[0];
-        else if (!(lowest < Reading<T>(*this, p + q, j).least(best_[i])))
+        else if (!(lowest < Reading<T>(*this, rounding_of(p + q), j).least(best_[i])))
           lowest = s.second[(g * together_ + q) * P + r];
         held_[i] = label_[i];
         if constexpr (Reading<T>::rounded) {
@@ -628,16 +652,21 @@ class Direct : protected Result<In> {
   template <class T>
   void tighten(int64_t p, int64_t count, const I* own, Scratch& s) {
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
-    each_center<T>(p, 1, count, s, nullptr, [&](int64_t, int32_t j, int64_t place, bool fresh, const T* products) {
-      const Reading<T> reading(*this, p, j);
-      const Vec<I> index = splat(I(j));
-      C* lowest = bounds(p, s.group[place]);
+    each_center<T>(p, 1, count, s, nullptr, [&](int64_t, int64_t block, const int32_t* center, const int32_t* place,
+                                                const T* products) {
+      const Rounding rounding = rounding_of(p);
+      for (int64_t c = 0; c < block; ++c, products += P) {
+        const Reading<T> reading(*this, rounding, center[c]);
+        const Vec<I> index = splat(I(center[c]));
+        const bool fresh = center[c] % group_ == 0;
+        C* lowest = bounds(p, s.group[place[c]]);
 #pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) {
-        const Vec<C> low = reading.least(reading.score(products + v * L));
-        const Vec<C> other = index == load(own + p * P + v * L) ? infinity : low;
-        const Vec<C> least = fresh ? infinity : load(lowest + v * L);
-        store(lowest + v * L, least < other ? least : other);
+        for (int v = 0; v < TP_VECTORS; ++v) {
+          const Vec<C> low = reading.least(reading.score(products + v * L));
+          const Vec<C> other = index == load(own + p * P + v * L) ? infinity : low;
+          const Vec<C> least = fresh ? infinity : load(lowest + v * L);
+          store(lowest + v * L, least < other ? least : other);
+        }
       }
     });
     C norm[P];  // norm_ may be that of rounded tokens

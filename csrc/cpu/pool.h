@@ -94,9 +94,7 @@ inline void unpool_image(const PoolArgs& a, int64_t element, int64_t b, bool par
 template <class F>
 inline void each_image(const PoolArgs& a, const F& f) {
   const bool over_images = a.images >= a.threads && a.threads > 1;
-  split(a.parallel_for, over_images, a.images, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) f(b, !over_images && a.threads > 1);
-  });
+  hand_out(a.parallel_for, over_images ? a.threads : 1, a.images, [&](int64_t b) { f(b, !over_images && a.threads > 1); });
 }
 
 static void pool(const PoolArgs& a) {

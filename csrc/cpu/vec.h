@@ -157,3 +157,12 @@ inline void split(ParallelFor parallel_for, bool parallel, int64_t count, const 
       count, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
+
+// f(i) for every i below count, handed to the threads one by one: they need not take equally long, nor are all cores equally fast.
+template <class F>
+inline void hand_out(ParallelFor parallel_for, int64_t threads, int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  split(parallel_for, threads > 1, std::min(threads, count), [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < count;) f(i);
+  });
+}
