@@ -56,6 +56,30 @@ def test_empty_clusters_and_padding_by_hand(backend):
     assert back.tolist() == [[[1.5, 2.5], [1.5, 2.5], [0, 0], [5, 0]]]
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("D", [512, 509])  # rows of whole vectors, and rows that start anywhere
+def test_large_outputs_equal_small_ones(backend, D, dtype, weighted):
+    """Outputs above 4 MB are written in another order and past the caches (csrc/cpu/pool.h)."""
+    B, N, K = 12, 400, 30
+    x, a = tokens(B, N, D, dtype, backend.device), labels(B, N, K, backend.device, padding=0.1)
+    w = positive_weights(B, N, TOLERANCES[dtype].acc, backend.device).requires_grad_() if weighted else None
+    x.requires_grad_()
+    centers = tp.pool(x, a, K, weights=w, backend=backend.name)
+    grad = tokens(B, K, D, dtype, backend.device, seed=3)
+    inputs = [x, w] if weighted else [x]
+    whole = torch.autograd.grad(centers, inputs, grad)
+    unpooled = tp.unpool(centers.detach(), a, backend=backend.name)
+    assert unpooled[a < 0].eq(0).all() and whole[0][a < 0].eq(0).all()
+    for b in (0, B - 1):
+        xb, wb = x[b:b + 1].detach().requires_grad_(), w[b:b + 1].detach().requires_grad_() if weighted else None
+        one = tp.pool(xb, a[b:b + 1], K, weights=wb, backend=backend.name)
+        for got, want in zip(whole, torch.autograd.grad(one, [xb, wb] if weighted else [xb], grad[b:b + 1])):
+            assert_same_bits(backend, got[b:b + 1], want)
+        assert_same_bits(backend, unpooled[b:b + 1], tp.unpool(centers[b:b + 1].detach(), a[b:b + 1], backend=backend.name))
+
+
 def test_padding_may_hold_nan(backend):
     x, a = tokens(2, 12, 3, device=backend.device), labels(2, 12, 4, backend.device, padding=0.4)
     spoiled = torch.where((a < 0)[:, :, None], float("nan"), x)

@@ -1,5 +1,47 @@
 // Means of an assignment, their backward, and the way back to tokens.
 
+// An output of more bytes than this is written past the caches: a line that is not read first costs half.
+constexpr int64_t kPastCaches = 4 << 20;
+
+inline void copy_past_caches(void* out, const void* row, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(out) % TP_VECTOR_BYTES || bytes % TP_VECTOR_BYTES) {
+    std::memcpy(out, row, size_t(bytes));
+    return;
+  }
+  float* to = static_cast<float*>(out);
+  const float* from = static_cast<const float*>(row);
+  for (int64_t i = 0; i < bytes / 4; i += kLanes<float>) store_past_caches(to + i, load(from + i));
+}
+
+// Rows of all tokens: zeros for those without a cluster, the others by f(begin, end, token, count, past_caches): token[begin..end]
+// are to be written, and count[j] are the members of cluster j. A large output is written cluster after cluster: each is read once.
+template <class F>
+inline void write_rows(const PoolArgs& a, const int64_t* label, void* out, int64_t bytes, bool parallel, const F& f) {
+  const int64_t N = a.tokens, K = a.clusters;
+  const bool past_caches = a.images * N * bytes > kPastCaches;
+  Buffer<int32_t> count(K + 1), token(N);
+  int64_t members = 0;
+  if (past_caches) {
+    group(label, N, K, count, token);  // begins of the lists, so far
+    members = count[K];
+    for (int64_t j = 0; j < K; ++j) count[j] = count[j + 1] - count[j];
+  } else {
+    std::memset(static_cast<void*>(count), 0, size_t(K) * sizeof(int32_t));
+    for (int64_t i = 0; i < N; ++i) {
+      if (label[i] < 0 || label[i] >= K) continue;
+      ++count[label[i]];
+      token[members++] = int32_t(i);
+    }
+  }
+  if (members < N)
+    for (int64_t i = 0; i < N; ++i)
+      if (label[i] < 0 || label[i] >= K) std::memset(static_cast<char*>(out) + i * bytes, 0, size_t(bytes));
+  split(a.parallel_for, parallel && N * bytes > 800000, members, [&](int64_t begin, int64_t end) {
+    f(begin, end, token, count, past_caches);
+    if (past_caches) finish_past_caches();
+  });
+}
+
 // Weighted mean (or plain sum) of the tokens of each cluster, in token order.
 template <class In>
 inline void pool_image(const PoolArgs& a, int64_t b, bool parallel) {
@@ -44,23 +86,23 @@ inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
   const In* grad = static_cast<const In*>(a.grad_centers) + b * a.grad_image_stride;
   In* grad_x = static_cast<In*>(a.grad_x) + b * N * D;
   C* grad_weights = a.grad_weights ? static_cast<C*>(a.grad_weights) + b * N : nullptr;
-  Buffer<int32_t> count(K);
-  std::memset(static_cast<void*>(count), 0, size_t(K) * sizeof(int32_t));
-  for (int64_t i = 0; i < N; ++i)
-    if (label[i] >= 0 && label[i] < K) ++count[label[i]];
-  split(a.parallel_for, parallel && N * D > 200000, N, [&](int64_t begin, int64_t end) {
+  if (grad_weights) std::memset(static_cast<void*>(grad_weights), 0, size_t(N) * sizeof(C));
+  const int64_t bytes = D * int64_t(sizeof(In));
+  write_rows(a, label, grad_x, bytes, parallel, [&](int64_t begin, int64_t end, const int32_t* token, const int32_t* count,
+                                                    bool past_caches) {
     Buffer<C> x_row(D), center_row(D), grad_row(D);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t j = label[i];
-      if (j < 0 || j >= K) {
-        std::memset(static_cast<void*>(grad_x + i * D), 0, size_t(D) * sizeof(In));
-        if (grad_weights) grad_weights[i] = 0;
-        continue;
-      }
+    Buffer<In> scratch(D);
+    const C* g = nullptr;
+    int64_t last = -1;
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t i = token[m], j = label[i];
       const C total = mass[j];
-      const C share = total > 0 ? (weight ? weight[i] : C(1)) / total : C(1) / C(count[j]);
-      const C* g = as_acc(grad + j * a.grad_row_stride, static_cast<C*>(grad_row), D);
-      narrow(g, share, grad_x + i * D, D);
+      In* row = past_caches ? scratch : grad_x + i * D;
+      if (j != last) g = as_acc(grad + j * a.grad_row_stride, static_cast<C*>(grad_row), D);
+      if (j != last || weight || !past_caches)
+        narrow(g, total > 0 ? (weight ? weight[i] : C(1)) / total : C(1) / C(count[j]), row, D);
+      if (past_caches) copy_past_caches(grad_x + i * D, row, bytes);
+      last = j;
       if (!grad_weights) continue;
       const C* v = as_acc(x + i * a.x_token_stride, static_cast<C*>(x_row), D);
       const C* c = as_acc(centers + j * a.centers_row_stride, static_cast<C*>(center_row), D);
@@ -76,17 +118,19 @@ inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
 
 // out_i = centers[a_i], zeros where there is none. Moves bytes only.
 inline void unpool_image(const PoolArgs& a, int64_t element, int64_t b, bool parallel) {
-  const int64_t N = a.tokens, K = a.clusters, bytes = a.features * element;
-  const int64_t* label = a.assignment + b * N;
+  const int64_t bytes = a.features * element;
+  const int64_t* label = a.assignment + b * a.tokens;
   const char* centers = static_cast<const char*>(a.centers) + b * a.centers_image_stride * element;
-  char* out = static_cast<char*>(a.grad_x) + b * N * bytes;
-  split(a.parallel_for, parallel && N * bytes > 800000, N, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (label[i] < 0 || label[i] >= K) {
-        std::memset(out + i * bytes, 0, size_t(bytes));
-        continue;
-      }
-      std::memcpy(out + i * bytes, centers + label[i] * a.centers_row_stride * element, size_t(bytes));
+  char* out = static_cast<char*>(a.grad_x) + b * a.tokens * bytes;
+  write_rows(a, label, out, bytes, parallel, [&](int64_t begin, int64_t end, const int32_t* token, const int32_t*,
+                                                 bool past_caches) {
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t i = token[m];
+      const char* row = centers + label[i] * a.centers_row_stride * element;
+      if (past_caches)
+        copy_past_caches(out + i * bytes, row, bytes);
+      else
+        std::memcpy(out + i * bytes, row, size_t(bytes));
     }
   });
 }

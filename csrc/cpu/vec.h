@@ -27,6 +27,25 @@ template <class T>
 TP_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const typename VecOf<T>::Loose*>(p); }
 template <class T>
 TP_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename VecOf<T>::Loose*>(p) = v; }
+
+// A store that leaves the caches alone, to an aligned address; others see it after finish_past_caches().
+TP_INLINE void store_past_caches(float* p, Vec<float> v) {
+#if defined(__x86_64__) && TP_VECTOR_BYTES == 64
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__x86_64__) && TP_VECTOR_BYTES == 32
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__x86_64__) && TP_VECTOR_BYTES == 16
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+inline void finish_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 TP_INLINE Vec<T> splat(T value) { return value - Vec<T>{}; }
 
