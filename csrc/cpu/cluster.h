@@ -118,10 +118,12 @@ class Clustering : protected Direct<In> {
       }
     else
       farthest_first();
-    if (gram_path_)
+    if (gram_path_) {
       use_medoids();
-    else
-      for (int64_t j = 0; j < k_; ++j) center_token(medoid_[j], center_ + j * D);
+      return;
+    }
+    this->take_starts();
+    for (int64_t j = 0; j < k_; ++j) center_token(medoid_[j], center_ + j * D);
   }
 
   // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a tie;
@@ -231,7 +233,7 @@ class Clustering : protected Direct<In> {
           best_[medoid_[j]] = norm_[medoid_[j]] * 0;  // NaN stays NaN
         }
       if (!gram_path_ && t == 0 && this->rough_ && any_empty()) this->measure_distances();
-      repair_empty(n_, k_, weight_, best_, label_, count_);
+      repair_empty(n_, k_, weight_, best_, this->ascending_, label_, count_);
       const bool same = t > 0 && !std::memcmp(label_, previous_, size_t(n_) * sizeof(I));
       mark_changes(t);
       this->settled_ = !gram_path_ && t > 0 && this->finite_;

@@ -126,6 +126,16 @@ class Direct : protected Result<In> {
     }
   }
 
+  // Where the centers are tokens, these are brought forward: products of whole panels of them with each other are made once.
+  void take_starts() {
+    starts_ = 0;
+    if constexpr (kRounds<C>) {
+      if (this->parallel_ || !finite_ || group_ > 1 || k_ < 2 * P || !this->bring_forward(medoid_, k_)) return;
+      for (int64_t j = 0; j < k_; ++j) medoid_[j] = int32_t(j);
+      starts_ = k_ / P;
+    }
+  }
+
   // Products of the centers which[0..count) (rows of this length) with so many vectors of a panel: out[i] gets those of the i-th.
   template <class T>
   TP_INLINE void multiply_panel(const T* centers, int64_t length, const int32_t* which, int64_t count, int64_t vectors,
@@ -179,8 +189,9 @@ class Direct : protected Result<In> {
       if (!(center_norm_[j] <= C(1e30))) return;
     }
     rough_ = true;
-    split(a.parallel_for, worth(k_ * D), k_, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) round_center(j);
+    const int64_t first = starts_ * P;  // those before are rounded as tokens
+    split(a.parallel_for, worth(k_ * D), k_ - first, [&](int64_t begin, int64_t end) {
+      for (int64_t j = first + begin; j < first + end; ++j) round_center(j);
     });
   }
 
@@ -230,11 +241,15 @@ class Direct : protected Result<In> {
     if constexpr (kRounds<C>) round_centers();
     if (!rough_) measure_centers();
     Ahead ahead;
+    if (!rough_) starts_ = 0;
     const int64_t blocks = rough_ ? (lanes_ + kRoundedBlock - 1) / kRoundedBlock : (a.features + kDepthBlock - 1) / kDepthBlock;
-    this->want_image(next, padded_ / P * ((k_ + kRows - 1) / kRows) * blocks, ahead);
+    const int64_t strips = (k_ + kRows - 1) / kRows, once = starts_ * (starts_ - 1) / 2 * (P / kRows);
+    this->want_image(next, (padded_ / P * strips - once) * blocks, ahead);
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
       Scratch s(*this);
-      for (int64_t p = begin; p < end; p += together_) {
+      if constexpr (kRounds<C>)
+        if (starts_) nearest_of_starts(s, &ahead);
+      for (int64_t p = begin + starts_; p < end; p += together_) {  // on one thread where there are starts
         s.ask_all(groups_);
         const int64_t panels = std::min(together_, end - p);
         for (int64_t q = 0; q < panels; ++q) {
@@ -528,7 +543,7 @@ class Direct : protected Result<In> {
   }
 
   // The products of the packed panels p .. p + panels - 1 with the centers of the groups s.group[0..count), in ascending order:
-  // use(panel, center, place of its group, is it the group's first, products). T: C, or int32_t for rounded ones.
+  // use(panel, how many centers, which, places of their groups, products). T: C, or int32_t for rounded ones.
   template <class T, class F>
   TP_INLINE void each_center(int64_t p, int64_t panels, int64_t count, Scratch& s, Ahead* ahead, const F& use) {
     int32_t center[kCenters], place[kCenters];
@@ -583,6 +598,24 @@ class Direct : protected Result<In> {
     TP_INLINE V least(V score) const { return (rounded ? score * keep : score) - room; }
   };
 
+  // Panel p against centers first .. first + count - 1, above all before them, each of which has a bound of its own.
+  template <class T>
+  TP_INLINE void compare(int64_t p, int64_t first, int64_t count, const T* products, Nearest<C>& nearest) {
+    const Rounding rounding = rounding_of(p);
+    Nearest<C> found = nearest;
+    C* lowest = bounds(p, first);
+    for (int64_t j = first; j < first + count; ++j, products += P, lowest += P) {
+      const Reading<T> reading(*this, rounding, j);
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v) {
+        const Vec<C> score = reading.score(products + v * L);
+        found.take(v, j, score);
+        store(lowest + v * L, reading.least(score));
+      }
+    }
+    nearest = found;
+  }
+
   // Packed panels p.. against all centers: the nearest ones, and bounds for the others.
   template <class T>
   void nearest_of_all(int64_t p, int64_t panels, Scratch& s, Ahead* ahead) {
@@ -590,22 +623,9 @@ class Direct : protected Result<In> {
     Nearest<C> nearest[kPanels];
     each_center<T>(p, panels, groups_, s, ahead, [&](int64_t q, int64_t block, const int32_t* center, const int32_t* place,
                                                      const T* products) {
+      if (group_ == 1) return compare<T>(p + q, center[0], block, products, nearest[q]);
       const Rounding rounding = rounding_of(p + q);
       Nearest<C> found = nearest[q];
-      if (group_ == 1) {
-        C* lowest = bounds(p + q, center[0]);
-        for (int64_t c = 0; c < block; ++c, products += P, lowest += P) {
-          const Reading<T> reading(*this, rounding, center[0] + c);
-#pragma GCC unroll 4
-          for (int v = 0; v < TP_VECTORS; ++v) {
-            const Vec<C> score = reading.score(products + v * L);
-            found.take(v, center[0] + c, score);
-            store(lowest + v * L, reading.least(score));
-          }
-        }
-        nearest[q] = found;
-        return;
-      }
       for (int64_t c = 0; c < block; ++c, products += P) {
         const Reading<T> reading(*this, rounding, center[c]);
         const bool fresh = center[c] % group_ == 0;
@@ -624,28 +644,82 @@ class Direct : protected Result<In> {
       }
       nearest[q] = found;
     });
-    for (int64_t q = 0; q < panels; ++q) {
-      const int64_t first = (p + q) * P;
-      nearest[q].write(best_ + first, label_ + first);
-      for (int r = 0; r < P && first + r < n_; ++r) {
-        const int64_t i = first + r, j = label_[i], g = group_of_[j];
-        C& lowest = bounds(p + q, g)[r];  // of all but its own center: that is not always the one of the lowest bound
-        if (group_ == 1)
-          lowest = infinity[0];
-        else if (!(lowest < Reading<T>(*this, rounding_of(p + q), j).least(best_[i])))
-          lowest = s.second[(g * together_ + q) * P + r];
-        held_[i] = label_[i];
-        if constexpr (Reading<T>::rounded) {
-          const Rounding& mine = rounding_[p + q];
-          const C norm = norm_[i] / mine.keep, squared = norm + best_[i] + kExact * (norm + rounded_norm_[j]);
-          const C far = std::sqrt(std::max(squared, C(0))) + mine.error + center_unit_[j].error;
-          best_[i] = far * far;
-        } else {
-          const C distance = best_[i] + norm_[i];
-          best_[i] = distance < 0 ? C(0) : distance;
-        }
+    for (int64_t q = 0; q < panels; ++q) take_nearest<T>(p + q, nearest[q], s.second + q * P);
+  }
+
+  // A panel has been compared with all centers. second: [group][together_][P], the second lowest of each group.
+  template <class T>
+  void take_nearest(int64_t p, const Nearest<C>& nearest, const C* second) {
+    nearest.write(best_ + p * P, label_ + p * P);
+    for (int r = 0; r < P && p * P + r < n_; ++r) {
+      const int64_t i = p * P + r, j = label_[i], g = group_of_[j];
+      C& lowest = bounds(p, g)[r];  // of all but its own center: that is not always the one of the lowest bound
+      if (group_ == 1)
+        lowest = std::numeric_limits<C>::infinity();
+      else if (!(lowest < Reading<T>(*this, rounding_of(p), j).least(best_[i])))
+        lowest = second[g * together_ * P + r];
+      held_[i] = label_[i];
+      if constexpr (Reading<T>::rounded) {
+        const Rounding& mine = rounding_[p];
+        const C norm = norm_[i] / mine.keep, squared = norm + best_[i] + kExact * (norm + rounded_norm_[j]);
+        const C far = std::sqrt(std::max(squared, C(0))) + mine.error + center_unit_[j].error;
+        best_[i] = far * far;
+      } else {
+        const C distance = best_[i] + norm_[i];
+        best_[i] = distance < 0 ? C(0) : distance;
       }
     }
+  }
+
+  // Panels of starting tokens against all centers, most of which are these tokens. One panel after another is multiplied with
+  // the centers up to its own last, and with those that fill no panel; what lies before it, transposed, are the products of
+  // earlier panels with its tokens as centers.
+  void nearest_of_starts(Scratch& s, Ahead* ahead) {
+    constexpr int64_t kBlock = 2 * P;  // centers
+    const int64_t whole = starts_ * P;
+    Nearest<C>* const nearest = take<Nearest<C>>(starts_);
+    for (int64_t p = 0; p < starts_; ++p) nearest[p] = Nearest<C>();
+    Buffer<int32_t> products(kBlock * P), turned(P * P);
+    int32_t which[kBlock];
+    int32_t* out[kBlock];
+    for (int64_t c = 0; c < kBlock; ++c) out[c] = products + c * P;
+    for (int64_t p = 0; p < starts_; ++p) {
+      const int64_t first = p * P, after = first + P;
+      rounding_[p] = round_tokens(p, s.rounded);
+      for (int64_t d = 0; d < lanes_; d += L)
+        for (int64_t r = 0; r < P; r += L)
+          transpose_square(s.rounded + d * P + r, P, center_rounded_ + (first + r) * lanes_ + d, lanes_);
+      for (int64_t j = first; j < after; ++j) {
+        center_unit_[j] = rounding_[p];
+        rounded_norm_[j] = norm_[j] / rounding_[p].keep;
+      }
+      for (int64_t j = 0; j < k_; j = j == after ? whole : j) {
+        const int64_t count = std::min(kBlock, (j < after ? after : k_) - j);
+        for (int64_t c = 0; c < count; ++c) which[c] = int32_t(j + c);
+        multiply_panel<int32_t>(center_rounded_, lanes_, which, count, TP_VECTORS, s.rounded, out, ahead);
+        compare<int32_t>(p, j, count, products, nearest[p]);
+        for (int64_t q = j / P; q < p && q * P < j + count; ++q) {
+          for (int64_t c = 0; c < P; c += L)
+            for (int64_t r = 0; r < P; r += L)
+              transpose_square(products + (q * P - j + c) * P + r, P, turned + r * P + c, P);
+          compare<int32_t>(q, first, P, turned, nearest[q]);
+        }
+        j += count;
+      }
+    }
+    for (int64_t p = 0; p < starts_; ++p) {
+      take_nearest<int32_t>(p, nearest[p], nullptr);
+      settle(p, label_, false, s);
+    }
+  }
+
+  static void transpose_square(const int32_t* from, int64_t from_stride, int32_t* to, int64_t to_stride) {
+    Vec<float> r[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] = (Vec<float>)load(from + i * from_stride);
+    transpose<float>(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store(to + i * to_stride, (Vec<int32_t>)r[i]);
   }
 
   // Packed (or rounded) panel p against the groups s.group[0..count): bounds as tight as rounding allows.
@@ -759,5 +833,6 @@ class Direct : protected Result<In> {
   Unit* center_unit_ = nullptr;          // [k]
   C* rounded_norm_ = nullptr;   // [k] squared norms of the rounded centers
   Rounding* rounding_ = nullptr;  // [panels]
+  int64_t starts_ = 0;          // panels of starting tokens whose products with each other are made once
   int64_t together_ = 1;        // panels multiplied at a time
 };

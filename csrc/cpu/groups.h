@@ -63,15 +63,18 @@ inline C safe_scale(C largest, int ordinary = std::is_same<C, float>::value ? 40
   return std::ldexp(C(1), std::min(std::max(1 - exponent, -limit), limit));
 }
 
-// Members of every cluster in token order: member[start[j]] .. member[start[j + 1]]. Labels outside 0..k-1 are left out.
+// Members of every cluster in the order in which `order` lists the tokens (null: ascending): member[start[j]] ..
+// member[start[j + 1]]. Labels outside 0..k-1 are left out.
 template <class Label>
-inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int32_t* member) {
+inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int32_t* member, const int32_t* order = nullptr) {
   std::memset(start, 0, size_t(k + 1) * sizeof(int32_t));
   for (int64_t i = 0; i < n; ++i)
     if (label[i] >= 0 && label[i] < k) ++start[label[i] + 1];
   for (int64_t j = 0; j < k; ++j) start[j + 1] += start[j];
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t m = 0; m < n; ++m) {
+    const int64_t i = order ? order[m] : m;
     if (label[i] >= 0 && label[i] < k) member[start[label[i]]++] = int32_t(i);
+  }
   for (int64_t j = k; j > 0; --j) start[j] = start[j - 1];
   start[0] = 0;
 }
@@ -94,16 +97,18 @@ inline C shares(const int32_t* member, int64_t count, const C* weight, C* share)
 }
 
 // Fill every empty cluster below k, in ascending order, with the token of the largest cost whose cluster has at least two
-// members (tie: lowest index). Needs n >= k.
+// members (tie: the first in `order`; null: ascending). Needs n >= k.
 template <class C, class Label>
-inline void repair_empty(int64_t n, int64_t k, const C* weight, const C* distance, Label* label, int32_t* count) {
+inline void repair_empty(int64_t n, int64_t k, const C* weight, const C* distance, const int32_t* order, Label* label,
+                         int32_t* count) {
   std::memset(count, 0, size_t(k) * sizeof(int32_t));
   for (int64_t i = 0; i < n; ++i) ++count[label[i]];
   for (int64_t j = 0; j < k; ++j) {
     if (count[j]) continue;
     int64_t donor = -1;
     C most = -1;
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t m = 0; m < n; ++m) {
+      const int64_t i = order ? order[m] : m;
       if (count[label[i]] < 2) continue;
       C cost = (weight ? weight[i] : C(1)) * distance[i];
       if (!(cost == cost)) cost = 0;

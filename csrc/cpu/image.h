@@ -14,7 +14,7 @@ class Image {
     arena_.reset();
     image_ = b;
     x_ = static_cast<const In*>(a.x) + b * a.x_image_stride;
-    valid_ = nullptr;
+    valid_ = ascending_ = nullptr;
     n_ = a.tokens;
     if (!a.mask) return;
     const bool* mask = a.mask + image_ * a.tokens;
@@ -137,6 +137,30 @@ class Image {
     return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
+  // If the tokens chosen[0..k) are all different, they stand first from here on, and the others behind them.
+  bool bring_forward(const int32_t* chosen, int64_t k) {
+    int32_t* const order = arena_.take<int32_t>(n_);
+    int32_t* const place = arena_.take<int32_t>(n_);
+    for (int64_t i = 0; i < n_; ++i) place[i] = -1;
+    for (int64_t j = 0; j < k; ++j) {
+      if (place[chosen[j]] >= 0) return false;
+      place[chosen[j]] = int32_t(j);
+    }
+    int64_t next = k;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (place[i] < 0) place[i] = int32_t(next++);
+      order[place[i]] = int32_t(token(i));
+    }
+    if (weight_) {
+      C* const weight = arena_.take<C>(n_);
+      for (int64_t i = 0; i < n_; ++i) weight[place[i]] = weight_[i];
+      weight_ = weight;
+    }
+    valid_ = order;
+    ascending_ = place;
+    return true;
+  }
+
   // The i-th token as distances see it: x * scale - mean.
   void center_token(int64_t i, C* out) const {
     const In* x = row(i);
@@ -204,6 +228,7 @@ class Image {
   int64_t image_ = 0, n_ = 0;   // which image; its number of valid tokens
   const In* x_ = nullptr;
   int32_t* valid_ = nullptr;    // [n] token indices, or null: all
+  int32_t* ascending_ = nullptr;  // [n] which of those come first to last in the image, or null: as they stand. Sums and ties go by it.
   const C* weight_ = nullptr;   // [n] scaled, or null
   C scale_ = 1, weight_scale_ = 1;  // powers of two
   C* mean_ = nullptr;           // [D] the image's mean token, scaled

@@ -34,7 +34,7 @@ class Result : protected Image<In> {
   }
 
   void group_members() {
-    group(label_, n_, k_, start_, member_);
+    group(label_, n_, k_, start_, member_, this->ascending_);
     for (int64_t j = 0; j < k_; ++j)
       total_[j] = shares(member_ + start_[j], start_[j + 1] - start_[j], weight_, share_ + start_[j]);
   }
@@ -144,8 +144,10 @@ class Result : protected Image<In> {
   void order_by_first_token(int32_t* place) {
     int64_t next = 0;
     for (int64_t j = 0; j < k_; ++j) place[j] = -1;
-    for (int64_t i = 0; i < n_; ++i)
-      if (place[label_[i]] < 0) place[label_[i]] = int32_t(next++);
+    for (int64_t m = 0; m < n_; ++m) {
+      const I j = label_[this->ascending_ ? this->ascending_[m] : m];
+      if (place[j] < 0) place[j] = int32_t(next++);
+    }
   }
 
   const bool parallel_;
