@@ -5,7 +5,8 @@ on one thread, in CPU time (so a busy machine does little harm; with more thread
 (DINOv2's, bench/tokens.py): how much the bounds of the direct path spare depends on them.
 The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
     gram   = m_g N^2 D / 2 + t_g N D         + r P N^2
-    direct = m_d N K D     + t_d N D (P + 1) + b N K   + v N (P - 1)   with P = min(T, 3): later, few clusters change
+    direct = m_d M K D     + t_d N D (P + 1) + b N K   + v N (P - 1)   with P = min(T, 3): later, few clusters change
+with M = N, or N - K/2 for 48 and more starting tokens, whose products with each other are made once,
 is fitted by non-negative least squares of relative errors. Then: how often the fitted planner picks the slower path, and how
 much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
 T is the number of iterations asked for, which is what the planner knows; an image stops early when nothing changes ("done").
@@ -89,7 +90,8 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base)
 def features(path: str, row: dict) -> list[float]:
     """Multipliers of the model's constants for one measurement."""
     N, D, K, P = row["N"], row["D"], row["K"], min(row["T"], PASSES)
-    gram, direct = [N * N * D / 2, N * D, P * N * N], [N * K * D, (P + 1) * N * D, N * K, (P - 1) * N]
+    once = K / 2 if K >= 48 else 0
+    gram, direct = [N * N * D / 2, N * D, P * N * N], [(N - once) * K * D, (P + 1) * N * D, N * K, (P - 1) * N]
     return [*gram, *[0.0] * 4] if path == "gram" else [*[0.0] * 3, *direct]
 
 

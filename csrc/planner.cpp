@@ -9,15 +9,16 @@ namespace tokenpool {
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
 // AVX2, 2026-11-23: bench/results/crossover-zen3.json), but for kFarthest, read off a few calls. Only their ratios matter.
-constexpr double kGramMultiplyAdd = 0.0230;    // one multiply-add of the Gram product
-constexpr double kGramToken = 1.286;           // one feature of one token converted, centered, packed; and added to a mean
-constexpr double kRowAdd = 0.213;              // one element of a Gram row added to its cluster's row
-constexpr double kDirectMultiplyAdd = 0.0129;  // one of the products with the centers: float32 is rounded to 16 bits for them
-constexpr double kDirectToken = 0.568;         // one feature of one token converted and packed, or added to a mean
-constexpr double kCompare = 1.177;             // one token and center: score and bound
-constexpr double kVisit = 118;                 // one token in one pass: centers that its bounds leave open
+constexpr double kGramMultiplyAdd = 0.0254;    // one multiply-add of the Gram product
+constexpr double kGramToken = 1.208;           // one feature of one token converted, centered, packed; and added to a mean
+constexpr double kRowAdd = 0.226;              // one element of a Gram row added to its cluster's row
+constexpr double kDirectMultiplyAdd = 0.0150;  // one of the products with the centers: float32 is rounded to 16 bits for them
+constexpr double kDirectToken = 0.621;         // one feature of one token converted and packed, or added to a mean
+constexpr double kCompare = 0.850;             // one token and center: score and bound
+constexpr double kVisit = 123;                 // one token in one pass: centers that its bounds leave open
 constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
+constexpr int64_t kStartsOnce = 48;  // so many starting tokens are multiplied with each other once: two panels, nearly all of them
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
@@ -28,7 +29,8 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
   const double passes = std::min(double(p.iterations), kPasses);
-  const double direct_product = n * k * d;
+  const bool starts_once = !p.centers_given && p.acc_bytes == 4 && p.clusters >= kStartsOnce;
+  const double direct_product = (starts_once ? n - k / 2 : n) * k * d;
 
   CpuPlan plan;
   const double direct_multiply_add = p.acc_bytes == 4 ? kDirectMultiplyAdd : kGramMultiplyAdd;
