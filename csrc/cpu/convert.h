@@ -66,9 +66,17 @@ inline FP16 to_fp16(float f) {  // round to nearest even
 TP_INLINE Vec<float> load_acc(const float* in) { return load(in); }
 TP_INLINE Vec<double> load_acc(const double* in) { return load(in); }
 TP_INLINE Vec<float> load_acc(const BF16* in) {
+#if defined(__x86_64__) && TP_VECTOR_BYTES == 32
+  // Both halves hold all eight: one shuffle puts each where it belongs, above 16 bits of zero.
+  const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+  return (Vec<float>)_mm256_shuffle_epi8(
+      all, _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13,
+                            -1, -1, 14, 15));
+#else
   typedef uint16_t Half __attribute__((vector_size(TP_VECTOR_BYTES / 2), aligned(2), may_alias));
   typedef uint32_t Word __attribute__((vector_size(TP_VECTOR_BYTES)));
   return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Half*>(in), Word) << 16);
+#endif
 }
 TP_INLINE Vec<float> load_acc(const FP16* in) {
 #if defined(TP_F16C) && TP_VECTOR_BYTES == 32
