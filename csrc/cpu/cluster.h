@@ -242,7 +242,7 @@ class Clustering : protected Direct<In> {
       if (a.medoids) update_medoids();
       if (t + 1 == a.iterations) break;
       if (!gram_path_)
-        this->update_direct();
+        this->update_direct(t == 0);
       else if (a.medoids)
         use_medoids();
       else

@@ -762,13 +762,19 @@ class Direct : protected Result<In> {
   // ---------------------------------------------------------------------------------------------------- update
 
   // Centers of clusters whose members changed, how far they moved, and how far their members are.
-  void update_direct() {
+  void update_direct(bool first) {
     const int64_t D = a.features;
+    const bool from_tokens = first && this->ascending_;  // center j is still token j
     split(a.parallel_for, worth(2 * n_ * D), k_, [&](int64_t begin, int64_t end) {
       Buffer<C> to(D), way(D);
       for (int64_t j = begin; j < end; ++j) {
         drift_[j] = 0;
         if (!changed_[j]) continue;
+        const bool alone = start_[j + 1] - start_[j] == 1;
+        if (from_tokens && alone && member_[start_[j]] == j) {
+          best_[j] = 0;
+          continue;
+        }
         if (a.medoids)
           center_token(medoid_[j], to);
         else
@@ -781,7 +787,6 @@ class Direct : protected Result<In> {
         if constexpr (kRounds<C>)
           if (rough_) round_center(j);
         const C* const centers[1] = {center};
-        const bool alone = start_[j + 1] - start_[j] == 1;
         for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
           const int64_t i = member_[m];
           if (m + 1 < n_) prefetch_row(member_[m + 1]);
