@@ -5,9 +5,10 @@ on one thread, in CPU time (so a busy machine does little harm; with more thread
 (DINOv2's, bench/tokens.py): how much the bounds of the direct path spare depends on them.
 The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
     gram   = m_g N^2 D / 2 + t_g N D         + r P N^2
-    direct = m_d M K D     + t_d N D (P + 1) + b N K   + v N (P - 1)   with P = min(T, 3): later, few clusters change
-with M = N, or N - K/2 for 48 and more starting tokens, whose products with each other are made once,
-is fitted by non-negative least squares of relative errors. Then: how often the fitted planner picks the slower path, and how
+    direct = m_d M K D     + t_d N D (P + 1) + b N K   + (v N + d K D) (P - 1)
+with P = min(T, 3), since later few clusters change; M = N, or N - K/2 for 48 and more starting tokens, whose products with each
+other are made once. It is fitted by non-negative least squares of relative errors. d, only for K-Medoids, whose centers move
+farther, is then chosen so that its picks lose least. Then: how often the fitted planner picks the slower path, and how
 much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
 T is the number of iterations asked for, which is what the planner knows; an image stops early when nothing changes ("done").
 """
@@ -28,7 +29,7 @@ from . import machine, timing, tokens
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
 PASSES = 3  # kPasses of the planner
-NAMES = ("kGramMultiplyAdd", "kGramToken", "kRowAdd", "kDirectMultiplyAdd", "kDirectToken", "kCompare", "kVisit")
+NAMES = ("kGramMultiplyAdd", "kGramToken", "kRowAdd", "kDirectMultiplyAdd", "kDirectToken", "kCompare", "kVisit", "kMedoidCenter")
 
 
 def grid(quick: bool):
@@ -64,7 +65,7 @@ def iterations_done(cluster, T: int) -> float:
     return float(done.mean())
 
 
-def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base) -> dict:
+def measure(op: str, N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base) -> dict:
     """Both paths timed on one problem: tokens derived from `base` (real ones), or random where it is None."""
     import tokenpool_ext as tp
 
@@ -73,7 +74,7 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base)
     x = tokens.random_tokens(B, N, D) if base is None else tokens.derive(base, B, N, D)[0].contiguous()
 
     def cluster(t=T):
-        return tp.kmeans(x, K, init="strided", num_iters=t, backend="cpu")
+        return getattr(tp, op)(x, K, init="strided", num_iters=t, backend="cpu")
 
     calls = {path: (lambda path=path: run_path(path, cluster)) for path in PATHS}
     done = run_path("direct", lambda: iterations_done(cluster, T)) if T > 1 else 1.0
@@ -83,7 +84,7 @@ def measure(N: int, D: int, K: int, T: int, repeats: int, budget_s: float, base)
     samples, errors = timing.interleave(calls, repeats=repeats, clock=clock, pause=0, deadline_s=budget_s)
     if errors:
         raise next(iter(errors.values()))
-    return {"N": N, "D": D, "K": K, "T": T, "B": B, "iterations_done": done,
+    return {"op": op, "N": N, "D": D, "K": K, "T": T, "B": B, "iterations_done": done,
             **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 20) / B * 1e9 for p in PATHS}}
 
 
@@ -91,17 +92,19 @@ def features(path: str, row: dict) -> list[float]:
     """Multipliers of the model's constants for one measurement."""
     N, D, K, P = row["N"], row["D"], row["K"], min(row["T"], PASSES)
     once = K / 2 if K >= 48 else 0
-    gram, direct = [N * N * D / 2, N * D, P * N * N], [(N - once) * K * D, (P + 1) * N * D, N * K, (P - 1) * N]
-    return [*gram, *[0.0] * 4] if path == "gram" else [*[0.0] * 3, *direct]
+    medoids = (P - 1) * K * D if row["op"] == "kmedoids" else 0
+    gram, direct = [N * N * D / 2, N * D, P * N * N], [(N - once) * K * D, (P + 1) * N * D, N * K, (P - 1) * N, medoids]
+    return [*gram, *[0.0] * 5] if path == "gram" else [*[0.0] * 3, *direct]
 
 
-def fit(rows: list[dict]) -> list[float]:
-    """Constants (ns) by non-negative least squares of relative errors."""
+def fit(rows: list[dict], medoids: list[dict]) -> list[float]:
+    """Constants (ns) by non-negative least squares of relative errors; that of K-Medoids by what picks lose."""
     import numpy
     from scipy.optimize import nnls
 
     matrix = numpy.array([[f / row[f"{p}_ns"] for f in features(p, row)] for row in rows for p in PATHS])
-    return nnls(matrix, numpy.ones(len(matrix)))[0].tolist()
+    constants = nnls(matrix, numpy.ones(len(matrix)))[0].tolist()[:-1]
+    return min(([*constants, d / 4] for d in range(41)), key=lambda c: judge(medoids, c)["mean_time_lost"])
 
 
 def judge(rows: list[dict], constants: list[float]) -> dict:
@@ -130,22 +133,23 @@ def main(argv=None) -> int:
     torch.set_num_threads(args.threads)
     base = tokens.real_base()[0]
     measured = {}
-    for kind in ("real", "random"):
+    for kind in ("real tokens", "real tokens, K-Medoids", "random tokens"):
         rows = measured[kind] = []
-        print(f"{kind} tokens")
+        print(kind)
         print(f"{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
-        for N, D, K, T in grid(args.quick or kind == "random"):
-            row = measure(N, D, K, T, args.repeats, args.budget, base if kind == "real" else None)
+        for N, D, K, T in grid(args.quick or kind == "random tokens"):
+            row = measure("kmedoids" if "Medoids" in kind else "kmeans", N, D, K, T, args.repeats, args.budget,
+                          None if kind == "random tokens" else base)
             rows.append(row)
             print(f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
                   f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)
-    constants = fit(measured["real"])
+    constants = fit(measured["real tokens"], measured["real tokens, K-Medoids"])
     judged = {kind: judge(rows, constants) for kind, rows in measured.items()}
     print()
     for name, value in zip(NAMES, constants):
         print(f"  constexpr double {name} = {value:.4g};  // ns")
     for kind, found in judged.items():
-        print(f"  {kind} tokens: picks more than 5% slower than the best: {found['picks_over_5_percent_slower']} of "
+        print(f"  {kind}: picks more than 5% slower than the best: {found['picks_over_5_percent_slower']} of "
               f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
               f"{found['median_error_of_times']:.0%}")
     if args.json:

@@ -29,7 +29,7 @@ def variant(problem, backend: str | None) -> str | None:
         from tokenpool_ext import explain
 
         plan = explain(problem.B, problem.N, problem.K, problem.D, dtype=getattr(torch, problem.dtype),
-                       device=problem.device, num_iters=problem.iters)
+                       device=problem.device, num_iters=problem.iters, algorithm=problem.op)
         return (f"[{backend}] " if backend else "") + " ".join(str(plan).split())
     except Exception as error:
         return f"explain failed: {type(error).__name__}: {error}"

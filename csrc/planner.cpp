@@ -9,13 +9,14 @@ namespace tokenpool {
 namespace {
 // Nanoseconds per element operation on one core, float32: the fit that `python -m bench.crossover` prints (AMD EPYC Zen 3,
 // AVX2, 2026-11-23: bench/results/crossover-zen3.json), but for kFarthest, read off a few calls. Only their ratios matter.
-constexpr double kGramMultiplyAdd = 0.0254;    // one multiply-add of the Gram product
-constexpr double kGramToken = 1.208;           // one feature of one token converted, centered, packed; and added to a mean
-constexpr double kRowAdd = 0.226;              // one element of a Gram row added to its cluster's row
-constexpr double kDirectMultiplyAdd = 0.0150;  // one of the products with the centers: float32 is rounded to 16 bits for them
-constexpr double kDirectToken = 0.621;         // one feature of one token converted and packed, or added to a mean
-constexpr double kCompare = 0.850;             // one token and center: score and bound
-constexpr double kVisit = 123;                 // one token in one pass: centers that its bounds leave open
+constexpr double kGramMultiplyAdd = 0.0247;    // one multiply-add of the Gram product
+constexpr double kGramToken = 1.081;           // one feature of one token converted, centered, packed; and added to a mean
+constexpr double kRowAdd = 0.189;              // one element of a Gram row added to its cluster's row
+constexpr double kDirectMultiplyAdd = 0.0145;  // one of the products with the centers: float32 is rounded to 16 bits for them
+constexpr double kDirectToken = 0.586;         // one feature of one token converted and packed, or added to a mean
+constexpr double kCompare = 0.673;             // one token and center: score and bound
+constexpr double kVisit = 105;                 // one token in one pass: centers that its bounds leave open
+constexpr double kMedoidCenter = 2.0;          // K-Medoids: one feature of one center in one pass, since medoids move far
 constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
 constexpr int64_t kStartsOnce = 48;  // so many starting tokens are multiplied with each other once: two panels, nearly all of them
@@ -36,7 +37,8 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double direct_multiply_add = p.acc_bytes == 4 ? kDirectMultiplyAdd : kGramMultiplyAdd;
   plan.gram_ns = width * ((gram_product + first_product) * kGramMultiplyAdd + n * d * kGramToken + passes * n * n * kRowAdd);
   plan.direct_ns = width * (direct_product * direct_multiply_add + (passes + 1) * n * d * kDirectToken + n * k * kCompare +
-                            (passes - 1) * n * kVisit + (p.farthest ? n * k * d * kFarthest : 0));
+                            (passes - 1) * (n * kVisit + (p.medoids ? k * d * kMedoidCenter : 0)) +
+                            (p.farthest ? n * k * d * kFarthest : 0));
   const bool fits = gram_bytes <= kMaximumGramBytes;
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n

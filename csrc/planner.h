@@ -18,6 +18,7 @@ struct CpuProblem {
   int64_t tokens, clusters, features, iterations;
   int acc_bytes = 4;          // 4 (float32 arithmetic) or 8
   bool centers_given = false; // the start is centers, not tokens: the gram path needs one direct pass first
+  bool medoids = false;       // K-Medoids
   bool farthest = false;      // the start is chosen here, one token after another: cheap with a Gram matrix only
 };
 

@@ -24,7 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan_cpu",
       [](int64_t tokens, int64_t clusters, int64_t features, int64_t iterations, int acc_bytes, bool centers_given,
-         bool farthest) {
+         bool farthest, bool medoids) {
         tokenpool::CpuProblem problem;
         problem.tokens = tokens;
         problem.clusters = clusters;
@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
         problem.acc_bytes = acc_bytes;
         problem.centers_given = centers_given;
         problem.farthest = farthest;
+        problem.medoids = medoids;
         const tokenpool::CpuPlan plan = tokenpool::plan_cpu(problem);
         py::dict result;
         result["path"] = plan.gram ? "gram" : plan.center_group == 1 ? "direct" : "streamed";
@@ -44,11 +45,11 @@ PYBIND11_MODULE(_C, m) {
         return result;
       },
       py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"), py::arg("acc_bytes") = 4,
-      py::arg("centers_given") = false, py::arg("farthest") = false, "How the CPU backend would compute one image, and why.");
+      py::arg("centers_given") = false, py::arg("farthest") = false, py::arg("medoids") = false, "How the CPU backend would compute one image, and why.");
   m.def(
       "plan_cuda",
       [](int64_t batch, int tokens, int clusters, int features, int iterations, int dtype, bool medoids, int major, int minor,
-         int sm_count, size_t shared_limit) {
+         int sm_count, size_t shared_limit, bool centers_given, bool farthest, int force_path) {
         tokenpool::cuda::CudaProblem problem;
         problem.batch = batch;
         problem.tokens = tokens;
@@ -61,6 +62,9 @@ PYBIND11_MODULE(_C, m) {
         problem.minor = minor;
         problem.sm_count = sm_count;
         problem.shared_limit = shared_limit;
+        problem.init_is_centers = centers_given;
+        problem.farthest = farthest;
+        problem.force_path = force_path;
         const tokenpool::cuda::CudaPlan plan = tokenpool::cuda::plan_cuda(problem);
         py::dict result;
         result["path"] = std::string(tokenpool::cuda::path_name(plan.path));
@@ -76,5 +80,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("batch"), py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"),
       py::arg("dtype") = 0, py::arg("medoids") = false, py::arg("major") = 8, py::arg("minor") = 0, py::arg("sm_count") = 0,
-      py::arg("shared_limit") = 0, "How the CUDA backend would compute a batch on a GPU of this compute capability, and why.");
+      py::arg("shared_limit") = 0, py::arg("centers_given") = false, py::arg("farthest") = false, py::arg("force_path") = -1,
+      "How the CUDA backend would compute a batch on a GPU of this compute capability, and why.");
 }

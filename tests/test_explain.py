@@ -54,6 +54,33 @@ def test_the_path_told_is_the_path_taken(init, monkeypatch):
         assert torch.equal(free.inertia, inertia[path]), (N, K, D, path)
 
 
+@pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
+def test_kmedoids_has_a_plan_of_its_own(monkeypatch):
+    """Medoids move farther than means, so a Gram matrix pays sooner; what is told is what is taken."""
+    monkeypatch.delenv("TOKENPOOL_EXT_CPU_PATH", raising=False)
+    assert "K-Medoids" in str(tp.explain(**VIT, algorithm="kmedoids"))
+    told = {a: [tp.explain(2, N, N // 2, D, algorithm=a).path for N, D in ((196, 192), (196, 384), (256, 384))]
+            for a in ("kmeans", "kmedoids")}
+    assert told["kmedoids"].count("gram") > told["kmeans"].count("gram")
+    for bad in (dict(algorithm="kmedian"), dict(algorithm="kmedoids", init="centers")):
+        with pytest.raises(ValueError, match="explain"):
+            tp.explain(**VIT, **bad)
+
+
+@pytest.mark.skipif(tp.loader.extension is None, reason="plans for CUDA need the compiled extension")
+def test_a_forced_cuda_path_is_told(monkeypatch):
+    problem = dict(VIT, dtype=torch.bfloat16, compute_capability=(9, 0))
+    free = tp.explain(**problem)
+    monkeypatch.setenv("TOKENPOOL_EXT_CUDA_PATH", "gram")
+    forced = tp.explain(**problem)
+    assert free.path != "gram" and forced.path == "gram" and "TOKENPOOL_EXT_CUDA_PATH" in forced.reason
+    monkeypatch.setenv("TOKENPOOL_EXT_CUDA_PATH", "fast")
+    with pytest.raises(ValueError, match="resident"):
+        tp.explain(**problem)
+    monkeypatch.delenv("TOKENPOOL_EXT_CUDA_PATH")
+    assert tp.explain(**problem, init="farthest").flops >= free.flops
+
+
 def test_the_override_is_followed(monkeypatch):
     monkeypatch.setenv("TOKENPOOL_EXT_BACKEND", "reference")
     assert tp.explain(**VIT, dtype=torch.float32, device="cpu").backend == "reference"

@@ -13,10 +13,12 @@ from .functional import FLOATING
 from .init import STRATEGIES
 from .reference import accumulate_dtype
 
+CUDA_PATHS = ("resident", "gram", "streaming", "spread")  # numbered as csrc/planner_cuda.h does
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How one K-Means would be computed. Prints as one readable paragraph.
+    """How one clustering would be computed. Prints as one readable paragraph.
 
     backend: its name; path: "gram", "direct" or a backend's own name for it; flops and bytes: of the whole batch
     (a multiply-add is 2 flops; bytes read and written at least once); workspace_bytes: memory beyond inputs and outputs;
@@ -56,17 +58,18 @@ def explain(
     device: Union[str, torch.device] = "cpu",
     num_iters: int = 5,
     init: Optional[str] = None,
+    algorithm: str = "kmeans",
     compute_capability: Optional[Tuple[int, int]] = None,
 ) -> Plan:
-    """The plan for `kmeans` of B images of N tokens of D features into K clusters. Nothing is run.
+    """The plan for `kmeans` (or `kmedoids`) of B images of N tokens of D features into K clusters. Nothing is run.
 
-    init: the name `kmeans` would get, or "centers" for a tensor of centers; the CPU's path depends on "farthest" (chosen inside)
-    and "centers", and on no other.
+    init: the name `kmeans` would get, or "centers" for a tensor of centers; the path depends on "farthest" (chosen inside) and
+    "centers", and on no other. algorithm: "kmeans" or "kmedoids".
 
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 
     Raises:
-        ValueError: a size below 1, K above N, an unknown init, or a dtype no backend takes.
+        ValueError: a size below 1, K above N, an unknown init or algorithm, or a dtype no backend takes.
         RuntimeError: TOKENPOOL_EXT_BACKEND names a backend that cannot run this.
     """
     for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
@@ -78,24 +81,29 @@ def explain(
         raise ValueError(f"explain: dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype}")
     if init not in (None, *STRATEGIES, "centers"):
         raise ValueError(f"explain: init must be one of {', '.join(STRATEGIES)}, or centers, got {init!r}")
+    if algorithm not in ("kmeans", "kmedoids"):
+        raise ValueError(f"explain: algorithm must be kmeans or kmedoids, got {algorithm!r}")
+    medoids, given, farthest = algorithm == "kmedoids", init == "centers", init == "farthest"
+    if medoids and given:
+        raise ValueError("explain: kmedoids starts from tokens, not from centers")
     device = torch.device(device)
     if compute_capability is not None:
-        return _plan_cuda(B, N, K, D, dtype, num_iters, compute_capability, "")
+        return _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, compute_capability, "")
     acc = accumulate_dtype(dtype)
     probe = _Probe(device, dtype)
-    chain = registry.select("kmeans", probe)
+    chain = registry.select(algorithm, probe)
     name = chain[0]
     better = list(registry.REGISTRY)[: list(registry.REGISTRY).index(name)]
-    reasons = {other: registry.REGISTRY[other].can_run("kmeans", probe) for other in better}
+    reasons = {other: registry.REGISTRY[other].can_run(algorithm, probe) for other in better}
     asked = os.environ.get(registry.ENVIRONMENT)
     otherwise = f"{registry.ENVIRONMENT}={asked} asks for another" if asked else "not preferred on this device"
     refusals = "; ".join(f"{other} ({reason or otherwise})" for other, reason in reasons.items())
     item = torch.empty((), dtype=dtype).element_size()
     moved = B * (N * D + K * D) * item + B * N * 8
-    problem = f"{_problem(B, N, K, D, num_iters, dtype)} on {device}"
+    problem = f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on {device}"
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
-        plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, init == "centers", init == "farthest")
+        plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
         forced = os.environ.get("TOKENPOOL_EXT_CPU_PATH")
         if forced and forced != plan["path"]:
             plan = {**plan, "path": forced, "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}"}
@@ -121,7 +129,8 @@ def explain(
         )
     if name == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        return _plan_cuda(B, N, K, D, dtype, num_iters, (gpu.major, gpu.minor), refusals, gpu.multi_processor_count)
+        return _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, (gpu.major, gpu.minor), refusals,
+                          gpu.multi_processor_count)
     found = registry.REGISTRY[name].ops().explain(B, N, K, D, num_iters, dtype)
     return Plan(
         path=found["path"],
@@ -134,16 +143,22 @@ def explain(
     )
 
 
-def _plan_cuda(B, N, K, D, dtype, num_iters, capability, refusals, multiprocessors=0) -> Plan:
+def _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, capability, refusals, multiprocessors=0) -> Plan:
     if loader.extension is None:
         raise ValueError(f"explain: plans for CUDA need the compiled extension: {loader.extension_reason}")
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
     if code is None:
         raise ValueError(f"explain: the CUDA kernels take float32, bfloat16 and float16, got {dtype}")
     major, minor = capability
-    found = loader.extension.plan_cuda(B, N, K, D, num_iters, code, major=major, minor=minor, sm_count=multiprocessors)
+    forced = os.environ.get("TOKENPOOL_EXT_CUDA_PATH")
+    if forced and forced not in CUDA_PATHS:
+        raise ValueError(f"explain: TOKENPOOL_EXT_CUDA_PATH must be one of {', '.join(CUDA_PATHS)}, got {forced}")
+    found = loader.extension.plan_cuda(
+        B, N, K, D, num_iters, code, medoids, major, minor, multiprocessors, centers_given=given, farthest=farthest,
+        force_path=CUDA_PATHS.index(forced) if forced else -1,
+    )
     return Plan(
-        problem=f"{_problem(B, N, K, D, num_iters, dtype)} on a GPU of compute capability {major}.{minor}",
+        problem=f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on a GPU of compute capability {major}.{minor}",
         backend="cuda",
         path=found["path"],
         flops=found["flops"],
@@ -151,13 +166,14 @@ def _plan_cuda(B, N, K, D, dtype, num_iters, capability, refusals, multiprocesso
         workspace_bytes=found["workspace_bytes"],
         threads=None,
         launches=found["launches"],
-        reason=found["reason"],
+        reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == found["path"] else "") + found["reason"],
         refusals=refusals,
     )
 
 
-def _problem(B, N, K, D, num_iters, dtype) -> str:
-    return f"{B} x {N} tokens x {D} features -> {K} clusters, {num_iters} iterations, {str(dtype).split('.')[-1]}"
+def _problem(B, N, K, D, num_iters, dtype, medoids) -> str:
+    iterations = f"{num_iters} iterations" + (" of K-Medoids" if medoids else "")
+    return f"{B} x {N} tokens x {D} features -> {K} clusters, {iterations}, {str(dtype).split('.')[-1]}"
 
 
 class _Probe:

@@ -50,6 +50,7 @@ class Clustering : protected Direct<In> {
     problem.iterations = a.iterations;
     problem.acc_bytes = sizeof(C);
     problem.centers_given = a.init_centers != nullptr;
+    problem.medoids = a.medoids;
     problem.farthest = !a.init_centers && !a.init_index;
     return plan_cpu(problem).gram;
   }
