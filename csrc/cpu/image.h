@@ -24,11 +24,12 @@ class Image {
       if (mask[i]) valid_[n_++] = int32_t(i);
   }
 
-  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch.
+  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch: where it fits the second-level cache beside this one.
   void want_image(int64_t b, int64_t times, Ahead& ahead) const {
-    if (b < a.images && a.x_token_stride == a.features)
-      ahead.want(static_cast<const In*>(a.x) + b * a.x_image_stride, a.tokens * a.features * int64_t(sizeof(In)),
-                 times);
+    constexpr int64_t kFits = 256 << 10;
+    const int64_t bytes = a.tokens * a.features * int64_t(sizeof(In));
+    if (b < a.images && bytes <= kFits && a.x_token_stride == a.features)
+      ahead.want(static_cast<const In*>(a.x) + b * a.x_image_stride, bytes, times);
   }
 
   int64_t token(int64_t i) const { return valid_ ? valid_[i] : i; }
