@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 
 import pytest
 import torch
 
-from bench import floor, machine, peers, plot, report, runner, timing, tokens
+from bench import floor, machine, peers, plot, profile_cpu, report, runner, timing, tokens
 from bench.__main__ import main
 from bench.problem import Problem, parse_shapes, problems
 
@@ -326,3 +327,11 @@ def test_command_line_writes_the_records(tmp_path, capsys, monkeypatch):
     assert content["schema"] == 1 and {"command", "date", "commit", "machine", "settings"} <= set(content)
     assert {r["provider"] for r in content["records"]} == {"tokenpool_ext", "torch eager", "scikit-learn"}
     assert "ms/image" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not machine.machine()["avx2"], reason="needs g++ and AVX2")
+def test_the_profile_follows_the_kernels(capfd):
+    """It calls the kernels' phases by name; here with starting tokens enough to be multiplied once."""
+    assert profile_cpu.main(["100", "16", "50", "1"]) == 0
+    told = capfd.readouterr().out
+    assert "direct path" in told and "first update" in told

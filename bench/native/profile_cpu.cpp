@@ -70,10 +70,10 @@ struct Profile : Clustering<float> {
       take_direct();
       start();
       std::printf("  pack, multiply   %8.1f  (floor %.1f)\n", best([&] { assign_first(1); }), floor * 2 * k_ / n_);
-      repair_empty(n_, k_, weight_, best_, label_, count_);
+      repair_empty(n_, k_, weight_, best_, ascending_, label_, count_);
       mark_changes(0);
       group_members();
-      std::printf("  first update     %8.1f\n", best([&] { update_direct(); }));
+      std::printf("  first update     %8.1f\n", best([&] { update_direct(true); }));
       std::memcpy(previous_, label_, size_t(n_) * sizeof(I));
       std::printf("  bounds           %8.1f  (nothing moved since the last)\n", best([&] { assign_bounded(previous_); }));
     }
