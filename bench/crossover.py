@@ -153,7 +153,7 @@ def main(argv=None) -> int:
               f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
               f"{found['median_error_of_times']:.0%}")
     if args.json:
-        content = {"schema": 2, "machine": machine.machine(), "versions": machine.versions(), "threads": args.threads,
+        content = {"schema": 3, "machine": machine.machine(), "versions": machine.versions(), "threads": args.threads,
                    "commit": machine.commit(), "command": machine.command("bench.crossover"), "date": machine.now(),
                    "rows": measured, "constants_ns": dict(zip(NAMES, constants)), "judged": judged}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ constexpr double kVisit = 105;                 // one token in one pass: centers
 constexpr double kMedoidCenter = 2.0;          // K-Medoids: one feature of one center in one pass, since medoids move far
 constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
-constexpr int64_t kStartsOnce = 48;  // so many starting tokens are multiplied with each other once: two panels, nearly all of them
+constexpr int64_t kStartsOnce = 48;  // so many starting tokens are multiplied with each other once, one image a thread (AVX2's two panels)
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 
@@ -30,7 +30,8 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
   const double passes = std::min(double(p.iterations), kPasses);
-  const bool starts_once = !p.centers_given && p.acc_bytes == 4 && p.clusters >= kStartsOnce;
+  const int64_t group = center_group(p.tokens, p.clusters, p.acc_bytes);
+  const bool starts_once = !p.centers_given && p.acc_bytes == 4 && group == 1 && p.clusters >= kStartsOnce;
   const double direct_product = (starts_once ? n - k / 2 : n) * k * d;
 
   CpuPlan plan;
@@ -43,7 +44,7 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   plan.gram = fits && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n
                               : direct_product + passes * n * d + (p.farthest ? n * k * d : 0));
-  plan.center_group = plan.gram ? 1 : center_group(p.tokens, p.clusters, p.acc_bytes);
+  plan.center_group = plan.gram ? 1 : group;
   plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : (p.acc_bytes == 4 ? 1.5 : 1.0) * k * d +
                                                                      n * std::ceil(k / double(plan.center_group)));
 

@@ -101,7 +101,7 @@ def nested(B, N, D, generator):  # clusters of clusters: neighbours far closer t
     return (coarse[:, torch.arange(N) % 3] + fine[:, torch.arange(N) % 9] + 1e-3 * normal(B, N, D, generator))
 
 
-@pytest.mark.parametrize("starts", ["tokens", "near tokens", "anywhere"])
+@pytest.mark.parametrize("starts", ["tokens", "indices", "near tokens", "anywhere"])
 @pytest.mark.parametrize("kind", [*KINDS, nested], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_the_first_assignment_is_that_of_differences(monkeypatch, path, kind, starts):
@@ -110,17 +110,49 @@ def test_the_first_assignment_is_that_of_differences(monkeypatch, path, kind, st
     for N, D, K, scale in problems:
         generator = torch.Generator().manual_seed(D)
         x = (kind(2, N, D, generator) * scale).float()
-        centers = x[:, torch.randperm(N, generator=generator)[:K]].clone()
+        chosen = torch.randperm(N, generator=generator)[:K]
+        centers = x[:, chosen].clone()
         if starts == "near tokens":
             centers += 1e-3 * x.abs().mean() * torch.randn(2, K, D, generator=generator)
         elif starts == "anywhere":
             centers = x.abs().amax() * torch.randn(2, K, D, generator=generator)
-        assignment = run(monkeypatch, path, "kmeans", x, K, init=centers, num_iters=1).assignment
+        assignment = run(monkeypatch, path, "kmeans", x, K, num_iters=1,
+                         init=chosen.expand(2, K) if starts == "indices" else centers).assignment
         distances = torch.cdist(x.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
         own = distances.gather(2, assignment[..., None])[..., 0]
         alone = torch.stack([row.bincount(minlength=K)[row] for row in assignment]) == 1  # may have been moved to an empty cluster
         rounding = 1e-6 * D**0.5 * x.abs().amax()
         assert bool((own <= distances.amin(2) * (1 + 1e-6) + rounding)[~alone].all()), (N, D, K)
+
+
+@pytest.mark.parametrize("kind", [normal, blobs, twice_each, one_outlier], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bringing_starting_tokens_forward_changes_nothing(monkeypatch, algorithm, dtype, kind):
+    """One image a thread, they stand first and meet each other once; all threads in one image, nothing is moved."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(5)
+    B, N, D = 3, 170, 21
+    x = kind(B, N, D, generator).to(dtype)
+    weights = torch.rand(B, N, generator=generator) * (torch.rand(B, N, generator=generator) > 0.2)
+    mask = torch.rand(B, N, generator=generator) > 0.1
+    shuffled = torch.stack([torch.randperm(N, generator=generator) for _ in range(B)])
+    infinite = torch.ones(B, N)
+    infinite[:, ::9] = float("inf")
+    try:
+        for K in (48, 73, 130):
+            for options in (dict(), dict(init=shuffled[:, :K]), dict(init=shuffled[:, :K], weights=weights), dict(mask=mask),
+                            dict(weights=weights, mask=mask, init="farthest", sort=True), dict(weights=infinite),
+                            dict(init=shuffled[:, :K] // 2 * 2), dict(mask=mask, init=shuffled[:, :K], num_iters=1)):
+                torch.set_num_threads(1)
+                together = run(monkeypatch, "direct", algorithm, x, K, **options)
+                torch.set_num_threads(4)
+                for b in range(B):
+                    mine = {name: value[b:b + 1] if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+                    alone = run(monkeypatch, "direct", algorithm, x[b:b + 1], K, **mine)
+                    assert_identical(tuple(None if t is None else t[b:b + 1] for t in together), tuple(alone), what=f"{K} {options}")
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 1e6, 1e25])

@@ -38,10 +38,12 @@ def test_the_path_does_not_depend_on_the_batch():
 
 
 @pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
-@pytest.mark.parametrize("init", [None, "strided", "farthest", "centers"])
+@pytest.mark.parametrize("init", [None, "strided", "farthest", "bipartite", "centers"])
 def test_the_path_told_is_the_path_taken(init, monkeypatch):
     """The start decides, too: what `explain` names gives the bits of the path it names, forced."""
-    for N, K, D in [(196, 49, 768), (196, 98, 384), (256, 64, 128)]:
+    for N, K, D in [(196, 49, 768), (196, 98, 384), (256, 64, 128), (196, 98, 192)]:
+        if init == "bipartite" and 2 * K < N:
+            continue
         x = torch.randn(2, N, D, generator=torch.Generator().manual_seed(N))
         given = x[:, :K].clone() if init == "centers" else init
         monkeypatch.delenv("TOKENPOOL_EXT_CPU_PATH", raising=False)
@@ -79,6 +81,13 @@ def test_a_forced_cuda_path_is_told(monkeypatch):
         tp.explain(**problem)
     monkeypatch.delenv("TOKENPOOL_EXT_CUDA_PATH")
     assert tp.explain(**problem, init="farthest").flops >= free.flops
+
+
+@pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
+def test_a_cpu_path_that_there_is_not(monkeypatch):
+    monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", "fast")
+    with pytest.raises(ValueError, match="streamed"):
+        tp.explain(**VIT)
 
 
 def test_the_override_is_followed(monkeypatch):

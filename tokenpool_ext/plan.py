@@ -13,6 +13,7 @@ from .functional import FLOATING
 from .init import STRATEGIES
 from .reference import accumulate_dtype
 
+CPU_PATHS = ("gram", "direct", "streamed")
 CUDA_PATHS = ("resident", "gram", "streaming", "spread")  # numbered as csrc/planner_cuda.h does
 
 
@@ -63,13 +64,14 @@ def explain(
 ) -> Plan:
     """The plan for `kmeans` (or `kmedoids`) of B images of N tokens of D features into K clusters. Nothing is run.
 
-    init: the name `kmeans` would get, or "centers" for a tensor of centers; the path depends on "farthest" (chosen inside) and
-    "centers", and on no other. algorithm: "kmeans" or "kmedoids".
+    init: the name `kmeans` would get, or "centers" for a tensor of centers; the path depends on whether the start is tokens, centers
+    (those, and K-Means' "bipartite") or chosen inside ("farthest"). algorithm: "kmeans" or "kmedoids".
 
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 
     Raises:
-        ValueError: a size below 1, K above N, an unknown init or algorithm, or a dtype no backend takes.
+        ValueError: a size below 1, K above N, an unknown init or algorithm, a dtype no backend takes, or a path in
+            TOKENPOOL_EXT_CPU_PATH (.._CUDA_PATH) that there is not.
         RuntimeError: TOKENPOOL_EXT_BACKEND names a backend that cannot run this.
     """
     for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
@@ -83,7 +85,7 @@ def explain(
         raise ValueError(f"explain: init must be one of {', '.join(STRATEGIES)}, or centers, got {init!r}")
     if algorithm not in ("kmeans", "kmedoids"):
         raise ValueError(f"explain: algorithm must be kmeans or kmedoids, got {algorithm!r}")
-    medoids, given, farthest = algorithm == "kmedoids", init == "centers", init == "farthest"
+    medoids, given, farthest = algorithm == "kmedoids", init == "centers" or (init == "bipartite" and algorithm == "kmeans"), init == "farthest"
     if medoids and given:
         raise ValueError("explain: kmedoids starts from tokens, not from centers")
     device = torch.device(device)
@@ -105,6 +107,8 @@ def explain(
     if name == "cpu":
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
         forced = os.environ.get("TOKENPOOL_EXT_CPU_PATH")
+        if forced and forced not in CPU_PATHS:
+            raise ValueError(f"explain: TOKENPOOL_EXT_CPU_PATH must be one of {', '.join(CPU_PATHS)}, got {forced}")
         if forced and forced != plan["path"]:
             plan = {**plan, "path": forced, "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}"}
         threads = torch.get_num_threads()

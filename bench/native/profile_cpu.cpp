@@ -67,6 +67,9 @@ struct Profile : Clustering<float> {
       std::printf("  mirror           %8.1f\n", best([&] { mirror(n_, gram_, row_stride_); }));
       std::printf("  one assignment   %8.1f\n", best([&] { assign_gram(); }));
     } else {
+      take_image(0);  // start() wants the tokens in their order
+      take_buffers();
+      measure();
       take_direct();
       start();
       std::printf("  pack, multiply   %8.1f  (floor %.1f)\n", best([&] { assign_first(1); }), floor * 2 * k_ / n_);

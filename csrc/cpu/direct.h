@@ -26,7 +26,7 @@ struct Nearest {
       label[v] = Vec<I>{};
     }
   }
-  TP_INLINE void take(int v, int64_t j, Vec<C> score) {  // center j, above all before it
+  TP_INLINE void take(int v, int64_t j, Vec<C> score) {  // center j; of equal scores the first stays
     const Vec<I> index = splat(I(j));
     const auto nearer = score < best[v];
     best[v] = nearer ? score : best[v];
@@ -51,7 +51,7 @@ class Direct : protected Result<In> {
   using Base = Result<In>;
   using typename Base::C;
   using typename Base::I;
-  using Base::a, Base::n_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_;
+  using Base::a, Base::n_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_, Base::share_;
   using Base::start_, Base::medoid_, Base::scale_, Base::mean_, Base::center_, Base::best_, Base::changed_;
   using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference, Base::squared_differences;
   using Base::worth, Base::center_token;
@@ -598,7 +598,7 @@ class Direct : protected Result<In> {
     TP_INLINE V least(V score) const { return (rounded ? score * keep : score) - room; }
   };
 
-  // Panel p against centers first .. first + count - 1, above all before them, each of which has a bound of its own.
+  // Panel p against centers first .. first + count - 1, each of which has a bound of its own.
   template <class T>
   TP_INLINE void compare(int64_t p, int64_t first, int64_t count, const T* products, Nearest<C>& nearest) {
     const Rounding rounding = rounding_of(p);
@@ -771,7 +771,7 @@ class Direct : protected Result<In> {
         drift_[j] = 0;
         if (!changed_[j]) continue;
         const bool alone = start_[j + 1] - start_[j] == 1;
-        if (from_tokens && alone && member_[start_[j]] == j) {
+        if (from_tokens && alone && member_[start_[j]] == j && share_[start_[j]] == C(1)) {
           best_[j] = 0;
           continue;
         }

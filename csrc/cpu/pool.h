@@ -9,8 +9,12 @@ inline void copy_past_caches(void* out, const void* row, int64_t bytes) {
     return;
   }
   float* to = static_cast<float*>(out);
-  const float* from = static_cast<const float*>(row);
-  for (int64_t i = 0; i < bytes / 4; i += kLanes<float>) store_past_caches(to + i, load(from + i));
+  const char* from = static_cast<const char*>(row);  // of any dtype, at any address
+  for (int64_t i = 0; i < bytes / 4; i += kLanes<float>) {
+    Vec<float> v;
+    std::memcpy(&v, from + 4 * i, sizeof v);
+    store_past_caches(to + i, v);
+  }
 }
 
 // Rows of all tokens: zeros for those without a cluster, the others by f(begin, end, token, count, past_caches): token[begin..end]
