@@ -110,7 +110,8 @@ def test_bad_numbers_are_contained(backend, p, bad, where):
     clean = call(backend, p)[2]
     x = p["x"].clone()
     image = where % len(x)
-    x[image].view(-1)[where % x[image].numel()] = bad if x.dtype != torch.float16 else min(bad, 6e4)
+    token, feature = divmod(where % x[image].numel(), x.shape[2])  # its features need not be neighbours in memory
+    x[image, token, feature] = bad if x.dtype != torch.float16 else min(bad, 6e4)
     got = call(backend, p, x=x)[2]
     valid = torch.ones(x.shape[:2], dtype=torch.bool) if p["mask"] is None else p["mask"]
     a = got.assignment.cpu()
