@@ -28,7 +28,8 @@ from . import machine, timing, tokens
 
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
-PASSES = 3  # kPasses of the planner
+PASSES, STARTS_ONCE = 3, 48  # kPasses and kStartsOnce of the planner
+KINDS = {"real tokens": "kmeans", "real tokens, K-Medoids": "kmedoids", "random tokens": "kmeans"}
 NAMES = ("kGramMultiplyAdd", "kGramToken", "kRowAdd", "kDirectMultiplyAdd", "kDirectToken", "kCompare", "kVisit", "kMedoidCenter")
 
 
@@ -91,7 +92,7 @@ def measure(op: str, N: int, D: int, K: int, T: int, repeats: int, budget_s: flo
 def features(path: str, row: dict) -> list[float]:
     """Multipliers of the model's constants for one measurement."""
     N, D, K, P = row["N"], row["D"], row["K"], min(row["T"], PASSES)
-    once = K / 2 if K >= 48 else 0
+    once = K / 2 if K >= STARTS_ONCE else 0
     medoids = (P - 1) * K * D if row["op"] == "kmedoids" else 0
     gram, direct = [N * N * D / 2, N * D, P * N * N], [(N - once) * K * D, (P + 1) * N * D, N * K, (P - 1) * N, medoids]
     return [*gram, *[0.0] * 5] if path == "gram" else [*[0.0] * 3, *direct]
@@ -133,13 +134,13 @@ def main(argv=None) -> int:
     torch.set_num_threads(args.threads)
     base = tokens.real_base()[0]
     measured = {}
-    for kind in ("real tokens", "real tokens, K-Medoids", "random tokens"):
+    for kind, op in KINDS.items():
+        random = kind == "random tokens"
         rows = measured[kind] = []
         print(kind)
         print(f"{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
-        for N, D, K, T in grid(args.quick or kind == "random tokens"):
-            row = measure("kmedoids" if "Medoids" in kind else "kmeans", N, D, K, T, args.repeats, args.budget,
-                          None if kind == "random tokens" else base)
+        for N, D, K, T in grid(args.quick or random):
+            row = measure(op, N, D, K, T, args.repeats, args.budget, None if random else base)
             rows.append(row)
             print(f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
                   f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)

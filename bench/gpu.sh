@@ -6,8 +6,9 @@
 #   bash bench/gpu.sh                  results into bench/results/ (bench/.cache holds the real tokens: bring it along)
 #   OUT=dir PYTHON=python3 bash bench/gpu.sh
 #
-# Every stage has a time limit and its own log; a failing stage is recorded and the next one runs. The exit status is
-# the number of failed stages that must pass (build, parity, tests, invariants, sanitizers).
+# Every stage has a time limit; a failing one is recorded and the next one runs. All they print is in gpu.log, its end on
+# the terminal: eight files in all, for a place that hands back no more. The exit status is the number of failed stages
+# that must pass (build, parity, tests, invariants, sanitizers).
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 99
 
@@ -17,6 +18,7 @@ LIMIT=${LIMIT:-530} # seconds for the whole script
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 LOG=$OUT/gpu.log
+PART=$(mktemp)
 SUMMARY=$OUT/gpu_summary.json
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 : >"$LOG"
@@ -41,9 +43,10 @@ stage() {
   if [ "$limit" -gt "$left" ]; then limit=$left; fi
   begin=$SECONDS
   say "== $name (at most $limit s): $*"
-  timeout --kill-after=5 "$limit" "$@" >"$OUT/gpu_$name.log" 2>&1
+  timeout --kill-after=5 "$limit" "$@" >"$PART" 2>&1
   status=$?
-  tail -n 12 "$OUT/gpu_$name.log" | tee -a "$LOG"
+  cat "$PART" >>"$LOG"
+  tail -n 12 "$PART"
   say "== $name: status $status after $((SECONDS - begin)) s"
   RECORDS="$RECORDS{\"stage\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - begin))},"
   if [ "$status" -ne 0 ] && [ "$required" = 1 ]; then FAILED=$((FAILED + 1)); fi
@@ -53,6 +56,7 @@ stage() {
 # shellcheck disable=SC2329 # called by the trap
 finish() {
   local device
+  rm -f "$PART"
   device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name())" 2>/dev/null || echo unknown)
   printf '{"device": "%s", "commit": "%s", "date": "%s", "command": "bash bench/gpu.sh", "failed": %d, "stages": [%s]}\n' \
     "$device" "$(git rev-parse HEAD 2>/dev/null || echo unknown)" "$(date -u +%FT%TZ)" "$FAILED" "${RECORDS%,}" >"$SUMMARY"

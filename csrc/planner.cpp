@@ -19,7 +19,7 @@ constexpr double kVisit = 105;                 // one token in one pass: centers
 constexpr double kMedoidCenter = 2.0;          // K-Medoids: one feature of one center in one pass, since medoids move far
 constexpr double kFarthest = 0.09;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
-constexpr int64_t kStartsOnce = 48;  // so many starting tokens are multiplied with each other once, one image a thread (AVX2's two panels)
+constexpr int64_t kStartsOnce = 48;  // so many starting tokens meet each other once, one image a thread (AVX2's two panels)
 constexpr double kMaximumGramBytes = 16 << 20;
 }  // namespace
 

@@ -45,7 +45,8 @@ PYBIND11_MODULE(_C, m) {
         return result;
       },
       py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"), py::arg("acc_bytes") = 4,
-      py::arg("centers_given") = false, py::arg("farthest") = false, py::arg("medoids") = false, "How the CPU backend would compute one image, and why.");
+      py::arg("centers_given") = false, py::arg("farthest") = false, py::arg("medoids") = false,
+      "How the CPU backend would compute one image, and why.");
   m.def(
       "plan_cuda",
       [](int64_t batch, int tokens, int clusters, int features, int iterations, int dtype, bool medoids, int major, int minor,

@@ -253,8 +253,9 @@ def assert_consistent(result, x, K, *, weights=None, mask=None, counts=None, alg
             bound = tol.inertia * total + used * slack + float(torch.finfo(tol.acc).tiny)
         if total + bound < limit:
             assert abs(inertia[b] - total) <= bound, f"{where} inertia {inertia[b]:.9g}, recomputed {total:.9g}"
-        elif total - bound > limit:  # surely beyond the largest number, not merely by the room left for rounding
-            assert inertia[b] > 0.9 * limit, f"{where} inertia must saturate at the largest {tol.acc}"
+        else:  # beyond the largest number, or only with the room left for rounding
+            least = 0.9 * limit if np.isinf(total) else min(total - bound, 0.9 * limit)
+            assert inertia[b] >= least, f"{where} inertia must saturate at the largest {tol.acc}, recomputed {total:.9g}"
         if init is not None:
             keep = init[b, :k].cpu().numpy()
             assert_nearest(X[b][real], X[b][keep], got, x.dtype, what=where)

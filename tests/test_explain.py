@@ -22,7 +22,8 @@ def test_one_readable_paragraph():
 
 @pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
 def test_the_planner_knows_when_gram_pays():
-    """gram for few tokens; direct for long sequences and few clusters."""
+    """gram for few tokens, and for a ViT's where nothing is rounded; direct for long sequences and few clusters."""
+    assert tp.explain(**VIT, dtype=torch.float64, device="cpu").path == "gram"
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert tp.explain(**SMALL, dtype=dtype, device="cpu").path == "gram"
         assert tp.explain(**LONG, dtype=dtype, device="cpu").path == "direct"

@@ -64,8 +64,8 @@ def explain(
 ) -> Plan:
     """The plan for `kmeans` (or `kmedoids`) of B images of N tokens of D features into K clusters. Nothing is run.
 
-    init: the name `kmeans` would get, or "centers" for a tensor of centers; the path depends on whether the start is tokens, centers
-    (those, and K-Means' "bipartite") or chosen inside ("farthest"). algorithm: "kmeans" or "kmedoids".
+    init: the name `kmeans` would get, or "centers" for a tensor of centers; the path depends on whether the start is tokens,
+    centers (those, and K-Means' "bipartite") or chosen inside ("farthest"). algorithm: "kmeans" or "kmedoids".
 
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 
@@ -85,7 +85,8 @@ def explain(
         raise ValueError(f"explain: init must be one of {', '.join(STRATEGIES)}, or centers, got {init!r}")
     if algorithm not in ("kmeans", "kmedoids"):
         raise ValueError(f"explain: algorithm must be kmeans or kmedoids, got {algorithm!r}")
-    medoids, given, farthest = algorithm == "kmedoids", init == "centers" or (init == "bipartite" and algorithm == "kmeans"), init == "farthest"
+    medoids, farthest = algorithm == "kmedoids", init == "farthest"
+    given = init == "centers" or (init == "bipartite" and not medoids)
     if medoids and given:
         raise ValueError("explain: kmedoids starts from tokens, not from centers")
     device = torch.device(device)
@@ -106,9 +107,7 @@ def explain(
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
-        forced = os.environ.get("TOKENPOOL_EXT_CPU_PATH")
-        if forced and forced not in CPU_PATHS:
-            raise ValueError(f"explain: TOKENPOOL_EXT_CPU_PATH must be one of {', '.join(CPU_PATHS)}, got {forced}")
+        forced = _forced("TOKENPOOL_EXT_CPU_PATH", CPU_PATHS)
         if forced and forced != plan["path"]:
             plan = {**plan, "path": forced, "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}"}
         threads = torch.get_num_threads()
@@ -154,9 +153,7 @@ def _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, capabilit
     if code is None:
         raise ValueError(f"explain: the CUDA kernels take float32, bfloat16 and float16, got {dtype}")
     major, minor = capability
-    forced = os.environ.get("TOKENPOOL_EXT_CUDA_PATH")
-    if forced and forced not in CUDA_PATHS:
-        raise ValueError(f"explain: TOKENPOOL_EXT_CUDA_PATH must be one of {', '.join(CUDA_PATHS)}, got {forced}")
+    forced = _forced("TOKENPOOL_EXT_CUDA_PATH", CUDA_PATHS)
     found = loader.extension.plan_cuda(
         B, N, K, D, num_iters, code, medoids, major, minor, multiprocessors, centers_given=given, farthest=farthest,
         force_path=CUDA_PATHS.index(forced) if forced else -1,
@@ -173,6 +170,13 @@ def _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, capabilit
         reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == found["path"] else "") + found["reason"],
         refusals=refusals,
     )
+
+
+def _forced(variable: str, paths: Tuple[str, ...]) -> Optional[str]:
+    path = os.environ.get(variable) or None
+    if path and path not in paths:
+        raise ValueError(f"explain: {variable} must be one of {', '.join(paths)}, got {path}")
+    return path
 
 
 def _problem(B, N, K, D, num_iters, dtype, medoids) -> str:

@@ -67,11 +67,7 @@ struct Profile : Clustering<float> {
       std::printf("  mirror           %8.1f\n", best([&] { mirror(n_, gram_, row_stride_); }));
       std::printf("  one assignment   %8.1f\n", best([&] { assign_gram(); }));
     } else {
-      take_image(0);  // start() wants the tokens in their order
-      take_buffers();
-      measure();
-      take_direct();
-      start();
+      begin(0, 1);
       std::printf("  pack, multiply   %8.1f  (floor %.1f)\n", best([&] { assign_first(1); }), floor * 2 * k_ / n_);
       repair_empty(n_, k_, weight_, best_, ascending_, label_, count_);
       mark_changes(0);

@@ -20,27 +20,30 @@ class Clustering : protected Direct<In> {
   Clustering(const ClusterArgs& args, bool parallel) : Base(args, parallel) {}
 
   void run(int64_t b, int64_t next) {  // next: the image this thread will probably take afterwards, if there is one
-    this->take_image(b);
-    k_ = std::min(a.counts ? std::min(a.counts[b], a.clusters) : a.clusters, n_);
-    if (k_ < 0) k_ = 0;
-    take_buffers();
-    if (k_ > 0) {
-      this->measure();
-      gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
-      if (gram_path_) {
-        pack_tokens();
-        build_gram(next);
-      } else {
-        this->take_direct();
-      }
-      start();
-      iterate(next);
-    }
+    begin(b, next);
+    if (k_ > 0) iterate(next);
     this->finish();
   }
 
  protected:
   // ---------------------------------------------------------------------------------------------- preparation
+
+  void begin(int64_t b, int64_t next) {
+    this->take_image(b);
+    k_ = std::min(a.counts ? std::min(a.counts[b], a.clusters) : a.clusters, n_);
+    if (k_ < 0) k_ = 0;
+    take_buffers();
+    if (k_ == 0) return;
+    this->measure();
+    gram_path_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
+    if (gram_path_) {
+      pack_tokens();
+      build_gram(next);
+    } else {
+      this->take_direct();
+    }
+    start();
+  }
 
   bool plan() const {
     CpuProblem problem;

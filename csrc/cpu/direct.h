@@ -713,15 +713,6 @@ class Direct : protected Result<In> {
     }
   }
 
-  static void transpose_square(const int32_t* from, int64_t from_stride, int32_t* to, int64_t to_stride) {
-    Vec<float> r[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) r[i] = (Vec<float>)load(from + i * from_stride);
-    transpose<float>(r);
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) store(to + i * to_stride, (Vec<int32_t>)r[i]);
-  }
-
   // Packed (or rounded) panel p against the groups s.group[0..count): bounds as tight as rounding allows.
   template <class T>
   void tighten(int64_t p, int64_t count, const I* own, Scratch& s) {

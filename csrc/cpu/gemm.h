@@ -215,12 +215,6 @@ template <class C>
 inline void mirror(int64_t n, C* gram, int64_t stride) {
   constexpr int L = kLanes<C>;
   for (int64_t row = 0; row < n; row += L)
-    for (int64_t column = 0; column < row; column += L) {
-      Vec<C> r[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) r[i] = load(gram + (row + i) * stride + column);
-      transpose<C>(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(gram + (column + i) * stride + row, r[i]);
-    }
+    for (int64_t column = 0; column < row; column += L)
+      transpose_square(gram + row * stride + column, stride, gram + column * stride + row, stride);
 }

@@ -24,7 +24,8 @@ class Image {
       if (mask[i]) valid_[n_++] = int32_t(i);
   }
 
-  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch: where it fits the second-level cache beside this one.
+  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch: where it fits the second-level cache beside
+  // this one.
   void want_image(int64_t b, int64_t times, Ahead& ahead) const {
     constexpr int64_t kFits = 256 << 10;
     const int64_t bytes = a.tokens * a.features * int64_t(sizeof(In));
@@ -229,7 +230,7 @@ class Image {
   int64_t image_ = 0, n_ = 0;   // which image; its number of valid tokens
   const In* x_ = nullptr;
   int32_t* valid_ = nullptr;    // [n] token indices, or null: all
-  int32_t* ascending_ = nullptr;  // [n] which of those come first to last in the image, or null: as they stand. Sums and ties go by it.
+  int32_t* ascending_ = nullptr;  // [n] the order sums and ties go by, that of the image, or null: as they stand
   const C* weight_ = nullptr;   // [n] scaled, or null
   C scale_ = 1, weight_scale_ = 1;  // powers of two
   C* mean_ = nullptr;           // [D] the image's mean token, scaled

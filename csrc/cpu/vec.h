@@ -147,6 +147,17 @@ TP_INLINE void transpose(Vec<T> (&r)[kLanes<T>]) {
   if constexpr (n / E >= 4) exchange_pieces<2, T>(r);
 }
 
+// The same from memory to memory: rows of kLanes, so far apart.
+template <class T>
+TP_INLINE void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  Vec<T> r[kLanes<T>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = load(from + i * from_stride);
+  transpose<T>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) store(to + i * to_stride, r[i]);
+}
+
 // Memory aligned to a cache line, not initialised, freed at the end of the scope.
 template <class T>
 class Buffer {
