@@ -2,9 +2,6 @@
 // from 2.11 on). Arguments were validated in Python (functional.py); here only what memory safety needs is checked again.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/macros/Macros.h>
 
 #include <cstdlib>
@@ -13,12 +10,10 @@
 #include <tuple>
 
 #include "cpu/api.h"
+#include "tensors.h"
 
 namespace tokenpool {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 DType dtype_of(const Tensor& x, const char* op) {
   switch (x.scalar_type()) {
@@ -55,16 +50,6 @@ Tensor feature_rows(const Tensor& t) {
   return torch::stable::contiguous(t);
 }
 
-template <class T>
-const T* pointer(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  if (!t) return std::nullopt;
-  return torch::stable::contiguous(*t);
-}
-
 void run_parallel(int64_t count, Body body, void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
@@ -82,7 +67,7 @@ int forced_path() {
 }
 
 Tensor new_output(const Tensor& like, int64_t images, int64_t rows, int64_t features) {
-  Tensor out = torch::stable::new_empty(like, {images, rows, features});
+  Tensor out = new_tensor(like, {images, rows, features});
   prefer_large_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   return out;
 }
@@ -95,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
   const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), K = num_clusters;
   STD_TORCH_CHECK(K >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", K, " and ", num_iters);
   STD_TORCH_CHECK(N < (int64_t(1) << 31) && K < (int64_t(1) << 31), op, ": more than 2^31 tokens or clusters an image");
-  const Tensor x = feature_rows(tokens), init = torch::stable::contiguous(start);
+  const Tensor x = feature_rows(tokens), init = dense(start);
   const ScalarType acc = acc_of(x);
   if (weights) check(*weights, {B, N}, acc, op, "weights");
   if (mask) check(*mask, {B, N}, ScalarType::Bool, op, "mask");
@@ -110,10 +95,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
   const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
 
   Tensor centers = new_output(x, B, K, D);
-  Tensor assignment = torch::stable::new_empty(x, {B, N}, ScalarType::Long);
-  Tensor mass = torch::stable::new_empty(x, {B, K}, acc);
-  Tensor medoid_index = torch::stable::new_empty(x, {medoids ? B : 0, K}, ScalarType::Long);
-  Tensor inertia = torch::stable::new_empty(x, {B}, acc);
+  Tensor assignment = new_tensor(x, {B, N}, ScalarType::Long);
+  Tensor mass = new_tensor(x, {B, K}, acc);
+  Tensor medoid_index = medoids ? new_tensor(x, {B, K}, ScalarType::Long) : assignment;  // not returned
+  Tensor inertia = new_tensor(x, {B}, acc);
 
   ClusterArgs a{};
   a.dtype = dtype_of(x, op);
@@ -183,11 +168,11 @@ PoolArgs pool_args(const Tensor& x, const Tensor& assignment, const std::optiona
 }
 
 std::tuple<Tensor, Tensor> pool_cpu(Tensor tokens, Tensor labels, std::optional<Tensor> weights, int64_t num_clusters) {
-  const Tensor x = feature_rows(tokens), assignment = torch::stable::contiguous(labels);
+  const Tensor x = feature_rows(tokens), assignment = dense(labels);
   const auto weights_dense = dense(weights);
   PoolArgs a = pool_args(x, assignment, weights_dense, num_clusters, "pool");
   Tensor centers = new_output(x, a.images, num_clusters, a.features);
-  Tensor mass = torch::stable::new_empty(x, {a.images, num_clusters}, acc_of(x));
+  Tensor mass = new_tensor(x, {a.images, num_clusters}, acc_of(x));
   a.centers = centers.data_ptr();
   a.mass = mass.data_ptr();
   if (a.images > 0) kernels().pool(a);
@@ -197,8 +182,8 @@ std::tuple<Tensor, Tensor> pool_cpu(Tensor tokens, Tensor labels, std::optional<
 std::tuple<Tensor, Tensor> pool_backward_cpu(Tensor grad, Tensor tokens, Tensor means, Tensor labels,
                                              std::optional<Tensor> weights, Tensor masses) {
   const char* op = "pool_backward";
-  const Tensor x = feature_rows(tokens), assignment = torch::stable::contiguous(labels), centers = feature_rows(means),
-               grad_centers = feature_rows(grad), mass = torch::stable::contiguous(masses);
+  const Tensor x = feature_rows(tokens), assignment = dense(labels), centers = feature_rows(means),
+               grad_centers = feature_rows(grad), mass = dense(masses);
   const auto weights_dense = dense(weights);
   const int64_t K = centers.dim() == 3 ? centers.size(1) : 0;
   PoolArgs a = pool_args(x, assignment, weights_dense, K, op);
@@ -206,7 +191,7 @@ std::tuple<Tensor, Tensor> pool_backward_cpu(Tensor grad, Tensor tokens, Tensor 
   check(grad_centers, {a.images, K, a.features}, x.scalar_type(), op, "grad_centers");
   check(mass, {a.images, K}, acc_of(x), op, "mass");
   Tensor grad_x = new_output(x, a.images, a.tokens, a.features);
-  Tensor grad_weights = weights_dense ? torch::stable::new_empty(x, {a.images, a.tokens}, acc_of(x))
+  Tensor grad_weights = weights_dense ? new_tensor(x, {a.images, a.tokens}, acc_of(x))
                                       : torch::stable::new_zeros(x, {a.images, a.tokens}, acc_of(x));
   a.centers = centers.data_ptr();
   a.centers_image_stride = centers.stride(0);
@@ -225,7 +210,7 @@ Tensor unpool_cpu(Tensor means, Tensor labels) {
   const char* op = "unpool";
   STD_TORCH_CHECK(means.is_cpu() && means.dim() == 3 && labels.dim() == 2, op,
                   ": centers must be a CPU tensor of shape (B, K, D), assignment of shape (B, N)");
-  const Tensor centers = feature_rows(means), assignment = torch::stable::contiguous(labels);
+  const Tensor centers = feature_rows(means), assignment = dense(labels);
   const int64_t B = centers.size(0), N = assignment.size(1), D = centers.size(2);
   check(assignment, {B, N}, ScalarType::Long, op, "assignment");
   Tensor out = new_output(centers, B, N, D);
@@ -247,7 +232,7 @@ Tensor unpool_cpu(Tensor means, Tensor labels) {
 }
 
 Tensor unpool_backward_cpu(Tensor grad, Tensor labels, int64_t num_clusters) {
-  const Tensor g = feature_rows(grad), assignment = torch::stable::contiguous(labels);
+  const Tensor g = feature_rows(grad), assignment = dense(labels);
   PoolArgs a = pool_args(g, assignment, std::nullopt, num_clusters, "unpool_backward");
   Tensor out = new_output(g, a.images, num_clusters, a.features);
   a.plain_sum = true;
@@ -281,8 +266,8 @@ Tensor attention_received_cpu(Tensor queries, Tensor keys, double scale, std::op
   a.scale = scale;
   a.threads = num_threads();
   a.parallel_for = run_parallel;
-  Tensor partial = torch::stable::new_empty(q, {a.images, a.heads, a.keys}, acc_of(q));
-  Tensor received = torch::stable::new_empty(q, {a.images, a.keys}, acc_of(q));
+  Tensor partial = new_tensor(q, {a.images, a.heads, a.keys}, acc_of(q));
+  Tensor received = new_tensor(q, {a.images, a.keys}, acc_of(q));
   a.partial = partial.data_ptr();
   a.received = received.data_ptr();
   if (a.images > 0 && a.keys > 0) kernels().attention_received(a);

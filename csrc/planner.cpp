@@ -40,16 +40,20 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   plan.direct_ns = width * (direct_product * direct_multiply_add + (passes + 1) * n * d * kDirectToken + n * k * kCompare +
                             (passes - 1) * (n * kVisit + (p.medoids ? k * d * kMedoidCenter : 0)) +
                             (p.farthest ? n * k * d * kFarthest : 0));
-  const bool fits = gram_bytes <= kMaximumGramBytes;
-  plan.gram = fits && plan.gram_ns <= plan.direct_ns;
+  plan.gram = gram_bytes <= kMaximumGramBytes && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n
                               : direct_product + passes * n * d + (p.farthest ? n * k * d : 0));
   plan.center_group = plan.gram ? 1 : group;
   plan.workspace_bytes = p.acc_bytes * (plan.gram ? n * n + n * d + n * k : (p.acc_bytes == 4 ? 1.5 : 1.0) * k * d +
                                                                      n * std::ceil(k / double(plan.center_group)));
 
+  return plan;
+}
+
+std::string reason(const CpuProblem& p, const CpuPlan& plan) {
   char text[256];
-  if (!fits)
+  const double gram_bytes = double(p.tokens) * double(p.tokens) * p.acc_bytes;
+  if (gram_bytes > kMaximumGramBytes)
     std::snprintf(text, sizeof text, "the Gram matrix would need %.0f MB, more than the %.0f MB allowed",
                   gram_bytes / 1048576, kMaximumGramBytes / 1048576);
   else
@@ -57,8 +61,7 @@ CpuPlan plan_cpu(const CpuProblem& p) {
                   "one Gram product and %lld cheap iterations (%.0f us) against one product with the centers and bounds that spare "
                   "nearly all others (%.0f us)",
                   static_cast<long long>(p.iterations), plan.gram_ns / 1000, plan.direct_ns / 1000);
-  plan.reason = text;
-  return plan;
+  return text;
 }
 
 }  // namespace tokenpool

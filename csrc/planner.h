@@ -28,9 +28,10 @@ struct CpuPlan {
   double gram_ns, direct_ns;  // predicted single-thread time
   double flops;           // of the chosen path (a multiply-add is 2)
   double workspace_bytes; // of the chosen path, per thread
-  std::string reason;
 };
 
 CpuPlan plan_cpu(const CpuProblem& problem);
+
+std::string reason(const CpuProblem& problem, const CpuPlan& plan);  // why, in words
 
 }  // namespace tokenpool

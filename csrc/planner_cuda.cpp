@@ -113,12 +113,6 @@ void plan_streaming(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   plan->launches = 3 + 2 * p.iterations + updates + 2 + (p.farthest ? p.clusters + 1 : 0);
 }
 
-std::string text(const char* format, double a, double b) {
-  char buffer[256];
-  std::snprintf(buffer, sizeof(buffer), format, a, b);
-  return buffer;
-}
-
 }  // namespace
 
 int usual_sm_count(int major, int minor) {
@@ -158,7 +152,6 @@ CudaPlan plan_cuda(const CudaProblem& p) {
   const double parts = p.dtype == DType::kFloat32 ? 1 : 2;
   const double gram_cost = n * n * (d / 2 + t * addition_cost(p.dtype));
   const double direct_cost = t * n * k * d * parts;
-  char note[256];
   CudaPlan streaming = plan;
   plan_streaming(p, limit, &streaming);
   const bool free = p.force_path < 0;
@@ -166,28 +159,14 @@ CudaPlan plan_cuda(const CudaProblem& p) {
   const int sms = p.sm_count > 0 ? p.sm_count : usual_sm_count(p.major, p.minor);
   const bool few = free ? p.batch <= sms : p.force_path == static_cast<int>(CudaPath::kSpread);
   if ((allowed(CudaPath::kResident) || few) && plan_resident(p, limit, &plan)) {
-    if (few && plan_spread(p, limit, &plan))
-      std::snprintf(note, sizeof(note),
-                    "%lld image(s) on %d multiprocessors: each image's Gram matrix by many blocks, its iterations by one block "
-                    "of %d threads in %zu of %zu bytes of shared memory, its means by many",
-                    static_cast<long long>(p.batch), sms, plan.threads, plan.shared_bytes, limit);
-    else
-      std::snprintf(note, sizeof(note),
-                    "the lower triangle of the %d x %d Gram matrix and the state of one image take %zu of %zu bytes of "
-                    "shared memory: one launch, %d image(s) an SM",
-                    p.tokens, p.tokens, plan.shared_bytes, limit, plan.blocks_per_sm);
-    plan.reason = note;
-  } else if (allowed(CudaPath::kGram) && plan_gram(p, limit, &plan) && (!free || gram_cost <= direct_cost)) {
-    plan.reason = "one image's Gram matrix exceeds shared memory but fits the L2 cache; " +
-                  text("estimated cost %.3g against %.3g for direct products", gram_cost, direct_cost);
-  } else {
-    const bool too_many = p.tokens > kGramMaxTokens;
+    if (few) plan_spread(p, limit, &plan);
+  } else if (!(allowed(CudaPath::kGram) && plan_gram(p, limit, &plan) && (!free || gram_cost <= direct_cost))) {
     plan = streaming;
-    plan.reason = !free ? std::string("asked for, or the path asked for cannot hold this shape")
-                  : too_many ? text("%.0f tokens are more than the %.0f a Gram matrix is made for", n, kGramMaxTokens)
-                           : text("estimated cost of direct products %.3g against %.3g for the Gram matrix", direct_cost,
-                                  gram_cost);
   }
+  plan.shared_limit = limit;
+  plan.sm_count = sms;
+  plan.gram_cost = gram_cost;
+  plan.direct_cost = direct_cost;
   const size_t one = workspace_bytes(plan, p, 1), two = workspace_bytes(plan, p, 2);
   const size_t each = std::max<size_t>(1, two - one);
   const int64_t batch = std::max<int64_t>(p.batch, 0);
@@ -202,10 +181,42 @@ CudaPlan plan_cuda(const CudaProblem& p) {
   return plan;
 }
 
+std::string reason(const CudaProblem& p, const CudaPlan& plan) {
+  char text[320];
+  switch (plan.path) {
+    case CudaPath::kSpread:
+      std::snprintf(text, sizeof(text),
+                    "%lld image(s) on %d multiprocessors: each image's Gram matrix by many blocks, its iterations by one block "
+                    "of %d threads in %zu of %zu bytes of shared memory, its means by many",
+                    static_cast<long long>(p.batch), plan.sm_count, plan.threads, plan.shared_bytes, plan.shared_limit);
+      return text;
+    case CudaPath::kResident:
+      std::snprintf(text, sizeof(text),
+                    "the lower triangle of the %d x %d Gram matrix and the state of one image take %zu of %zu bytes of "
+                    "shared memory: one launch, %d image(s) an SM",
+                    p.tokens, p.tokens, plan.shared_bytes, plan.shared_limit, plan.blocks_per_sm);
+      return text;
+    case CudaPath::kGram:
+      std::snprintf(text, sizeof(text),
+                    "one image's Gram matrix exceeds shared memory but fits the L2 cache; estimated cost %.3g against %.3g for "
+                    "direct products", plan.gram_cost, plan.direct_cost);
+      return text;
+    case CudaPath::kStreaming:
+      if (p.force_path >= 0) return "asked for, or the path asked for cannot hold this shape";
+      if (p.tokens > kGramMaxTokens)
+        std::snprintf(text, sizeof(text), "%d tokens are more than the %d a Gram matrix is made for", p.tokens, kGramMaxTokens);
+      else
+        std::snprintf(text, sizeof(text), "estimated cost of direct products %.3g against %.3g for the Gram matrix",
+                      plan.direct_cost, plan.gram_cost);
+      return text;
+  }
+  return "unknown";
+}
+
 }  // namespace cuda
 }  // namespace tokenpool
 
-extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* reason, int reason_bytes) {
+extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* text, int text_bytes) {
   using namespace tokenpool::cuda;
   CudaProblem p;
   p.batch = problem[0];
@@ -237,5 +248,6 @@ extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char*
                                static_cast<int64_t>(result.workspace_bytes),
                                result.parts};
   std::copy(numbers, numbers + 13, plan);
-  if (reason != nullptr && reason_bytes > 0) std::snprintf(reason, static_cast<size_t>(reason_bytes), "%s", result.reason.c_str());
+  if (text != nullptr && text_bytes > 0)
+    std::snprintf(text, static_cast<size_t>(text_bytes), "%s", reason(p, result).c_str());
 }

@@ -50,7 +50,9 @@ struct CudaPlan {
   size_t workspace_bytes = 0;
   double flops = 0;         // multiply-adds times two, all images
   double bytes = 0;         // least traffic with global memory
-  std::string reason;
+  size_t shared_limit = 0;  // of a block on this device
+  int sm_count = 0;
+  double gram_cost = 0, direct_cost = 0;  // estimates that decide between "gram" and "streaming"
 };
 
 // Streaming multiprocessors of a usual device of this compute capability.
@@ -63,6 +65,8 @@ const char* path_name(CudaPath path);
 
 CudaPlan plan_cuda(const CudaProblem& problem);
 
+std::string reason(const CudaProblem& problem, const CudaPlan& plan);  // why, in words
+
 }  // namespace cuda
 }  // namespace tokenpool
 
@@ -71,5 +75,5 @@ CudaPlan plan_cuda(const CudaProblem& problem);
 //            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free), farthest  (14 numbers)
 //   plan:    path, launches, threads, shared_bytes, chunk, bucket_warps, bucket_in_global, blocks_per_sm,
 //            images_per_pass, passes, blocks, workspace_bytes, parts                                (13 numbers)
-//   reason:  text, cut to reason_bytes.
-extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* reason, int reason_bytes);
+//   text:    the reason, cut to text_bytes.
+extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* text, int text_bytes);

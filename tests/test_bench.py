@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from bench import floor, machine, peers, plot, profile_cpu, report, runner, timing, tokens
+from bench import call_cost, floor, machine, peers, plot, profile_cpu, report, runner, timing, tokens
 from bench.__main__ import main
 from bench.problem import Problem, parse_shapes, problems
 
@@ -335,3 +335,9 @@ def test_the_profile_follows_the_kernels(capfd):
     assert profile_cpu.main(["100", "16", "50", "1"]) == 0
     told = capfd.readouterr().out
     assert "direct path" in told and "first update" in told
+
+
+def test_what_a_call_costs_is_measured():
+    found = call_cost.measure("cpu", rounds=2, count=2)
+    assert {"kmeans, strided", "TokenPooling", "torch.empty"} < set(found)
+    assert all(0 < us["p20"] <= us["p50"] <= us["p80"] for us in found.values())

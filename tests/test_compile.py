@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tokenpool_ext as tp
 from helpers import assert_identical, positive_weights, spread_indices, tokens
@@ -169,3 +170,20 @@ def test_inductor(backend):
     function = lambda x: tp.kmeans(x + 1, 4, num_iters=2, backend=backend.name).centers.tanh()
     x = tokens(2, 12, 3, device=backend.device)
     torch.testing.assert_close(function(x), compiled(function, dynamic=True)(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*deprecated")
+@pytest.mark.parametrize("how", ["jit", "real", "fake", "symbolic"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["strided", "topk"])
+def test_a_trace_makes_its_own_start(how, weighted):
+    """What eager calls write past torch's ops must not be lost where the ops are recorded."""
+    (x, other), (w, v) = tokens(4, 40, 8).split(2), positive_weights(4, 40).split(2)
+
+    def pooled(x, w):
+        found = tp.kmeans(x, 7, weights=w if weighted else None)
+        return tp.unpool(tp.pool(x, found.assignment, 7, weights=w), found.assignment)
+
+    traced = torch.jit.trace(pooled, (x, w)) if how == "jit" else make_fx(pooled, tracing_mode=how)(x, w)
+    del_me = [torch.full((2, 7), 10**6) for _ in range(20)]  # what uninitialised memory would hold
+    del del_me
+    assert_identical(traced(other, v), pooled(other, v))

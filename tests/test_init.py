@@ -8,6 +8,7 @@ import torch
 import oracle
 import tokenpool_ext as tp
 from helpers import assert_consistent, assert_identical, f64, integer_tokens, positive_weights, tokens
+from tokenpool_ext import functional, loader
 from tokenpool_ext.init import STRATEGIES, initial
 
 pytestmark = pytest.mark.one_path
@@ -150,6 +151,35 @@ def test_strided_is_even(N, K):
     gaps = np.diff(index)
     assert index == sorted(set(index)) and (not len(gaps) or gaps.max() - gaps.min() <= 1)
     assert index[0] <= N / K and index[-1] >= N - 1 - N / K, "spread over the whole image"
+
+
+@pytest.mark.skipif(loader.extension is None, reason="the extension makes these starts")
+def test_starts_made_by_the_extension_are_those_of_torch():
+    """One call of the extension instead of several ops; the indices are the same, ties, NaN and all."""
+    generator = torch.Generator().manual_seed(0)
+    for n, b in ((1, 1), (8, 3), (197, 2), (1030, 2)):
+        scores = torch.rand(b, n, generator=generator)
+        unusual = scores.clone()
+        unusual[:, ::3], unusual[:, 1::5], unusual[:, 2::7] = float("nan"), float("inf"), -0.0
+        zeros = torch.where(torch.rand(b, n, generator=generator) < 0.5, 0.0, -0.0)
+        for k in sorted({1, n // 3 + 1, n}):
+            into = torch.full((b, k), -7)
+            loader.extension.fill_strided(into.data_ptr(), b, n, k)
+            assert torch.equal(into, start("strided", torch.zeros(b, n, 1), k))
+            for w in (scores, (5 * scores).round(), unusual, zeros, -scores):
+                loader.extension.fill_largest(into.data_ptr(), w.data_ptr(), b, n, k)
+                assert torch.equal(into, start("topk", torch.zeros(b, n, 1), k, w)), (n, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_batch_of_scores_starts_where_its_images_alone_do(dtype):
+    """Above a size torch sorts the scores, below it the extension does."""
+    n = 64
+    b = functional.SORTED_HERE // n + 1
+    x, w = tokens(b, n, 3, dtype), torch.rand(b, n, generator=torch.Generator().manual_seed(1), dtype=dtype).mul(9).round()
+    whole = tp.kmeans(x, 9, weights=w, num_iters=1)
+    for i in (0, b - 1):
+        assert torch.equal(tp.kmeans(x[i], 9, weights=w[i], num_iters=1).assignment, whole.assignment[i])
 
 
 def test_strided_counts_valid_tokens_only():

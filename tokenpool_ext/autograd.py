@@ -16,8 +16,10 @@ from . import registry
 
 def wanted(*inputs: Optional[torch.Tensor]) -> bool:
     """Does anything record how the result depends on these? If not, the op is called without the cost of a Function."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return True
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                return True
     # Forward mode and torch.func hide what they record; the Function says what it cannot do, the op would lose it.
     return getattr(forward_ad, "_current_level", 0) >= 0 or torch._C._are_functorch_transforms_active()
 

@@ -12,12 +12,13 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from . import autograd, registry
+from . import autograd, loader, registry
 from .init import STRATEGIES, initial
 from .reference import accumulate_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+SORTED_HERE = 1 << 15  # scores of "topk"; torch sorts more of them with all threads
 
 
 class Clusters(NamedTuple):
@@ -143,7 +144,11 @@ def pool(
     _check_count(name, "num_clusters", num_clusters)
     weights = _check_weights(name, weights, x3, batched)
     chain = registry.select("pool", x3, backend)
-    centers = autograd.Pool.apply(chain, x3, assignment, weights, num_clusters)
+    if autograd.wanted(x3, weights):
+        centers = autograd.Pool.apply(chain, x3, assignment, weights, num_clusters)
+    else:
+        with registry.no_autocast(x3):
+            centers, _ = registry.call(chain, "pool", x3, assignment, weights, num_clusters)
     return centers if batched else centers[0]
 
 
@@ -164,7 +169,10 @@ def unpool(centers: Tensor, assignment: Tensor, *, backend: Optional[str] = None
     centers3 = centers if batched else centers[None]
     assignment = _check_assignment(name, assignment, centers3, batched, same_length=False)
     chain = registry.select("unpool", centers3, backend)
-    tokens = autograd.Unpool.apply(chain, centers3, assignment)
+    if autograd.wanted(centers3):
+        tokens = autograd.Unpool.apply(chain, centers3, assignment)
+    else:
+        tokens = registry.call(chain, "unpool", centers3, assignment)
     return tokens if batched else tokens[0]
 
 
@@ -314,6 +322,10 @@ def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: boo
     return value if batched else value[None]
 
 
+def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # asking torch first takes two microseconds
+
+
 def _check_mask(name: str, mask, x3: Tensor, batched: bool) -> Optional[Tensor]:
     if mask is None:
         return None
@@ -329,8 +341,11 @@ def _check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Optional
     _check_tensor(name, "weights", weights)
     if weights.dtype.is_complex:
         raise TypeError(f"{name}: weights must be real, got {weights.dtype}")
-    weights = _per_token(name, "weights", weights, x3, batched).to(accumulate_dtype(x3.dtype))
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    weights = _converted(_per_token(name, "weights", weights, x3, batched), accumulate_dtype(x3.dtype))
+    if weights.is_cpu and not _recorded():
+        if mask is None and weights.is_contiguous() and _plain(weights):
+            if not loader.extension.any_negative(weights.data_ptr(), weights.numel(), weights.element_size()):
+                return weights
         negative = weights < 0 if mask is None else (weights < 0) & mask
         if negative.any():
             least = float(weights.detach()[negative].amin())
@@ -377,12 +392,22 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         if init == "bipartite" and (counts is not None or mask is not None) and x3.device.type == "cpu" and b:
             num_valid = torch.full((b,), n) if mask is None else mask.sum(1)
             fewest = torch.full((b,), k) if counts is None else counts
-            if not torch.compiler.is_compiling() and (2 * fewest < num_valid).any():
+            if not _recorded() and (2 * fewest < num_valid).any():
                 raise ValueError(
                     f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid tokens; use another init"
                 )
         if all(init in registry.REGISTRY[backend].starts for backend in chain):
             return x3.new_empty(b, 0, dtype=torch.int64)  # no indices: the op chooses this start itself
+        if mask is None and _plain(x3):
+            if init == "strided" and counts is None:
+                start = x3.new_empty(b, k, dtype=torch.int64)
+                loader.extension.fill_strided(start.data_ptr(), b, n, k)
+                return start
+            sortable = weights is not None and weights.dtype == torch.float32 and weights.is_contiguous() and _plain(weights)
+            if init == "topk" and sortable and b * n <= SORTED_HERE:
+                start = x3.new_empty(b, k, dtype=torch.int64)
+                loader.extension.fill_largest(start.data_ptr(), weights.data_ptr(), b, n, k)
+                return start
         with torch.no_grad(), registry.no_autocast(x3):
             return initial(init, x3, k, weights, mask, counts, generator, as_indices=name == "kmedoids")
     if not isinstance(init, Tensor):
@@ -394,16 +419,17 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         if init.shape != expected:
             label = "(B, K)" if batched else "(K,)"
             raise ValueError(f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}")
-        init = (init if batched else init[None]).to(torch.int64)
-        looked_at = init.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looked_at and init.numel():
+        init = _converted(init if batched else init[None], torch.int64)
+        if init.is_cpu and init.numel() and not _recorded():
+            # Entries of clusters that an image does not have may be anything: every backend clamps what it reads.
             used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
-            low, high = map(int, used.aminmax())
+            if used.is_contiguous() and _plain(used):
+                low, high = loader.extension.extremes(used.data_ptr(), used.numel())
+            else:
+                low, high = map(int, used.aminmax())
             if low < 0 or high >= n:
                 raise ValueError(f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}")
-        if not looked_at or counts is not None:  # entries of clusters that an image does not have may be anything
-            init = init.clamp(0, max(n - 1, 0))
-        return init if mask is None or n == 0 else _next_valid(mask).gather(1, init)
+        return init if mask is None or n == 0 else _next_valid(mask).gather(1, init.clamp(0, n - 1))
     if init.dtype not in FLOATING:
         raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")
     if name == "kmedoids":
@@ -413,6 +439,23 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         label = "(B, K, D)" if batched else "(K, D)"
         raise ValueError(f"{name}: init must hold centers of shape {label} = {expected}, got {tuple(init.shape)}")
     return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
+
+
+def _recorded() -> bool:
+    """Are ops recorded or replaced (torch.compile, tracing, fake tensors and other dispatch modes)? Then no value is looked at."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _plain(t: Tensor) -> bool:
+    """May the extension look at this tensor's memory, or write that of one made beside it? It takes a microsecond where an op
+    of torch takes five."""
+    return (
+        t.is_cpu
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and loader.extension is not None
+        and not torch._C._are_functorch_transforms_active()
+        and not _recorded()
+    )
 
 
 def _next_valid(mask: Tensor) -> Tensor:
@@ -461,4 +504,4 @@ def _check_assignment(name: str, assignment, values: Tensor, batched: bool, same
             f" got {tuple(assignment.shape)}"
         )
     _check_device(name, "assignment", assignment, values)
-    return assignment.to(torch.int64)
+    return _converted(assignment, torch.int64)

@@ -136,7 +136,7 @@ class TokenReduction(nn.Module):
             if self.return_clusters:
                 clusters = _identity(x[:, prefix:], scores, mask)
         else:
-            pooled, clusters = self.reduce(x[:, prefix:], k, scores, features, mask, patch_sizes, want)
+            pooled, clusters = self.reduce(x[:, prefix:] if prefix else x, k, scores, features, mask, patch_sizes, want)
             tokens = torch.cat([x[:, :prefix], pooled], dim=1) if prefix else pooled
             new_sizes = None
             if sizes is not None:

@@ -190,4 +190,4 @@ class _Probe:
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device = device
         self.dtype = dtype
-        self.is_cuda = device.type == "cuda"
+        self.is_cpu, self.is_cuda = device.type == "cpu", device.type == "cuda"

@@ -48,7 +48,7 @@ def _cuda_unavailable() -> Optional[str]:
 
 
 def _cuda_refuses(op: str, x: Tensor) -> Optional[str]:
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return f"the tokens are on {x.device}, not on a CUDA device"
     if x.dtype == torch.float64:
         return "the CUDA kernels take float32, bfloat16 and float16, not float64"
@@ -60,7 +60,7 @@ def _cpu_unavailable() -> Optional[str]:
 
 
 def _cpu_refuses(op: str, x: Tensor) -> Optional[str]:
-    return None if x.device.type == "cpu" else f"the tokens are on {x.device}, not on the CPU"
+    return None if x.is_cpu else f"the tokens are on {x.device}, not on the CPU"
 
 
 REGISTRY: Dict[str, Backend] = {
@@ -72,6 +72,7 @@ REGISTRY: Dict[str, Backend] = {
         Backend("reference", lambda: None, lambda op, x: None, lambda: reference, starts=("farthest",)),
     )
 }
+_CPU, _CPU_BACKEND = ("cpu",), REGISTRY["cpu"]
 
 
 def backends() -> Dict[str, str]:
@@ -87,11 +88,11 @@ def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
         RuntimeError: it is, but cannot run this; the message has the reason.
     """
     source = "backend"
-    if name is None:
-        name = os.environ.get(ENVIRONMENT) or None
+    if name is None and ENVIRONMENT in os.environ:
+        name = os.environ[ENVIRONMENT] or None
         source = ENVIRONMENT
     if name is None:
-        return tuple(_willing(op, x))
+        return _CPU if x.is_cpu and _CPU_BACKEND.can_run(op, x) is None else tuple(_willing(op, x))
     if not isinstance(name, str):
         raise TypeError(f"{op}: backend must be a string or None, got {type(name).__name__}")
     if name not in REGISTRY:
@@ -108,8 +109,7 @@ def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
 def _willing(op: str, x: Tensor):
     device = x.device.type
     if device == "cpu":
-        interpreted = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
-        order = interpreted if _cpu_unavailable() else ("cpu",)
+        order = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
     elif device == "cuda":
         order = ("cuda", "triton", "reference")
     else:
@@ -117,11 +117,16 @@ def _willing(op: str, x: Tensor):
     return [name for name in order if REGISTRY[name].can_run(op, x) is None]
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def no_autocast(x: Tensor):
     """A context in which the dtype of the inputs rules, also under autocast."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return _NOTHING
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.autocast(kind, enabled=False)
 
 

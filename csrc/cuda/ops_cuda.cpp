@@ -3,12 +3,8 @@
 //
 // Nothing here synchronises with the host. Device properties are read once per device.
 #include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
 #include <cstdlib>
@@ -19,15 +15,13 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "pipeline.h"
 #include "workspace.h"
 
 namespace tokenpool {
 namespace cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 struct Device {
   int major = 0;
@@ -125,16 +119,6 @@ Tokens tokens_of(const Tensor& t) {
   return Tokens{data, t.stride(0), t.stride(1), t.stride(2), aligned ? 1 : 0};
 }
 
-std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  if (!t) return std::nullopt;
-  return torch::stable::contiguous(*t);
-}
-
-template <typename T>
-const T* pointer(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
-}
-
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
@@ -142,7 +126,7 @@ T* data(const Tensor& t) {
 
 // Memory of torch's caching allocator: freed in stream order, and captured by CUDA graphs.
 Tensor workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes) + 1}, ScalarType::Byte);
+  return new_tensor(like, {static_cast<int64_t>(bytes) + 1}, ScalarType::Byte);
 }
 
 int forced_path() {
@@ -184,21 +168,16 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   problem.farthest = farthest;
 
   const OnDevice device(x);
-  const Tensor init = torch::stable::contiguous(start);
+  const Tensor init = dense(start);
   const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
-  const bool empty = b == 0 || n == 0;
-  const auto output = [&](std::initializer_list<int64_t> sizes, std::optional<ScalarType> type) {
-    const std::vector<int64_t> shape(sizes);
-    const torch::headeronly::IntHeaderOnlyArrayRef ref(shape.data(), shape.size());
-    return empty ? torch::stable::new_zeros(x, ref, type) : torch::stable::new_empty(x, ref, type);
-  };
-  const Tensor centers = output({b, k, d}, std::nullopt);
-  const Tensor assignment = output({b, n}, ScalarType::Long);
-  const Tensor mass = output({b, k}, ScalarType::Float);
-  Tensor medoids = output({with_medoids ? b : 0, k}, ScalarType::Long);
-  const Tensor inertia = output({b}, ScalarType::Float);
-  if (empty) {
-    torch::stable::fill_(medoids, -1);
+  Tensor centers = new_tensor(x, {b, k, d});
+  Tensor assignment = new_tensor(x, {b, n}, ScalarType::Long);
+  Tensor mass = new_tensor(x, {b, k}, ScalarType::Float);
+  Tensor medoids = with_medoids ? new_tensor(x, {b, k}, ScalarType::Long) : assignment;  // not returned
+  Tensor inertia = new_tensor(x, {b}, ScalarType::Float);
+  if (b == 0 || n == 0) {
+    for (Tensor* zero : {&centers, &mass, &inertia}) torch::stable::fill_(*zero, 0);
+    if (with_medoids) torch::stable::fill_(medoids, -1);
     return {centers, assignment, mass, medoids, inertia};
   }
 
@@ -257,11 +236,14 @@ std::tuple<Tensor, Tensor> cluster_sums(const char* op, const Tensor& x, const T
   call.dtype = dtype_of(x, op);
   call.mode = mode;
   const OnDevice device(x);
-  const Tensor assignment = torch::stable::contiguous(labels);
+  const Tensor assignment = dense(labels);
   const auto weights_dense = dense(weights);
-  const Tensor centers = torch::stable::new_zeros(x, {b, k, d});
-  const Tensor mass = torch::stable::new_zeros(x, {b, k}, ScalarType::Float);
-  if (b == 0 || n == 0) return {centers, mass};
+  Tensor centers = new_tensor(x, {b, k, d});
+  Tensor mass = new_tensor(x, {b, k}, ScalarType::Float);
+  if (b == 0 || n == 0) {
+    for (Tensor* zero : {&centers, &mass}) torch::stable::fill_(*zero, 0);
+    return {centers, mass};
+  }
   const size_t limit = device_properties(device.index).shared_limit;
   const Tensor memory = workspace(x, pool_workspace_bytes(call.shape, limit));
   call.x = tokens_of(x);
@@ -294,12 +276,12 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_centers, Tensor x, Tensor c
   check(given_mass, x, {b, k}, ScalarType::Float, op, "mass");
   if (weights) check(*weights, x, {b, n}, ScalarType::Float, op, "weights");
   const OnDevice device(x);
-  const Tensor assignment = torch::stable::contiguous(labels), mass = torch::stable::contiguous(given_mass);
+  const Tensor assignment = dense(labels), mass = dense(given_mass);
   const auto weights_dense = dense(weights);
-  const Tensor grad_x = torch::stable::new_empty(x, {b, n, d});
-  const Tensor grad_weights = torch::stable::new_empty(x, {b, n}, ScalarType::Float);
+  const Tensor grad_x = new_tensor(x, {b, n, d});
+  const Tensor grad_weights = new_tensor(x, {b, n}, ScalarType::Float);
   if (b == 0 || n == 0) return {grad_x, grad_weights};
-  const Tensor counts = torch::stable::new_empty(x, {b, k}, ScalarType::Int);
+  const Tensor counts = new_tensor(x, {b, k}, ScalarType::Int);
   PoolBackwardArgs args{};
   args.shape = Shape{b, to_int(n, op, "the number of tokens"), to_int(d, op, "the number of features"),
                      to_int(k, op, "the number of clusters")};
@@ -323,8 +305,8 @@ Tensor unpool(Tensor centers, Tensor labels) {
   const DType dtype = dtype_of(centers, op);
   check(labels, centers, {b, n}, ScalarType::Long, op, "assignment");
   const OnDevice device(centers);
-  const Tensor assignment = torch::stable::contiguous(labels);
-  const Tensor output = torch::stable::new_empty(centers, {b, n, d});
+  const Tensor assignment = dense(labels);
+  const Tensor output = new_tensor(centers, {b, n, d});
   if (b == 0 || n == 0) return output;
   UnpoolArgs args{};
   args.shape = Shape{b, to_int(n, op, "the number of tokens"), to_int(d, op, "the number of features"),
@@ -355,8 +337,11 @@ Tensor attention_received(Tensor q, Tensor k, double scale, std::optional<Tensor
   check(k, q, {b, h, keys, d}, q.scalar_type(), op, "k");
   if (lse) check(*lse, q, {b, h, queries}, ScalarType::Float, op, "lse");
   const OnDevice device(q);
-  const Tensor received = torch::stable::new_zeros(q, {b, keys}, ScalarType::Float);
-  if (b == 0 || h == 0 || queries == 0 || keys == 0) return received;
+  Tensor received = new_tensor(q, {b, keys}, ScalarType::Float);
+  if (b == 0 || h == 0 || queries == 0 || keys == 0) {
+    torch::stable::fill_(received, 0);
+    return received;
+  }
   const auto lse_dense = dense(lse);
   AttentionArgs args{};
   args.batch = b;

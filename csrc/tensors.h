@@ -1,0 +1,53 @@
+// What both libraries need of torch's stable ABI.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+namespace tokenpool {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// torch looks an op up by its name at every call: not where there is nothing to do.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  return dense(*t);
+}
+
+// A contiguous tensor on the device of `like`, not initialised. (torch::stable::new_empty goes through the dispatcher by name.)
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  std::array<int64_t, 4> stride{};
+  int64_t step = 1;
+  for (size_t axis = shape.size(); axis-- > 0;) {
+    stride[axis] = step;
+    step *= std::max<int64_t>(shape.begin()[axis], 1);
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), stride.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return new_tensor(like, shape, like.scalar_type());
+}
+
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+}  // namespace tokenpool
