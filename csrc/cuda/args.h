@@ -78,6 +78,7 @@ struct IterationArgs {
   const float* weights;       // (B, N) or null
   const uint8_t* mask;        // (B, N) bool or null
   const int64_t* init;        // (B, K) token indices, or null
+  int64_t init_stride;        // between images: K, or 0 where all start alike
   const int* first_label;     // (B, N) first assignment (to given centers), or null
   const float* first_cost;    // (B, N); neither init nor first_label: the kernel starts farthest-first
   int64_t* assignment;        // (B, N)
@@ -162,6 +163,7 @@ struct GatherArgs {
   const ImageStats* stats;
   const float* mean;
   const int64_t* init;        // (B, K) indices, or null
+  int64_t init_stride;
   const float* init_centers;  // (B, K, D), or null
   float* centers;             // (B, K, D) in scaled, centred units
   float* norms;               // (B, K)
@@ -315,7 +317,7 @@ TOKENPOOL_BOTH inline size_t state_words(int tokens, int clusters, int bucket_wa
   const size_t n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
   const size_t counters = static_cast<size_t>(bucket_warps) * k;                          // of the sort by cluster
   const size_t candidates = parts > 1 ? 2 * static_cast<size_t>(parts) * tokens : 0;      // of an assignment, in turn
-  return 6 * n + 5 * k + (counters > candidates ? counters : candidates);
+  return 9 * n + 5 * k + (counters > candidates ? counters : candidates);
 }
 
 TOKENPOOL_BOTH inline size_t packed_words(int tokens) {

@@ -20,51 +20,45 @@ __device__ inline void set_label(const ClusterState& s, int i, int nearest, floa
   s.cost[i] = valid && cost > 0.0f ? cost : 0.0f;  // NaN becomes 0
 }
 
-// Nearest center of every token: those of the current member lists, or the tokens named by s.medoid.
+// Nearest center of every token: the mean of each list of members, or each medoid (to_medoids).
+//
+// One pass over the members, without a loop for each cluster: a product is complete, and its distance counts, in the
+// cluster's last member; in the others the norm is infinite. The next rows are on their way meanwhile.
 //
 // With kSplit the block's threads form p.parts groups, each comparing a range of the clusters for all tokens: the same
 // distances, and the same nearest center, by more threads. Candidates meet in shared memory.
-template <int kColumns, bool kToTokens, bool kSplit, typename Gram>
-__device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p) {
+template <int kColumns, bool kSplit, typename Gram>
+__device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, bool to_medoids) {
   const int parts = kSplit ? p.parts : 1;
   const int width = blockDim.x / parts, part = kSplit ? threadIdx.x / width : 0;
-  const int first = kSplit ? p.clusters * part / parts : 0, last = kSplit ? p.clusters * (part + 1) / parts : p.clusters;
+  int first = kSplit ? p.clusters * part / parts : 0, last = kSplit ? p.clusters * (part + 1) / parts : p.clusters;
+  if (!to_medoids) {
+    first = s.start[first];
+    last = s.start[last];
+  }
+  const auto cluster_of = [&](int m) { return m < 0 ? 0 : to_medoids ? m : s.previous[s.order[m]]; };
   for (int i0 = threadIdx.x - part * width; i0 < p.tokens; i0 += kColumns * width) {
-    int column[kColumns], nearest[kColumns];
-    float best[kColumns];
+    int column[kColumns], nearest[kColumns];  // nearest: the last member of the nearest center's cluster
+    float best[kColumns], product[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       column[c] = min(i0 + c * width, p.tokens - 1);
-      nearest[c] = 0;
+      nearest[c] = -1;
       best[c] = infinity();
+      product[c] = 0.0f;
     }
-#pragma unroll 1
-    for (int j = first; j < last; ++j) {
-      float product[kColumns];
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) product[c] = 0.0f;
-      if (kToTokens) {
-        const int m = s.medoid[j];
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) product[c] = gram(m, column[c]);
-      } else {
-        const int end = s.start[j + 1];
 #pragma unroll 4
-        for (int m = s.start[j]; m < end; ++m) {
-          const int l = s.order[m];
-          const float share = s.share[m];
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) product[c] = fmaf(share, gram(l, column[c]), product[c]);
-        }
-      }
-      const float norm = s.norm[j];
+    for (int m = first; m < last; ++m) {
+      const Member member = s.members[m];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const float distance = norm - 2.0f * product[c];
+        product[c] = fmaf(member.share, gram.at(member.row, member.token, column[c]), product[c]);
+        const float distance = fmaf(-2.0f, product[c], member.norm);
         if (distance < best[c]) {
           best[c] = distance;
-          nearest[c] = j;
+          nearest[c] = m;
         }
+        if (member.norm != infinity()) product[c] = 0.0f;
       }
     }
 #pragma unroll
@@ -74,7 +68,7 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
       if (kSplit)
         s.candidates()[part * p.tokens + i] = Candidate{best[c], nearest[c]};
       else
-        set_label(s, i, nearest[c], gram(i, i) + best[c]);
+        set_label(s, i, cluster_of(nearest[c]), gram(i, i) + best[c]);
     }
   }
   if (!kSplit) return;
@@ -87,7 +81,7 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
       const Candidate other = s.candidates()[q * p.tokens + i];
       if (other.value < best.value) best = other;
     }
-    set_label(s, i, best.index, gram(i, i) + best.value);
+    set_label(s, i, cluster_of(best.index), gram(i, i) + best.value);
   }
 }
 
@@ -109,8 +103,17 @@ __device__ inline void claim_medoids(ClusterState& s, const ClusterProblem& p) {
   __syncthreads();
 }
 
-// p_l of every member: w_l / W_j, or 1 / count where W_j is 0.
-__device__ inline void share_weights(ClusterState& s, const ClusterProblem& p) {
+// A norm as Member keeps it. A center whose norm is not finite is nearest to nothing, and must end its list.
+__device__ inline float last_norm(float norm) { return fabsf(norm) < infinity() ? norm : __uint_as_float(0x7fc00000u); }
+
+template <typename Gram>
+__device__ inline Member medoid_member(const Gram& gram, int token) {
+  return Member{token, gram.row(token), 1.0f, last_norm(gram(token, token))};
+}
+
+// Every member with its p_l: w_l / W_j, or 1 / count where W_j is 0. Norms are not known yet.
+template <typename Gram>
+__device__ inline void list_members(const Gram& gram, ClusterState& s, const ClusterProblem& p) {
 #pragma unroll 1
   for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
     const int begin = s.start[j], end = s.start[j + 1];
@@ -118,8 +121,11 @@ __device__ inline void share_weights(ClusterState& s, const ClusterProblem& p) {
 #pragma unroll 1
     for (int m = begin; m < end; ++m) total += s.weight[s.order[m]];
 #pragma unroll 1
-    for (int m = begin; m < end; ++m)
-      s.share[m] = total > 0.0f ? s.weight[s.order[m]] / total : 1.0f / static_cast<float>(end - begin);
+    for (int m = begin; m < end; ++m) {
+      const int token = s.order[m];
+      const float share = total > 0.0f ? s.weight[token] / total : 1.0f / static_cast<float>(end - begin);
+      s.members[m] = Member{token, gram.row(token), share, infinity()};
+    }
   }
   __syncthreads();
 }
@@ -135,7 +141,10 @@ __device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const
     float sum = 0.0f;
     if (j >= 0)
 #pragma unroll 2
-      for (int m = s.start[j]; m < s.start[j + 1]; ++m) sum = fmaf(s.share[m], gram(s.order[m], i), sum);
+      for (int m = s.start[j]; m < s.start[j + 1]; ++m) {
+        const Member member = s.members[m];
+        sum = fmaf(member.share, gram.at(member.row, member.token, i), sum);
+      }
     product[i] = sum;
   }
   __syncthreads();
@@ -158,12 +167,12 @@ __device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const
         }
       }
       s.medoid[j] = chosen;
-      s.norm[j] = gram(chosen, chosen);
+      s.members[j] = medoid_member(gram, chosen);
     } else {
       float sum = 0.0f;
 #pragma unroll 1
-      for (int m = begin; m < end; ++m) sum = fmaf(s.share[m], product[s.order[m]], sum);
-      s.norm[j] = sum;
+      for (int m = begin; m < end; ++m) sum = fmaf(s.members[m].share, product[s.members[m].token], sum);
+      s.members[end - 1].norm = last_norm(sum);
     }
   }
   __syncthreads();
@@ -186,7 +195,7 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
 #pragma unroll 1
     for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
       if (p.init != nullptr) s.medoid[j] = static_cast<int>(max(int64_t{0}, min(p.init[j], int64_t{p.tokens - 1})));
-      s.norm[j] = gram(s.medoid[j], s.medoid[j]);
+      s.members[j] = medoid_member(gram, s.medoid[j]);
     }
   }
   __syncthreads();
@@ -197,10 +206,8 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
         s.label[i] = p.first_label[i];
         s.cost[i] = p.first_cost[i];
       }
-    } else if (t == 0 || p.with_medoids) {
-      assign_from_gram<kColumns, true, kSplit>(gram, s, p);
     } else {
-      assign_from_gram<kColumns, false, kSplit>(gram, s, p);
+      assign_from_gram<kColumns, kSplit>(gram, s, p, t == 0 || p.with_medoids);
     }
     __syncthreads();
     if (p.with_medoids) claim_medoids(s, p);
@@ -218,7 +225,7 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
     for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) s.previous[i] = s.label[i];
     bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
     if (p.with_medoids || t + 1 < p.iterations) {
-      share_weights(s, p);
+      list_members(gram, s, p);
       update_from_gram(gram, s, p);
     }
   }

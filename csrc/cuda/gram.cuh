@@ -1,14 +1,17 @@
 // G = X X^T for a batch of images, float32, both triangles written.
 //
 // Grid: one block per (image, 128 x 128 tile of the lower triangle). Eight warps, 4 x 2, each a 32 x 64 part of the
-// tile as two warp tiles. Tokens are staged in shared memory `stage_chunk` features at a time. Bytes: every tile
-// reads 256 token rows (from L2 after the first touch) and writes 2 * 64 KB.
+// tile; a part above the diagonal or beyond the image is left out, and every product is written to both its places.
+// Tokens are staged in shared memory `stage_chunk` features at a time. Bytes: every tile reads 256 token rows (from L2
+// after the first touch) and writes 2 * 64 KB.
 #pragma once
 
 #include "tile.cuh"
 
 namespace tokenpool {
 namespace cuda {
+
+constexpr int kWarpColumns = 64;
 
 template <typename T>
 __global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
@@ -29,36 +32,30 @@ __global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
     const Image<T> image(a.x, b);
     const float scale = a.stats[b].scale;
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
-    const int warp_row = warp_index() / 2 * kTile, warp_column = warp_index() % 2 * 2 * kTile;
-    TileAccumulator acc[2];
-    clear(acc[0]);
-    clear(acc[1]);
+    const int warp_row = warp_index() / 2 * kTile, warp_column = warp_index() % 2 * kWarpColumns;
+    const int first_row = row0 + warp_row, first_column = column0 + warp_column;
+    const bool multiplies = first_row < n && first_column < n && first_column < first_row + kTile;
+    float acc[kTile / 16][kWarpColumns / 8][4];
+    clear(acc);
     const T* other = row0 == column0 ? rows : columns;
     for (int k0 = 0; k0 < features; k0 += chunk) {
       stage_rows(rows, image, row0, kBlockTile, n, k0, chunk, features, scale, mean);
       if (row0 != column0) stage_rows(columns, image, column0, kBlockTile, n, k0, chunk, features, scale, mean);
       __syncthreads();
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        tile_product(acc[h], rows + warp_row * stride, other + (warp_column + h * kTile) * stride, stride, chunk);
+      if (multiplies) tile_product(acc, rows + warp_row * stride, other + warp_column * stride, stride, chunk);
       __syncthreads();
     }
+    if (!multiplies) continue;
     float* g = a.gram + b * n * a.ld;
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int mi = 0; mi < kTile / 16; ++mi)
 #pragma unroll
-      for (int mi = 0; mi < 2; ++mi)
+      for (int ni = 0; ni < kWarpColumns / 8; ++ni)
 #pragma unroll
-        for (int ni = 0; ni < 4; ++ni)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int i = row0 + warp_row + tile_row(mi, e);
-            const int l = column0 + warp_column + h * kTile + tile_column(ni, e);
-            if (i < n && l < n) {
-              g[i * a.ld + l] = acc[h][mi][ni][e];
-              if (row0 != column0) g[l * a.ld + i] = acc[h][mi][ni][e];
-            }
-          }
+        for (int e = 0; e < 4; ++e) {
+          const int i = first_row + tile_row(mi, e), l = first_column + tile_column(ni, e);
+          if (i < n && l <= i) g[i * a.ld + l] = g[l * a.ld + i] = acc[mi][ni][e];
+        }
   }
 }
 

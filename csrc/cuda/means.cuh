@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
     const float scale = a.stats[b].scale;
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
     int64_t token = 0;
-    if (a.init != nullptr) token = max(int64_t{0}, min(a.init[work], int64_t{n - 1}));
+    if (a.init != nullptr) token = max(int64_t{0}, min(a.init[b * a.init_stride + work % k], int64_t{n - 1}));
     float norm = 0.0f;
     for (int f = lane_index(); f < features; f += kWarp) {
       const float value = a.init != nullptr ? image.at(static_cast<int>(token), f) : a.init_centers[work * features + f];

@@ -40,7 +40,8 @@ int launch_stats(const ClusterCall& call, const Workspace& w, void* stream) {
 
 int launch_first_centers(const ClusterCall& call, const Workspace& w, void* stream) {
   const int64_t* chosen = call.init != nullptr ? call.init : w.chosen;
-  const GatherArgs args{call.shape, call.x,    w.stats, w.mean,    call.init_centers != nullptr ? nullptr : chosen,
+  const int64_t stride = call.init != nullptr ? call.init_stride : call.shape.clusters;
+  const GatherArgs args{call.shape, call.x, w.stats, w.mean, call.init_centers != nullptr ? nullptr : chosen, stride,
                         call.init_centers, w.centers, w.norms, w.medoids, w.done};
   return launch_gather(call.dtype, args, per_cluster(call.shape, stream));
 }
@@ -69,8 +70,8 @@ int launch_first_assignment(const ClusterCall& call, const Workspace& w, void* s
 
 IterationArgs iterations_of(const CudaPlan& plan, const ClusterCall& call, const Workspace& w) {
   const bool given = call.init_centers != nullptr;
-  return IterationArgs{call.shape,       call.weights, call.mask,    call.init,       given ? w.label : nullptr,
-                       given ? w.cost : nullptr,       call.assignment, call.medoids, call.iterations, call.sort,
+  return IterationArgs{call.shape, call.weights, call.mask, call.init, call.init_stride, given ? w.label : nullptr,
+                       given ? w.cost : nullptr, call.assignment, call.medoids, call.iterations, call.sort,
                        plan.bucket_warps, plan.parts};
 }
 
@@ -159,7 +160,7 @@ ClusterCall slice(const ClusterCall& call, int64_t first, int64_t images) {
   if (call.weights != nullptr) part.weights += first * n;
   if (call.mask != nullptr) part.mask += first * n;
   if (call.counts != nullptr) part.counts += first;
-  if (call.init != nullptr) part.init += first * k;
+  if (call.init != nullptr) part.init += first * call.init_stride;
   if (call.init_centers != nullptr) part.init_centers += first * k * d;
   part.centers = static_cast<char*>(call.centers) + first * k * d * size;
   part.assignment += first * n;

@@ -69,7 +69,7 @@ __device__ inline void build_gram(float* gram, const Image<T>& image, T* staged,
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int i = row[h] * kTile + tile_row(mi, e), l = column[h] * kTile + tile_column(ni, e);
-            if (active[h] && i < tokens && l <= i) gram[PackedGram::offset(i) + l] = acc[h][mi][ni][e];
+            if (active[h] && i < tokens && l <= i) gram[PackedGram::row(i) + l] = acc[h][mi][ni][e];
           }
   }
   __syncthreads();
@@ -114,12 +114,12 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
       if (lane_index() == 0) {
         a.mass[b * k + row] = mass;
         if (a.run.medoids != nullptr) a.run.medoids[b * k + row] = used ? s.medoid[j] : -1;
-        s.norm[row] = error;
+        s.part[row] = error;
       }
     }
     __syncthreads();
     if (warp_index() == 0) {
-      const float sum = sum_of_parts(k, [&](int j) { return s.norm[j]; });
+      const float sum = sum_of_parts(k, [&](int j) { return s.part[j]; });
       if (lane_index() == 0) a.inertia[b] = unscale_inertia(sum, stats.inv_scale, stats.inv_weight_scale);
     }
     __syncthreads();

@@ -62,7 +62,7 @@ __device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int i = row0 + row + tile_row(0, e), l = column0 + column + tile_column(ni, e);
-      if (multiplies && i < tokens && l <= i) gram[PackedGram::offset(i) + l] = acc[0][ni][e];
+      if (multiplies && i < tokens && l <= i) gram[PackedGram::row(i) + l] = acc[0][ni][e];
     }
 }
 

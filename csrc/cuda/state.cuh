@@ -10,15 +10,26 @@ namespace cuda {
 struct FullGram {
   const float* g;
   int ld;
-  __device__ float operator()(int l, int i) const { return g[l * ld + i]; }
+  __device__ int row(int l) const { return l * ld; }
+  __device__ float at(int row_of_l, int, int i) const { return g[row_of_l + i]; }
+  __device__ float operator()(int l, int i) const { return at(row(l), l, i); }
 };
 
 // The lower triangle by rows in shared memory. Triangular numbers are a permutation of the 32 banks for 32
 // consecutive rows, so a warp reads a row or a column without bank conflicts.
 struct PackedGram {
   float* g;
-  __device__ static int offset(int row) { return row * (row + 1) / 2; }
-  __device__ float operator()(int l, int i) const { return l >= i ? g[offset(l) + i] : g[offset(i) + l]; }
+  __device__ static int row(int l) { return l * (l + 1) / 2; }
+  __device__ float at(int row_of_l, int l, int i) const { return g[l >= i ? row_of_l + i : row(i) + l]; }
+  __device__ float operator()(int l, int i) const { return at(row(l), l, i); }
+};
+
+// One token of a cluster's list as an assignment reads it: 16 bytes, one load.
+struct alignas(16) Member {
+  int token;
+  int row;      // of the Gram matrix: row(token)
+  float share;  // p of the token in its cluster's mean
+  float norm;   // ||c_j||^2 in the last member of a cluster, infinite in the others
 };
 
 // One block's state in shared memory: state_words(N, K, bucket_warps, parts) words.
@@ -27,12 +38,12 @@ struct ClusterState {
   int* label;      // [N] -1 for padding
   int* previous;   // [N]
   int* order;      // [N] tokens by cluster
-  float* share;    // [N] p of order[m]
+  Member* members; // [N] the same as an assignment reads them, or [K] medoids, each a cluster
   float* cost;     // [N] w * squared distance, or c_{a_i} . x_i during an update
   int* start;      // [K + 1]
   int* count;      // [K]
   int* medoid;     // [K]
-  float* norm;     // [K] ||c_j||^2
+  float* part;     // [K] of the inertia
   int* rank;       // [K] row of the output that cluster j fills
   int* base;       // [bucket_warps * K] of the sort by cluster, or [parts * N] candidates of an assignment
 
@@ -43,13 +54,13 @@ struct ClusterState {
     label = words;
     previous = label + n;
     order = previous + n;
-    share = reinterpret_cast<float*>(order + n);
-    cost = share + n;
+    members = reinterpret_cast<Member*>(order + n);
+    cost = reinterpret_cast<float*>(members + n);
     start = reinterpret_cast<int*>(cost + n);
     count = start + k;
     medoid = count + k;
-    norm = reinterpret_cast<float*>(medoid + k);
-    rank = reinterpret_cast<int*>(norm + k);
+    part = reinterpret_cast<float*>(medoid + k);
+    rank = reinterpret_cast<int*>(part + k);
     base = rank + k;
   }
 
@@ -70,7 +81,7 @@ struct ClusterProblem {
 };
 
 __device__ inline ClusterProblem problem_of(const IterationArgs& a, int64_t image, int clusters) {
-  const int n = a.shape.tokens, k = a.shape.clusters;
+  const int n = a.shape.tokens;
   ClusterProblem p;
   p.tokens = n;
   p.clusters = clusters;
@@ -79,7 +90,7 @@ __device__ inline ClusterProblem problem_of(const IterationArgs& a, int64_t imag
   p.parts = a.parts;
   p.with_medoids = a.medoids != nullptr;
   p.sort = a.sort != 0;
-  p.init = a.init == nullptr ? nullptr : a.init + image * k;
+  p.init = a.init == nullptr ? nullptr : a.init + image * a.init_stride;
   p.first_label = a.first_label == nullptr ? nullptr : a.first_label + image * n;
   p.first_cost = a.first_label == nullptr ? nullptr : a.first_cost + image * n;
   return p;

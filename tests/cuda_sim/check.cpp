@@ -78,7 +78,7 @@ void cluster_case(int path, int dtype, bool medoids, bool masked, Start begin, i
   for (int i = 0; i < b; ++i) counts.as<int64_t>()[i] = 1 + next() % k;
   for (int i = 0; i < b * k; ++i) init.as<int64_t>()[i] = next() % (i % 3 == 0 ? 2 : n);  // duplicates: repairs
   for (int i = 0; i < b * k * d; ++i) start.as<float>()[i] = uniform();
-  const int64_t numbers[18] = {b, n, d, k, dtype, int64_t{n} * d, d, 1, d % 8 == 0, 3, masked, medoids, 9, 0, limit, path, masked ? 2 : 0, 0};
+  const int64_t numbers[19] = {b, n, d, k, dtype, int64_t{n} * d, d, 1, d % 8 == 0, 3, masked, medoids, 9, 0, limit, path, masked ? 2 : 0, 0, k};
   const void* pointers[11] = {x.as<void>(), masked ? weights.as<void>() : nullptr, masked ? mask.as<void>() : nullptr,
                               masked ? counts.as<void>() : nullptr, begin == Start::kIndices ? init.as<void>() : nullptr,
                               begin == Start::kCenters ? start.as<void>() : nullptr, centers.as<void>(), assignment.as<void>(),

@@ -104,7 +104,7 @@ extern "C" {
 void sim_set_reverse(int reverse) { cuda_sim::machine().reverse = reverse != 0; }
 
 // numbers: B, N, D, K, dtype, x strides (3), vectorised, iterations, sort, with_medoids, major, minor, shared_limit,
-// force_path, images_per_pass (0: the planner's), sm_count. Returns the path taken, or -1.
+// force_path, images_per_pass (0: the planner's), sm_count, init_stride. Returns the path taken, or -1.
 int sim_cluster(const int64_t* n, const void* const* p) {
   CudaProblem problem;
   problem.batch = n[0];
@@ -131,6 +131,7 @@ int sim_cluster(const int64_t* n, const void* const* p) {
   call.mask = as<uint8_t>(p[2]);
   call.counts = as<int64_t>(p[3]);
   call.init = as<int64_t>(p[4]);
+  call.init_stride = n[18];
   call.init_centers = as<float>(p[5]);
   call.iterations = problem.iterations;
   call.sort = static_cast<int>(n[10]);
