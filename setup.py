@@ -58,6 +58,10 @@ def wanted():
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
+        def run(self):
+            self.into_source = self.inplace  # setuptools builds elsewhere first, then copies the extensions it knows of
+            super().run()
+
         def build_extensions(self):
             for extension in self.extensions:
                 extension.libraries = ["torch_cpu"]  # the stable ABI lives there; nothing else of torch is linked
@@ -74,7 +78,7 @@ def wanted():
                 if SWITCH == "1":
                     sys.exit(f"tokenpool_ext: TOKENPOOL_EXT_CUDA=1, but CUDA cannot be built: {reason}")
                 return say(f"CUDA kernels: not built ({reason})")
-            target = ROOT / "tokenpool_ext" if self.inplace else Path(self.build_lib).resolve() / "tokenpool_ext"
+            target = ROOT / "tokenpool_ext" if self.into_source else Path(self.build_lib).resolve() / "tokenpool_ext"
             builder.build_cuda(str(target), say=say)
 
     return [cpu_extension()], {"build_ext": Build.with_options(use_ninja=True)}

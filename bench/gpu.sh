@@ -5,6 +5,7 @@
 #
 #   bash bench/gpu.sh                  results into bench/results/ (bench/.cache holds the real tokens: bring it along)
 #   OUT=dir PYTHON=python3 bash bench/gpu.sh
+# In a copy without its history, TOKENPOOL_EXT_COMMIT=HASH names the commit in the records.
 #
 # Every stage has a time limit; a failing one is recorded and the next one runs. All they print is in gpu.log, its end on
 # the terminal: eight files in all, for a place that hands back no more. The exit status is the number of failed stages
@@ -59,7 +60,7 @@ finish() {
   rm -f "$PART"
   device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name())" 2>/dev/null || echo unknown)
   printf '{"device": "%s", "commit": "%s", "date": "%s", "command": "bash bench/gpu.sh", "failed": %d, "stages": [%s]}\n' \
-    "$device" "$(git rev-parse HEAD 2>/dev/null || echo unknown)" "$(date -u +%FT%TZ)" "$FAILED" "${RECORDS%,}" >"$SUMMARY"
+    "$device" "$(git rev-parse HEAD 2>/dev/null || echo "${TOKENPOOL_EXT_COMMIT:-unknown}")" "$(date -u +%FT%TZ)" "$FAILED" "${RECORDS%,}" >"$SUMMARY"
   say "== $FAILED required stage(s) failed; $((SECONDS - START)) s; $SUMMARY"
 }
 trap finish EXIT
@@ -81,10 +82,18 @@ export MAX_JOBS
 
 # shellcheck disable=SC2016 # the inner shell expands $0
 stage environment 0 20 bash -c 'nvidia-smi; nvcc --version; "$0" -c "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_properties(0))"' "$PYTHON"
-stage build 1 170 "$PYTHON" setup.py build_ext --inplace
+# An older setuptools cannot read pyproject.toml (PEP 639), which this command does not need.
+# shellcheck disable=SC2016
+stage build 1 170 bash -c '
+  if ! "$0" -c "import setuptools; assert int(setuptools.__version__.split(\".\")[0]) >= 77"; then
+    trap "mv pyproject.aside pyproject.toml" EXIT
+    mv pyproject.toml pyproject.aside
+  fi
+  "$0" setup.py build_ext --inplace' "$PYTHON"
 stage info 0 30 "$PYTHON" -m tokenpool_ext info
 stage parity 1 75 "$PYTHON" -m bench.gpu_checks parity --json "$OUT/gpu_parity.json"
 stage speed 0 45 "$PYTHON" -m bench.gpu_checks speed --json "$OUT/gpu_speed.json"
+stage call_cost 0 20 "$PYTHON" -m bench.call_cost --device cuda
 stage invariants 1 75 "$PYTHON" -m bench.gpu_checks invariants --json "$OUT/gpu_invariants.json"
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ from typing import Callable, Dict, List, Optional
 import torch
 
 import tokenpool_ext as tp
+from bench import machine
 from bench.problem import Problem
 from bench.tokens import make
 
@@ -119,9 +119,8 @@ class Report:
     def finish(self, path) -> int:
         failed = sum(not r["ok"] for r in self.records)
         if path:
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
             device = torch.cuda.get_device_name() if Place.device == "cuda" else "CPU (rehearsal)"
-            record = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit,
+            record = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "commit": machine.commit(),
                       "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": " ".join(sys.argv),
                       "failed": failed, "checks": self.records}
             with open(path, "w") as file:

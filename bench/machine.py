@@ -112,13 +112,14 @@ def versions() -> dict:
 
 
 def commit() -> str:
-    """Short commit hash, with '+' when tracked files differ from it; 'unknown' outside a checkout."""
+    """Short commit hash, with '+' when tracked files differ from it. Outside a checkout (a copy on another machine) what
+    TOKENPOOL_EXT_COMMIT says, or 'unknown'."""
     def git(*args):
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20)
     try:
         head = git("rev-parse", "--short=12", "HEAD")
         if head.returncode:
-            return "unknown"
+            return os.environ.get("TOKENPOOL_EXT_COMMIT", "unknown")
         dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
         return head.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.TimeoutExpired):

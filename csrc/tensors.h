@@ -11,6 +11,12 @@
 #include <initializer_list>
 #include <optional>
 
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK  // its name in newer versions of torch
+#define TOKENPOOL_SUCCEED STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define TOKENPOOL_SUCCEED TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace tokenpool {
 
 using torch::headeronly::ScalarType;
@@ -33,9 +39,9 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
     step *= std::max<int64_t>(shape.begin()[axis], 1);
   }
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TOKENPOOL_SUCCEED(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TOKENPOOL_SUCCEED(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), stride.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, like.get_device_index(), &made));
   return Tensor(made);

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import types
 
 import pytest
@@ -341,3 +344,32 @@ def test_what_a_call_costs_is_measured():
     found = call_cost.measure("cpu", rounds=2, count=2)
     assert {"kmeans, strided", "TokenPooling", "torch.empty"} < set(found)
     assert all(0 < us["p20"] <= us["p50"] <= us["p80"] for us in found.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell script for machines with a GPU")
+def test_gpu_script_runs_every_stage_and_writes_eight_files(tmp_path):
+    """With an interpreter that only says what it is asked: stages, records and the exit status, without a GPU."""
+    asked, fails = tmp_path / "asked", "bench.gpu_checks parity"
+    python = tmp_path / "python"
+    python.write_text(f"""#!/usr/bin/env bash
+echo "$*" >>{asked}
+case "$*" in *get_device_capability*) echo 9.0 ;; *get_device_name*) echo a GPU ;; *"{fails}"*) echo broken; exit 7 ;; esac
+while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; done
+""")
+    python.chmod(0o755)
+    out, path = tmp_path / "out", f"{tmp_path}:/usr/bin:/bin"
+    for tool in ("compute-sanitizer", "ncu"):
+        (tmp_path / tool).write_text("#!/usr/bin/env bash\nif [ $1 = --help ]; then echo --kernel-regex; fi\n")
+        (tmp_path / tool).chmod(0o755)
+    environment = {**os.environ, "OUT": str(out), "PYTHON": str(python), "PATH": path}
+    done = subprocess.run(["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    summary = json.loads((out / "gpu_summary.json").read_text())
+    status = {stage["stage"]: stage["status"] for stage in summary["stages"]}
+    assert status.pop("parity") == 7 and summary["failed"] == 1 and summary["device"] == "a GPU"
+    assert set(status.values()) <= {0, 127} and status["environment"] in (0, 127)  # 127: no nvidia-smi, no nvcc
+    assert {"build", "info", "speed", "invariants", "memcheck", "tests", "bench_kmeans", "bench_long", "ncu"} < set(status)
+    assert "setup.py build_ext --inplace" in asked.read_text()
+    assert "broken" in (out / "gpu.log").read_text()
+    files = {"gpu.log", *(f"gpu_{name}.json" for name in ("summary", "speed", "invariants", "kmeans", "small_batch", "long"))}
+    assert {file.name for file in out.iterdir()} == files  # and parity's, which broke: eight

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,30 @@ def test_a_missing_toolkit_is_a_reason_with_a_remedy(monkeypatch):
     assert "install a CUDA toolkit" in builder.cannot_build()
     with pytest.raises(RuntimeError, match="nvcc was not found"):
         builder.build_cuda("/nonexistent")
+
+
+@pytest.mark.parametrize("inplace", [True, False], ids=["in place", "for a wheel"])
+def test_setup_puts_the_library_beside_the_extension(monkeypatch, tmp_path, inplace):
+    """`pip install -e .` and `setup.py build_ext --inplace`, too: setuptools itself copies only the extensions it knows of."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setenv("TOKENPOOL_EXT_CUDA", "1")
+    found = importlib.util.spec_from_file_location("_setup_script", ROOT / "setup.py")
+    script = importlib.util.module_from_spec(found)
+    found.loader.exec_module(script)
+    folders = []
+    fake = SimpleNamespace(cannot_build=lambda: None, build_cuda=lambda folder, say: folders.append(Path(folder)))
+    monkeypatch.setattr(script, "cuda_builder", lambda: fake)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "probe.cpp").write_text('extern "C" int PyInit__probe() { return 0; }\n')
+    (tmp_path / "tokenpool_ext").mkdir()
+    extension = setuptools.Extension("tokenpool_ext._probe", ["probe.cpp"], library_dirs=[os.path.join(builder.torch_folder(), "lib")])
+    command = script.commands["build_ext"](setuptools.Distribution({"ext_modules": [extension]}))
+    command.inplace = inplace
+    command.ensure_finalized()
+    command.run()
+    assert folders == [ROOT / "tokenpool_ext" if inplace else tmp_path / command.build_lib / "tokenpool_ext"]
+    assert bool(list((tmp_path / "tokenpool_ext").glob("_probe*"))) == inplace
 
 
 def test_report_parser(tmp_path):
