@@ -77,7 +77,7 @@ bool plan_spread(const CudaProblem& p, size_t limit, CudaPlan* plan) {
     spread.bucket_warps = warps;
     spread.blocks_per_sm = 1;
     const int most = p.dtype == DType::kFloat32 ? 128 : 256;  // features staged at once: 34 KB
-    spread.chunk = std::min(most, std::max(stage_chunk(p.dtype), round_up(p.features, stage_chunk(p.dtype))));
+    for (spread.chunk = stage_chunk(p.dtype); spread.chunk < std::min(most, p.features);) spread.chunk *= 2;
     spread.launches = 3 + (p.dtype == DType::kFloat32 ? 1 : 0) + (p.init_is_centers ? 4 : 0);
     *plan = spread;
     return true;

@@ -34,8 +34,8 @@ __device__ inline void attention_tile(TileAccumulator& acc, unsigned char* memor
   const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
   clear(acc);
   for (int k0 = 0; k0 < a.features; k0 += chunk) {
-    stage_rows(rows, head.q, query0, kBlockTile, a.queries, k0, chunk, a.features, 1.0f, nullptr);
-    stage_rows(columns, head.k, key0, kAssignClusters, a.keys, k0, chunk, a.features, 1.0f, nullptr);
+    copy_rows(rows, head.q, query0, kBlockTile, a.queries, k0, chunk, a.features);
+    copy_rows(columns, head.k, key0, kAssignClusters, a.keys, k0, chunk, a.features);
     __syncthreads();
     tile_product(acc, rows + warp_row * stride, columns + half * kTile * stride, stride, chunk);
     __syncthreads();

@@ -17,6 +17,8 @@ template <typename T>
 __global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   constexpr DType kType = TypeTraits<T>::kType;
+  constexpr int kParts = kType == DType::kFloat32 ? 2 : 1;  // multiplied one after the other, to spare registers
+  constexpr int kPart = kWarpColumns / kParts;
   const int chunk = stage_chunk(kType), stride = stage_stride(kType, chunk);
   T* rows = reinterpret_cast<T*>(memory);
   T* columns = rows + kBlockTile * stride;
@@ -35,27 +37,33 @@ __global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
     const int warp_row = warp_index() / 2 * kTile, warp_column = warp_index() % 2 * kWarpColumns;
     const int first_row = row0 + warp_row, first_column = column0 + warp_column;
     const bool multiplies = first_row < n && first_column < n && first_column < first_row + kTile;
-    float acc[kTile / 16][kWarpColumns / 8][4];
-    clear(acc);
+    float acc[kParts][kTile / 16][kPart / 8][4];
+#pragma unroll
+    for (int h = 0; h < kParts; ++h) clear(acc[h]);
     const T* other = row0 == column0 ? rows : columns;
     for (int k0 = 0; k0 < features; k0 += chunk) {
       stage_rows(rows, image, row0, kBlockTile, n, k0, chunk, features, scale, mean);
       if (row0 != column0) stage_rows(columns, image, column0, kBlockTile, n, k0, chunk, features, scale, mean);
       __syncthreads();
-      if (multiplies) tile_product(acc, rows + warp_row * stride, other + warp_column * stride, stride, chunk);
+      if (multiplies)
+#pragma unroll
+        for (int h = 0; h < kParts; ++h)
+          tile_product(acc[h], rows + warp_row * stride, other + (warp_column + h * kPart) * stride, stride, chunk);
       __syncthreads();
     }
     if (!multiplies) continue;
     float* g = a.gram + b * n * a.ld;
 #pragma unroll
-    for (int mi = 0; mi < kTile / 16; ++mi)
+    for (int h = 0; h < kParts; ++h)
 #pragma unroll
-      for (int ni = 0; ni < kWarpColumns / 8; ++ni)
+      for (int mi = 0; mi < kTile / 16; ++mi)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int i = first_row + tile_row(mi, e), l = first_column + tile_column(ni, e);
-          if (i < n && l <= i) g[i * a.ld + l] = g[l * a.ld + i] = acc[mi][ni][e];
-        }
+        for (int ni = 0; ni < kPart / 8; ++ni)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int i = first_row + tile_row(mi, e), l = first_column + h * kPart + tile_column(ni, e);
+            if (i < n && l <= i) g[i * a.ld + l] = g[l * a.ld + i] = acc[h][mi][ni][e];
+          }
   }
 }
 

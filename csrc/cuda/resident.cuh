@@ -50,7 +50,10 @@ __device__ inline void build_gram(float* gram, const Image<T>& image, T* staged,
       clear(acc[h]);
     }
     for (int k0 = 0; k0 < features; k0 += chunk) {
-      stage_rows(staged, image, 0, padded, tokens, k0, chunk, features, scale, nullptr);
+      if (scale == 1.0f)
+        copy_rows(staged, image, 0, padded, tokens, k0, chunk, features);
+      else
+        stage_rows<1>(staged, image, 0, padded, tokens, k0, chunk, features, scale, nullptr);
       __syncthreads();
       if constexpr (kType == DType::kFloat32)
         center_chunk(reinterpret_cast<float*>(staged), stride, weight, tokens, valid, sums);

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(256, 2) token_mean_kernel(TokenMeanArgs a) {
 }
 
 // Products of 32 x 32 tokens of the image by the block's first four warps, 16 x 16 each, into the packed triangle.
-// staged: 64 rows. kInFlight: see stage_rows. Ends with a barrier.
+// staged: 64 rows. kInFlight: see stage_rows; 0 copies rows as they are (copy_rows). Ends with a barrier.
 template <int kInFlight, typename T>
 __device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged, int row_tile, int column_tile, int tokens,
                                    int features, int chunk, float scale, const float* mean) {
@@ -50,9 +50,14 @@ __device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged
   float acc[1][2][4];
   clear(acc);
   for (int k0 = 0; k0 < features; k0 += chunk) {
-    stage_rows<kInFlight>(staged, image, row0, kTile, tokens, k0, chunk, features, scale, mean);
-    if (other != staged)
-      stage_rows<kInFlight>(other, image, column0, kTile, tokens, k0, chunk, features, scale, mean);
+    const auto stage = [&](T* dst, int first) {
+      if constexpr (kInFlight == 0)
+        copy_rows(dst, image, first, kTile, tokens, k0, chunk, features);
+      else
+        stage_rows<kInFlight>(dst, image, first, kTile, tokens, k0, chunk, features, scale, mean);
+    };
+    stage(staged, row0);
+    if (other != staged) stage(other, column0);
     __syncthreads();
     if (multiplies) tile_product(acc, staged + row * stride, other + column * stride, stride, chunk);
     __syncthreads();
@@ -81,30 +86,17 @@ __global__ void __launch_bounds__(kSpreadThreads, 4) spread_gram_kernel(SpreadGr
     triangle_position(tile, &row, &column);
     float* gram = a.gram + b * words;
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
-    spread_tile<4>(gram, Image<T>(a.x, b), reinterpret_cast<T*>(memory), row, column, n, features, a.chunk, 1.0f, mean);
+    constexpr int kInFlight = TypeTraits<T>::kType == DType::kFloat32 ? 4 : 0;  // half types have no mean here
+    spread_tile<kInFlight>(gram, Image<T>(a.x, b), reinterpret_cast<T*>(memory), row, column, n, features, a.chunk, 1.0f, mean);
     if (tile == 0 && used + static_cast<int>(threadIdx.x) < words) gram[used + threadIdx.x] = 0.0f;
   }
 }
 
-// Words [0, words) to shared memory, 16 bytes at a time, four loads of a thread in flight.
+// Words [0, words) to shared memory.
 __device__ inline void load_triangle(float* dst, const float* src, int words) {
-  constexpr int kInFlight = 4;
-  typedef RowVector<float> Vector;
-  const int total = words / Vector::kCount;
 #pragma unroll 1
-  for (int p0 = threadIdx.x; p0 < total; p0 += kInFlight * blockDim.x) {
-    Vector v[kInFlight];
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      const int p = p0 + u * blockDim.x;
-      if (p < total) v[u] = reinterpret_cast<const Vector*>(src)[p];
-    }
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      const int p = p0 + u * blockDim.x;
-      if (p < total) reinterpret_cast<Vector*>(dst)[p] = v[u];
-    }
-  }
+  for (int p = 4 * threadIdx.x; p < words; p += 4 * blockDim.x) copy_async(dst + p, src + p);
+  wait_for_copies();
 }
 
 // The Gram matrix again, scaled, by this block alone: rare, so it is short rather than fast. Ends with a barrier.
@@ -144,10 +136,10 @@ __global__ void __launch_bounds__(1024, 1) spread_kernel(SpreadArgs a) {
     ImageStats stats = measure_image(a.run, a.counts, b, weight, scratch);
     if (a.use_scale && must_scale(gram, image, weight, n, features, stats, scratch))
       rebuild_gram(gram.g, image, rest, weight, n, features, stats, a.mean == nullptr ? nullptr : a.mean + b * features);
+    if (threadIdx.x == 0) a.stats[b] = stats;
     cluster_from_gram<1, true>(gram, s, problem_of(a.run, b, stats.clusters), scratch);
     write_assignment(a.run, b, s);
     write_lists(a.run, a.lists, b, stats.clusters, s);
-    if (threadIdx.x == 0) a.stats[b] = stats;
     __syncthreads();
   }
 }

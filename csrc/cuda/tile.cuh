@@ -40,6 +40,14 @@ __device__ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// 16 bytes from global to shared memory, past the registers: all of a thread's copies wait for memory together.
+__device__ inline void copy_async(void* shared, const void* global) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
 template <int kRows, int kColumns>
@@ -122,26 +130,26 @@ __device__ inline RowVector<T> load_vector(const Image<T>& image, int token, int
 
 // Copies features [k0, k0 + chunk) of tokens [first, first + rows) to shared memory, as x * scale - mean (mean may be
 // null). Rows and features beyond the image become 0. The block's threads share the work; the caller synchronises.
-// kInFlight: loads of a thread that wait for memory together.
+// chunk is a power of two. kInFlight: loads of a thread that wait for memory together.
 template <int kInFlight = 2, typename T>
 __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk,
                                   int features, float scale, const float* mean) {
   constexpr int kVector = RowVector<T>::kCount;
   const int stride = stage_stride(TypeTraits<T>::kType, chunk);
-  const int vectors = chunk / kVector, total = rows * vectors;
+  const int last = chunk / kVector - 1, shift = __popc(last), total = rows << shift;
 #pragma unroll 1
   for (int p0 = threadIdx.x; p0 < total; p0 += kInFlight * blockDim.x) {
     RowVector<T> v[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int p = p0 + u * blockDim.x;
-      if (p < total) v[u] = load_vector(image, first + p / vectors, tokens, k0 + p % vectors * kVector, features);
+      if (p < total) v[u] = load_vector(image, first + (p >> shift), tokens, k0 + (p & last) * kVector, features);
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int p = p0 + u * blockDim.x;
       if (p >= total) break;
-      const int row = p / vectors, column = p % vectors * kVector;
+      const int row = p >> shift, column = (p & last) * kVector;
       if (first + row < tokens && (scale != 1.0f || mean != nullptr)) {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
@@ -152,6 +160,24 @@ __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int 
       *reinterpret_cast<RowVector<T>*>(dst + row * stride + column) = v[u];
     }
   }
+}
+
+// The same for scale 1 and no mean: nothing to compute on the way, so that a thread waits for memory once.
+template <typename T>
+__device__ inline void copy_rows(T* dst, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk, int features) {
+  constexpr int kVector = RowVector<T>::kCount;
+  const int stride = stage_stride(TypeTraits<T>::kType, chunk);
+  const int last = chunk / kVector - 1, shift = __popc(last);
+#pragma unroll 1
+  for (int p = threadIdx.x; p < rows << shift; p += blockDim.x) {
+    const int token = first + (p >> shift), column = (p & last) * kVector;
+    T* to = dst + (p >> shift) * stride + column;
+    if (image.vectorised && token < tokens && k0 + column + kVector <= features)
+      copy_async(to, image.data + token * image.stride_token + k0 + column);
+    else
+      *reinterpret_cast<RowVector<T>*>(to) = load_vector(image, token, tokens, k0 + column, features);
+  }
+  wait_for_copies();
 }
 
 }  // namespace cuda

@@ -56,7 +56,13 @@ struct Barrier {
   int waiting[kMaxThreads];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
+  std::vector<Copy> copies;  // asynchronous ones that it has not waited for
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   void* tsan = nullptr;
@@ -218,6 +224,7 @@ SIM_HIDDEN inline void fiber_main() {
     SIM_ACQUIRE(&m.start_slot);
     m.body();
     SIM_RELEASE(&m.end_slot);
+    if (!m.fibers[m.current].copies.empty()) fail("a thread left the kernel without waiting for its copies");
     if (m.block_barrier.arrived != 0) fail("a thread left the kernel while others wait at __syncthreads");
     --m.unfinished;
     run_next();
@@ -402,6 +409,19 @@ inline float widen(uint16_t bits, __half) { return __half2float(__half{bits}); }
 inline float widen(uint16_t bits, __nv_bfloat16) { return __bfloat162float(__nv_bfloat16{bits}); }
 
 }  // namespace cuda_sim
+
+// An asynchronous copy happens when its thread waits for it, and no earlier.
+inline void copy_async(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) cuda_sim::fail("a misaligned 16-byte copy");
+  cuda_sim::Machine& m = cuda_sim::machine();
+  m.fibers[m.current].copies.push_back({shared, global});
+}
+
+inline void wait_for_copies() {
+  cuda_sim::Machine& m = cuda_sim::machine();
+  for (const cuda_sim::Copy& copy : m.fibers[m.current].copies) std::memcpy(copy.to, copy.from, 16);
+  m.fibers[m.current].copies.clear();
+}
 
 // The tensor-core step, from the register layout of PTX's mma.m16n8k16: products exact, summed in feature order.
 template <typename T>
