@@ -32,6 +32,7 @@ def cpu_extension():
     return CppExtension(
         "tokenpool_ext._C",
         sources,
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
         include_dirs=[pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],  # one binary for every torch from 2.11 on
         extra_compile_args=["-O3", "-fno-math-errno", "-std=c++17", "-fvisibility=hidden", "-Wall"],

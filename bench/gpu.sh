@@ -5,6 +5,7 @@
 #
 #   bash bench/gpu.sh                  results into bench/results/ (bench/.cache holds the real tokens: bring it along)
 #   OUT=dir PYTHON=python3 bash bench/gpu.sh
+#   STAGES="build tests speed" bash bench/gpu.sh    only these, as for what a first call had no time left for
 # In a copy without its history, TOKENPOOL_EXT_COMMIT=HASH names the commit in the records.
 #
 # Every stage has a time limit; a failing one is recorded and the next one runs. All they print is in gpu.log, its end on
@@ -34,6 +35,7 @@ say() { printf '%s\n' "$*" | tee -a "$LOG"; }
 stage() {
   local name=$1 required=$2 limit=$3 left begin status
   shift 3
+  if [ -n "${STAGES:-}" ] && [[ " $STAGES " != *" $name "* ]]; then return 0; fi
   left=$((LIMIT - (SECONDS - START)))
   if [ "$left" -lt 5 ]; then
     say "== $name: skipped, no time left"
@@ -76,6 +78,7 @@ ARCH=$CAPABILITY
 case $CAPABILITY in 9.0 | 10.0 | 12.0) ARCH=${CAPABILITY}a ;; esac
 export TORCH_CUDA_ARCH_LIST=$ARCH
 export TOKENPOOL_EXT_CUDA=1
+export PIP_RETRIES=0 PIP_DEFAULT_TIMEOUT=2 # without bench/.cache the real tokens are asked for: in vain where there is no network
 export TOKENPOOL_EXT_CUDA_BUILD_DIR=${TOKENPOOL_EXT_CUDA_BUILD_DIR:-build/cuda_$ARCH}
 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export MAX_JOBS
@@ -91,9 +94,16 @@ stage build 1 170 bash -c '
   fi
   "$0" setup.py build_ext --inplace' "$PYTHON"
 stage info 0 30 "$PYTHON" -m tokenpool_ext info
-stage parity 1 75 "$PYTHON" -m bench.gpu_checks parity --json "$OUT/gpu_parity.json"
-stage speed 0 45 "$PYTHON" -m bench.gpu_checks speed --json "$OUT/gpu_speed.json"
-stage call_cost 0 20 "$PYTHON" -m bench.call_cost --device cuda
+stage parity 1 100 "$PYTHON" -m bench.gpu_checks parity --json "$OUT/gpu_parity.json"
+stage bench_kmeans 0 90 "$PYTHON" -m bench --suite vit --device cuda --backend cuda,triton --dtype bfloat16 --batch 256 --peers all \
+  --floor --json "$OUT/gpu_kmeans.json"
+
+# Compiling Triton's kernels takes most of the time: side by side, where pytest-xdist is there. Only the GPU's cases.
+PARALLEL=()
+if "$PYTHON" -c "import xdist" 2>/dev/null; then PARALLEL=(-n 8); fi
+stage tests 1 150 env TOKENPOOL_EXT_REQUIRE_CUDA=1 TOKENPOOL_EXT_TEST_BACKENDS=cuda,triton \
+  "$PYTHON" -m pytest -q --maxfail=20 "${PARALLEL[@]}" -k "cuda or triton" tests/test_clustering.py tests/test_pool.py \
+  tests/test_attention_received.py tests/test_invariance.py tests/test_regressions.py tests/test_triton_gpu.py
 stage invariants 1 75 "$PYTHON" -m bench.gpu_checks invariants --json "$OUT/gpu_invariants.json"
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
@@ -109,27 +119,25 @@ if [ -n "$SANITIZER" ]; then
 fi
 for tool in memcheck racecheck initcheck synccheck; do
   if [ -n "$SANITIZER" ]; then
+    QUIET=()
+    if [ "$tool" = memcheck ]; then QUIET=(--report-api-errors no); fi # torch asks what may fail
     stage "$tool" 1 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
-      "${FILTER[@]}" "$PYTHON" -m bench.gpu_checks small
+      "${QUIET[@]}" "${FILTER[@]}" "$PYTHON" -m bench.gpu_checks small
   else
     stage "$tool" 1 5 bash -c 'echo "compute-sanitizer is not installed"; exit 3'
   fi
 done
 
-stage tests 1 70 env TOKENPOOL_EXT_REQUIRE_CUDA=1 TOKENPOOL_EXT_TEST_BACKENDS=cuda,triton \
-  "$PYTHON" -m pytest -q --maxfail=20 tests/test_clustering.py tests/test_pool.py tests/test_attention_received.py tests/test_invariance.py \
-  tests/test_regressions.py
-
-stage bench_kmeans 0 80 "$PYTHON" -m bench --suite vit --device cuda --backend cuda,triton --dtype bfloat16 --batch 256 --peers all \
-  --floor --json "$OUT/gpu_kmeans.json"
 stage bench_small 0 30 "$PYTHON" -m bench --shapes 196x384:98 --device cuda --dtype bfloat16 --batch 1,8,256 --op kmeans,kmedoids \
   --peers none --json "$OUT/gpu_small_batch.json"
 stage bench_long 0 35 "$PYTHON" -m bench --shapes 75600x128:1000 --device cuda --dtype bfloat16 --batch 32 --peers flash-kmeans \
   --json "$OUT/gpu_long.json"
+stage speed 0 45 "$PYTHON" -m bench.gpu_checks speed --json "$OUT/gpu_speed.json"
+stage call_cost 0 30 "$PYTHON" -m bench.call_cost --device cuda
 
 NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null || true)
-if [ -n "$NCU" ]; then
-  stage ncu 0 45 "$NCU" --kernel-name 'regex:resident_kernel|spread|means_kernel' --launch-skip 2 --launch-count 6 --set full \
-    "$PYTHON" -m bench.gpu_checks profile
+if [ -n "$NCU" ]; then # the card's clocks stay as they are
+  stage ncu 0 45 "$NCU" --clock-control none --kernel-name 'regex:resident_kernel|spread|means_kernel' --launch-skip 2 \
+    --launch-count 6 --set full "$PYTHON" -m bench.gpu_checks profile
 fi
 exit "$FAILED"

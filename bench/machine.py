@@ -114,16 +114,18 @@ def versions() -> dict:
 def commit() -> str:
     """Short commit hash, with '+' when tracked files differ from it. Outside a checkout (a copy on another machine) what
     TOKENPOOL_EXT_COMMIT says, or 'unknown'."""
+    elsewhere = os.environ.get("TOKENPOOL_EXT_COMMIT", "unknown")
+
     def git(*args):
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20)
     try:
         head = git("rev-parse", "--short=12", "HEAD")
         if head.returncode:
-            return os.environ.get("TOKENPOOL_EXT_COMMIT", "unknown")
+            return elsewhere
         dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
         return head.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return elsewhere
 
 
 def command(module: str = "bench") -> str:

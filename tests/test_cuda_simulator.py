@@ -165,6 +165,9 @@ def test_no_bit_depends_on_batch_order_passes_layout_or_device(library, path, al
         assert_identical(base, cluster(other, algorithm, x, init, 5, weights=w))
     alone = cluster(sim, algorithm, x[1:2], init[1:2], 5, weights=w[1:2])
     assert_identical(alone, Clusters(*[None if t is None else t[1:2] for t in base]))
+    assert_identical(base, cluster(sim, algorithm, x, torch.cat([init, init], 1)[:, :5], 5, weights=w))
+    shared = init[:1].expand(3, 5)
+    assert_identical(cluster(sim, algorithm, x, shared, 5), cluster(sim, algorithm, x, shared.contiguous(), 5))
     wide = torch.zeros(3, 29, 19, dtype=x.dtype)
     wide[:, :, 3:] = x
     assert_identical(base, cluster(sim, algorithm, wide[:, :, 3:], init, 5, weights=w))

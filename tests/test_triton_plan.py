@@ -203,6 +203,13 @@ def test_tf32_only_where_the_user_allows_it():
         assert clustering.precision(torch.float32) == "tf32" and clustering.precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+    code = """if True:
+        import torch
+        from tokenpool_ext.triton import clustering
+        for setting in ("tf32", "ieee"):  # after which torch refuses to read the old name, in this process
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert clustering.precision(torch.float32) == setting, setting"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_imports_go_downward():

@@ -78,7 +78,7 @@ struct IterationArgs {
   const float* weights;       // (B, N) or null
   const uint8_t* mask;        // (B, N) bool or null
   const int64_t* init;        // (B, K) token indices, or null
-  int64_t init_stride;        // between images: K, or 0 where all start alike
+  int64_t init_stride;        // from one image to the next; 0 where all start alike
   const int* first_label;     // (B, N) first assignment (to given centers), or null
   const float* first_cost;    // (B, N); neither init nor first_label: the kernel starts farthest-first
   int64_t* assignment;        // (B, N)

@@ -65,13 +65,13 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
     for (int c = 0; c < kColumns; ++c) {
       const int i = i0 + c * width;
       if (i >= p.tokens) continue;
-      if (kSplit)
+      if (parts > 1)
         s.candidates()[part * p.tokens + i] = Candidate{best[c], nearest[c]};
       else
         set_label(s, i, cluster_of(nearest[c]), gram(i, i) + best[c]);
     }
   }
-  if (!kSplit) return;
+  if (parts == 1) return;
   __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {

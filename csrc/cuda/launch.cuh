@@ -3,19 +3,37 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "launchers.h"
 
 namespace tokenpool {
 namespace cuda {
 
+// Lets a kernel have so much dynamic shared memory on the current device. What it once had stays allowed: another host
+// thread may be about to launch it with that.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  const cudaError_t found = cudaGetDevice(&device);
+  if (found != cudaSuccess) return found;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) most = bytes;
+  return status;
+}
+
 // Kernels loop over the work that does not fit the grid, so the cap changes no result.
 template <typename Args>
 int launch_kernel(void (*kernel)(Args), const Args& args, const Launch& launch) {
   if (launch.blocks <= 0) return 0;
-  if (launch.shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(launch.shared_bytes));
+  if (launch.shared_bytes > 40 * 1024) {  // with its static shared memory a kernel has 48 KB without asking
+    const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), launch.shared_bytes);
     if (status != cudaSuccess) return status;
   }
   const unsigned grid = launch.blocks > INT32_MAX ? INT32_MAX : static_cast<unsigned>(launch.blocks);

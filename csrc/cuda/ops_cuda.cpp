@@ -168,8 +168,8 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   problem.farthest = farthest;
 
   const OnDevice device(x);
-  const bool alike = by_index && !farthest && start.stride(0) == 0 && start.stride(1) == 1;  // one start for all images
-  const Tensor init = alike ? start : dense(start);
+  const bool rows = by_index && !farthest && (k == 1 || start.stride(1) == 1);  // a row may be that of all images
+  const Tensor init = rows ? start : dense(start);
   const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
   Tensor centers = new_tensor(x, {b, k, d});
   Tensor assignment = new_tensor(x, {b, n}, ScalarType::Long);
@@ -197,7 +197,7 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   call.mask = pointer<uint8_t>(mask_dense);
   call.counts = pointer<int64_t>(counts_dense);
   call.init = by_index && !farthest ? data<int64_t>(init) : nullptr;
-  call.init_stride = alike ? 0 : k;
+  call.init_stride = init.stride(0);
   call.init_centers = by_index ? nullptr : data<float>(init);
   call.iterations = problem.iterations;
   call.sort = sort ? 1 : 0;

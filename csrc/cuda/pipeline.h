@@ -16,7 +16,7 @@ struct ClusterCall {
   const uint8_t* mask;        // (B, N) or null
   const int64_t* counts;      // (B,) or null
   const int64_t* init;        // (B, K) or null
-  int64_t init_stride;        // between images: K, or 0 where all start alike
+  int64_t init_stride;        // from one image to the next; 0 where all start alike
   const float* init_centers;  // (B, K, D) or null; both null: farthest-first
   int iterations;
   int sort;

@@ -67,21 +67,20 @@ __device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const T* a
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
   for (int k = 0; k < chunk; k += 16) {
-    uint32_t fa[kRows][4], fb[kColumns][2];
+    uint32_t fa[kRows][4];
 #pragma unroll
     for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
       for (int e = 0; e < 4; ++e)  // registers: rows g, g+8, g, g+8; features 2t, 2t, 2t+8, 2t+8
         fa[mi][e] = *reinterpret_cast<const uint32_t*>(a + (16 * mi + g + 8 * (e % 2)) * stride + k + 2 * t + 8 * (e / 2));
 #pragma unroll
-    for (int ni = 0; ni < kColumns; ++ni)
+    for (int ni = 0; ni < kColumns; ++ni) {
+      uint32_t fb[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
-        fb[ni][e] = *reinterpret_cast<const uint32_t*>(b + (8 * ni + g) * stride + k + 2 * t + 8 * e);
+      for (int e = 0; e < 2; ++e) fb[e] = *reinterpret_cast<const uint32_t*>(b + (8 * ni + g) * stride + k + 2 * t + 8 * e);
 #pragma unroll
-    for (int mi = 0; mi < kRows; ++mi)
-#pragma unroll
-      for (int ni = 0; ni < kColumns; ++ni) mma_16x8x16(acc[mi][ni], fa[mi], fb[ni], T{});
+      for (int mi = 0; mi < kRows; ++mi) mma_16x8x16(acc[mi][ni], fa[mi], fb, T{});
+    }
   }
 }
 

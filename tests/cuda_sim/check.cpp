@@ -149,6 +149,7 @@ int main(int argc, char** argv) {
   cluster_case(1, 2, false, false, Start::kIndices, 130, 8, 66, 0);  // more than one 128-row tile, more than 64 clusters
   cluster_case(2, 2, true, true, Start::kIndices, 131, 8, 67, 2048);  // counters of the sort in global memory
   cluster_case(2, 0, false, false, Start::kFarthest, 135, 5, 3, 0);   // more than one block a step
+  cluster_case(1, 2, false, true, Start::kIndices, 1025, 2, 4, 0);    // too wide for groups of threads that share the clusters
   for (int path : {0, 3}) cluster_case(path, 0, false, true, Start::kIndices, 70, 40, 33, 0);  // chunks; rows of 32 x 32 tiles
   for (int dtype : {0, 1, 2}) pool_case(dtype, 41, dtype == 1 ? 8 : 13, 6, 99 * 1024);
   pool_case(2, 70, 6, 40, 1024);

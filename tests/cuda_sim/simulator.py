@@ -93,16 +93,16 @@ class Simulator:
         chosen = torch.full((b, k), -7, dtype=torch.int64)
         if b == 0 or n == 0:
             return centers.zero_(), assignment, mass.zero_(), chosen.fill_(-1), inertia.zero_()
-        alike = init.dtype == torch.int64 and init.shape[1] > 0 and init.stride() == (0, 1)
+        rows = init.dtype == torch.int64 and init.shape[1] > 0 and (k == 1 or init.stride(1) == 1)
         weights, mask, counts = (None if t is None else t.contiguous() for t in (weights, mask, counts))
-        init = init if alike else init.contiguous()  # as in the library
+        init = init if rows else init.contiguous()  # as in the library
         by_index = init.dtype == torch.int64 and init.shape[1] > 0
         farthest = init.dtype == torch.int64 and not by_index
         self.lib.sim_set_reverse(int(self.reverse))
         taken = self.lib.sim_cluster(
             _numbers(b, n, d, k, DTYPES[x.dtype], *_strides(x), num_iters, sort, medoids, *self.capability, self.shared_limit,
                      -1 if self.path is None else PATHS.index(self.path), self.images_per_pass, self.sm_count,
-                     0 if alike else k),
+                     init.stride(0)),
             _pointers(x, weights, mask, counts, init if by_index else None, None if by_index or farthest else init, centers, assignment,
                       mass, chosen, inertia))
         assert taken >= 0

@@ -9,9 +9,14 @@ from .launch import ahead, launch
 
 def precision(dtype: torch.dtype) -> str:
     """Input precision of products: TF32 only for float32 and only where the user has allowed it for matmuls."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    try:
+        allowed = matmul.allow_tf32
+    except RuntimeError:  # set through its successor, which the old name refuses to read
+        allowed = matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def strides(tensor: torch.Tensor, **names: int) -> dict[str, int]:
