@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokenpool_ext as tp
-from helpers import tokens
+from helpers import assert_identical, tokens
 
 B, N, D, K = 2, 8, 3, 4
 CLUSTERING = ["kmeans", "kmedoids"]
@@ -267,6 +267,15 @@ def test_weights_of_integers_are_welcome():
     a = tp.kmeans(tokens(B, N, D), K, weights=torch.arange(B * N).reshape(B, N))
     b = tp.kmeans(tokens(B, N, D), K, weights=torch.arange(B * N).reshape(B, N).float())
     assert a.assignment.equal(b.assignment)
+
+
+@pytest.mark.parametrize("init", [None, "strided"])
+def test_values_of_a_negative_view_are_those_it_shows(init):
+    """torch keeps the sign of such a view apart from its memory, at which the checks look."""
+    x, w = tokens(1, 8, 3), torch.rand(1, 8) + 0.5
+    with pytest.raises(ValueError, match="weights must be >= 0"):
+        tp.kmeans(x, 3, weights=torch._neg_view(w), init=init)
+    assert_identical(tp.kmeans(x, 3, weights=w, init=init), tp.kmeans(x, 3, weights=torch._neg_view(-w), init=init))
 
 
 def test_errors_survive_optimised_python():

@@ -452,6 +452,7 @@ def _plain(t: Tensor) -> bool:
     return (
         t.is_cpu
         and type(t) in (Tensor, torch.nn.Parameter)
+        and not t.is_neg()  # a view whose signs are to be turned when it is read
         and loader.extension is not None
         and not torch._C._are_functorch_transforms_active()
         and not _recorded()
