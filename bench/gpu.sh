@@ -50,6 +50,7 @@ stage() {
   status=$?
   cat "$PART" >>"$LOG"
   tail -n 12 "$PART"
+  : >"$PART"
   say "== $name: status $status after $((SECONDS - begin)) s"
   RECORDS="$RECORDS{\"stage\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - begin))},"
   if [ "$status" -ne 0 ] && [ "$required" = 1 ]; then FAILED=$((FAILED + 1)); fi
@@ -59,6 +60,7 @@ stage() {
 # shellcheck disable=SC2329 # called by the trap
 finish() {
   local device
+  cat "$PART" >>"$LOG" # of a stage that was under way
   rm -f "$PART"
   device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name())" 2>/dev/null || echo unknown)
   printf '{"device": "%s", "commit": "%s", "date": "%s", "command": "bash bench/gpu.sh", "failed": %d, "stages": [%s]}\n' \

@@ -4,18 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-
-#ifdef STABLE_TORCH_ERROR_CODE_CHECK  // its name in newer versions of torch
-#define TOKENPOOL_SUCCEED STABLE_TORCH_ERROR_CODE_CHECK
-#else
-#define TOKENPOOL_SUCCEED TORCH_ERROR_CODE_CHECK
-#endif
 
 namespace tokenpool {
 
@@ -38,12 +33,13 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
     stride[axis] = step;
     step *= std::max<int64_t>(shape.begin()[axis], 1);
   }
-  int32_t device_type;
-  TOKENPOOL_SUCCEED(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle made;
-  TOKENPOOL_SUCCEED(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), stride.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, like.get_device_index(), &made));
+  int32_t device_type = 0;
+  AtenTensorHandle made = nullptr;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const bool succeeded = aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
+                         aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride.data(), code,
+                                                  device_type, like.get_device_index(), &made) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(succeeded, "tokenpool_ext: out of memory? torch could not allocate ", step, " numbers");
   return Tensor(made);
 }
 

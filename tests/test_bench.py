@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import types
 
 import pytest
@@ -346,7 +345,7 @@ def test_what_a_call_costs_is_measured():
     assert all(0 < us["p20"] <= us["p50"] <= us["p80"] for us in found.values())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a shell script for machines with a GPU")
+@pytest.mark.skipif(shutil.which("bash", path="/usr/bin:/bin") is None, reason="no bash")
 def test_gpu_script_runs_every_stage_and_writes_eight_files(tmp_path):
     """With an interpreter that only says what it is asked: stages, records and the exit status, without a GPU."""
     asked, fails = tmp_path / "asked", "bench.gpu_checks parity"
@@ -361,13 +360,13 @@ while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; 
     for tool in ("compute-sanitizer", "ncu"):
         (tmp_path / tool).write_text("#!/usr/bin/env bash\nif [ $1 = --help ]; then echo --kernel-regex; fi\n")
         (tmp_path / tool).chmod(0o755)
-    environment = {**os.environ, "OUT": str(out), "PYTHON": str(python), "PATH": path}
+    environment = {"OUT": str(out), "PYTHON": str(python), "PATH": path}
     done = subprocess.run(["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stdout + done.stderr
     summary = json.loads((out / "gpu_summary.json").read_text())
     status = {stage["stage"]: stage["status"] for stage in summary["stages"]}
     assert status.pop("parity") == 7 and summary["failed"] == 1 and summary["device"] == "a GPU"
-    assert set(status.values()) <= {0, 127} and status["environment"] in (0, 127)  # 127: no nvidia-smi, no nvcc
+    assert set(status.values()) == {0}
     assert {"build", "info", "speed", "invariants", "memcheck", "tests", "bench_kmeans", "bench_long", "ncu"} < set(status)
     assert "setup.py build_ext --inplace" in asked.read_text()
     assert "broken" in (out / "gpu.log").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpool_ext as tp
 from helpers import assert_identical, positive_weights, spread_indices, tokens
@@ -173,7 +174,7 @@ def test_inductor(backend):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*deprecated")
-@pytest.mark.parametrize("how", ["jit", "real", "fake", "symbolic"])
+@pytest.mark.parametrize("how", ["jit", "real", "fake", "symbolic", "real, before dispatch", "symbolic, before dispatch"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["strided", "topk"])
 def test_a_trace_makes_its_own_start(how, weighted):
     """What eager calls write past torch's ops must not be lost where the ops are recorded."""
@@ -183,7 +184,32 @@ def test_a_trace_makes_its_own_start(how, weighted):
         found = tp.kmeans(x, 7, weights=w if weighted else None)
         return tp.unpool(tp.pool(x, found.assignment, 7, weights=w), found.assignment)
 
-    traced = torch.jit.trace(pooled, (x, w)) if how == "jit" else make_fx(pooled, tracing_mode=how)(x, w)
+    mode, _, early = how.partition(", ")
+    traced = torch.jit.trace(pooled, (x, w)) if how == "jit" else make_fx(pooled, tracing_mode=mode, pre_dispatch=bool(early))(x, w)
     del_me = [torch.full((2, 7), 10**6) for _ in range(20)]  # what uninitialised memory would hold
     del del_me
     assert_identical(traced(other, v), pooled(other, v))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_export_with_any_number_of_tokens(strict):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return tp.kmeans(x, 4).centers
+
+    sizes = {0: torch.export.Dim("B", min=1, max=50), 1: torch.export.Dim("N", min=8, max=500)}
+    program = torch.export.export(Model(), (tokens(2, 16, 4),), dynamic_shapes={"x": sizes}, strict=strict)
+    for b, n in ((2, 16), (1, 8), (3, 101)):
+        assert_identical(program.module()(tokens(b, n, 4)), Model()(tokens(b, n, 4)))
+
+
+def test_other_dispatch_modes_keep_every_check():
+    """A FLOP counter or selective checkpointing sees the ops, with their values."""
+    x = tokens(2, 16, 4)
+    want = tp.kmeans(x, 4, weights=torch.ones(2, 16))
+    with FlopCounterMode(display=False):
+        assert_identical(want, tp.kmeans(x, 4, weights=torch.ones(2, 16)))
+        with pytest.raises(ValueError, match="weights must be >= 0"):
+            tp.kmeans(x, 4, weights=-torch.ones(2, 16))
+        with pytest.raises(ValueError, match="token indices from 0"):
+            tp.kmeans(x, 2, init=torch.tensor([[1, 16], [0, 1]]))

@@ -278,6 +278,17 @@ def test_values_of_a_negative_view_are_those_it_shows(init):
     assert_identical(tp.kmeans(x, 3, weights=w, init=init), tp.kmeans(x, 3, weights=torch._neg_view(-w), init=init))
 
 
+def test_tensors_without_memory_of_their_own():
+    x = tokens(2, 16, 4)
+    zeros = torch._efficientzerotensor((2, 16))
+    assert_identical(tp.kmeans(x, 4, weights=zeros, init="strided"), tp.kmeans(x, 4, weights=torch.zeros(2, 16), init="strided"))
+    kept = []
+    torch.func.grad(lambda w: kept.append(w) or w.sum())(torch.ones(2, 16))  # outlives its transform
+    assert tp.kmeans(x, 4, weights=kept[0]).assignment.shape == (2, 16)
+    none = tp.kmeans(torch.empty(0, 10**9, 4), 3, weights=torch.empty(0, 10**9))
+    assert none.centers.shape == (0, 3, 4)
+
+
 def test_errors_survive_optimised_python():
     """No assert stands where an error is due: the checks hold under python -O."""
     import subprocess

@@ -398,7 +398,7 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
                 )
         if all(init in registry.REGISTRY[backend].starts for backend in chain):
             return x3.new_empty(b, 0, dtype=torch.int64)  # no indices: the op chooses this start itself
-        if mask is None and _plain(x3):
+        if mask is None and b and _plain(x3):
             if init == "strided" and counts is None:
                 start = x3.new_empty(b, k, dtype=torch.int64)
                 loader.extension.fill_strided(start.data_ptr(), b, n, k)
@@ -442,20 +442,34 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
 
 
 def _recorded() -> bool:
-    """Are ops recorded or replaced (torch.compile, tracing, fake tensors and other dispatch modes)? Then no value is looked at."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    """Are ops recorded without their values (torch.compile, export, make_fx, fake tensors)? Then no value is looked at."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        and any(torch._C._get_dispatch_mode(key) is not None for key in _VALUELESS_MODES)
+    )
+
+
+_Modes = torch._C._TorchDispatchModeKey
+_VALUELESS_MODES = (_Modes.FAKE, _Modes.PROXY, _Modes.FUNCTIONAL)
 
 
 def _plain(t: Tensor) -> bool:
     """May the extension look at this tensor's memory, or write that of one made beside it? It takes a microsecond where an op
-    of torch takes five."""
+    of torch takes five. Only where no op is recorded or replaced, and what is in memory is the tensor's value."""
     return (
-        t.is_cpu
+        not _recorded()
+        and t.is_cpu
         and type(t) in (Tensor, torch.nn.Parameter)
-        and not t.is_neg()  # a view whose signs are to be turned when it is read
         and loader.extension is not None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
-        and not _recorded()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not torch._is_functional_tensor(t)
+        and not t._is_zerotensor()
+        and not t.is_neg()
     )
 
 

@@ -66,8 +66,11 @@ def _strided(x: Tensor, k: int, mask: Optional[Tensor], counts: Optional[Tensor]
     """Evenly spaced valid tokens: number floor((j + 1/2) n / K) of n, for j < K."""
     b, tokens, _ = x.shape
     if mask is None and counts is None:
-        odd_multiples = torch.arange(tokens, 2 * tokens * k, 2 * tokens, device=x.device)  # (2 j + 1) n
-        return odd_multiples.floor_divide_(2 * k).expand(b, k)
+        if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in (tokens, k)):
+            odd_multiples = (2 * torch.arange(k, device=x.device) + 1) * tokens
+        else:  # one launch; its length would be a condition on an unknown number of tokens
+            odd_multiples = torch.arange(tokens, 2 * tokens * k, 2 * tokens, device=x.device)
+        return odd_multiples.floor_divide(2 * k).expand(b, k)
     n = _num_valid(x, mask)
     k_b = torch.minimum(torch.full_like(n, k) if counts is None else counts, n).clamp(min=1)
     j = torch.arange(k, device=x.device)
