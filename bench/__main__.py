@@ -90,8 +90,7 @@ def main(argv: list[str] | None = None) -> int:
                               iters=args.iters, mode=args.mode, device=args.device, tokens=args.tokens)
     for message in left_out:
         print(f"left out: {message}")
-    context = {"machine": machine.machine(args.device), "versions": machine.versions(), "threads": args.threads,
-               "nice": os.nice(0), "commit": machine.commit(), "command": machine.command(), "date": machine.now()}
+    context = {**machine.stamp(device=args.device), "threads": args.threads, "nice": os.nice(0)}
     if args.device == "cpu":
         used = machine.wait_idle(args.wait_idle)
         if (used or 0) >= NOISY and args.clock == "wall":

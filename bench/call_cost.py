@@ -72,8 +72,7 @@ def main(argv=None) -> int:
     for name, us in found.items():
         print(f"{name:32s} {us['p50']:8.1f} us")
     if args.json:
-        content = {"schema": 1, "machine": machine.machine(args.device), "versions": machine.versions(), "commit": machine.commit(),
-                   "command": machine.command("bench.call_cost"), "date": machine.now(), "call_us": found}
+        content = {"schema": 1, **machine.stamp("bench.call_cost", args.device), "call_us": found}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

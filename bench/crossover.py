@@ -154,9 +154,8 @@ def main(argv=None) -> int:
               f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
               f"{found['median_error_of_times']:.0%}")
     if args.json:
-        content = {"schema": 3, "machine": machine.machine(), "versions": machine.versions(), "threads": args.threads,
-                   "commit": machine.commit(), "command": machine.command("bench.crossover"), "date": machine.now(),
-                   "rows": measured, "constants_ns": dict(zip(NAMES, constants)), "judged": judged}
+        content = {"schema": 3, **machine.stamp("bench.crossover"), "threads": args.threads, "rows": measured,
+                   "constants_ns": dict(zip(NAMES, constants)), "judged": judged}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0

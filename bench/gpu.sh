@@ -21,6 +21,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 LOG=$OUT/gpu.log
 PART=$(mktemp)
+COMMIT=$(git rev-parse HEAD 2>/dev/null || echo "${TOKENPOOL_EXT_COMMIT:-unknown}")
 SUMMARY=$OUT/gpu_summary.json
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 : >"$LOG"
@@ -64,7 +65,7 @@ finish() {
   rm -f "$PART"
   device=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name())" 2>/dev/null || echo unknown)
   printf '{"device": "%s", "commit": "%s", "date": "%s", "command": "bash bench/gpu.sh", "failed": %d, "stages": [%s]}\n' \
-    "$device" "$(git rev-parse HEAD 2>/dev/null || echo "${TOKENPOOL_EXT_COMMIT:-unknown}")" "$(date -u +%FT%TZ)" "$FAILED" "${RECORDS%,}" >"$SUMMARY"
+    "$device" "$COMMIT" "$(date -u +%FT%TZ)" "$FAILED" "${RECORDS%,}" >"$SUMMARY"
   say "== $FAILED required stage(s) failed; $((SECONDS - START)) s; $SUMMARY"
 }
 trap finish EXIT

@@ -101,9 +101,7 @@ def main(argv=None) -> int:
     records = study(x, scores, [int(k) for k in args.clusters.split(",")], [int(t) for t in args.iters.split(",")],
                     args.repeats)
     if args.json:
-        content = {"schema": 1, "machine": machine.machine(), "versions": machine.versions(), "threads": args.threads,
-                   "commit": machine.commit(), "command": machine.command("bench.init_study"), "date": machine.now(),
-                   "tokens": "real", "images": x.shape[0], "reference": "scikit-learn KMeans(init='k-means++') to "
+        content = {"schema": 1, **machine.stamp("bench.init_study"), "threads": args.threads, "tokens": "real", "images": x.shape[0], "reference": "scikit-learn KMeans(init='k-means++') to "
                    "convergence, n_init 1 and 10, random_state = image number", "records": records}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")

@@ -132,5 +132,10 @@ def command(module: str = "bench") -> str:
     return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
+def stamp(module: str = "bench", device: str = "cpu") -> dict:
+    """What every record says of its making."""
+    return {"machine": machine(device), "versions": versions(), "commit": commit(), "command": command(module), "date": now()}
+
+
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

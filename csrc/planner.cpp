@@ -21,12 +21,13 @@ constexpr double kFarthest = 0.09;             // one feature of one token compa
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
 constexpr int64_t kStartsOnce = 48;  // so many starting tokens meet each other once, one image a thread (AVX2's two panels)
 constexpr double kMaximumGramBytes = 16 << 20;
+
+double gram_bytes(const CpuProblem& p) { return double(p.tokens) * double(p.tokens) * p.acc_bytes; }
 }  // namespace
 
 CpuPlan plan_cpu(const CpuProblem& p) {
   const double n = double(p.tokens), k = double(p.clusters), d = double(p.features);
   const double width = p.acc_bytes / 4.0;  // a double counts twice
-  const double gram_bytes = n * n * p.acc_bytes;
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
   const double passes = std::min(double(p.iterations), kPasses);
@@ -40,7 +41,7 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   plan.direct_ns = width * (direct_product * direct_multiply_add + (passes + 1) * n * d * kDirectToken + n * k * kCompare +
                             (passes - 1) * (n * kVisit + (p.medoids ? k * d * kMedoidCenter : 0)) +
                             (p.farthest ? n * k * d * kFarthest : 0));
-  plan.gram = gram_bytes <= kMaximumGramBytes && plan.gram_ns <= plan.direct_ns;
+  plan.gram = gram_bytes(p) <= kMaximumGramBytes && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n
                               : direct_product + passes * n * d + (p.farthest ? n * k * d : 0));
   plan.center_group = plan.gram ? 1 : group;
@@ -52,10 +53,9 @@ CpuPlan plan_cpu(const CpuProblem& p) {
 
 std::string reason(const CpuProblem& p, const CpuPlan& plan) {
   char text[256];
-  const double gram_bytes = double(p.tokens) * double(p.tokens) * p.acc_bytes;
-  if (gram_bytes > kMaximumGramBytes)
+  if (gram_bytes(p) > kMaximumGramBytes)
     std::snprintf(text, sizeof text, "the Gram matrix would need %.0f MB, more than the %.0f MB allowed",
-                  gram_bytes / 1048576, kMaximumGramBytes / 1048576);
+                  gram_bytes(p) / 1048576, kMaximumGramBytes / 1048576);
   else
     std::snprintf(text, sizeof text,
                   "one Gram product and %lld cheap iterations (%.0f us) against one product with the centers and bounds that spare "

@@ -1,67 +1,14 @@
-// The module tokenpool_ext._C: loading it registers the ops; its functions say what was built and what would be done.
+// The module tokenpool_ext._C: loading it registers the ops; its functions say what was built and what would be done, and
+// look at values.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <numeric>
-#include <utility>
-#include <vector>
 
 #include "cpu/api.h"
 #include "planner.h"
 #include "planner_cuda.h"
+#include "values.h"
 
 namespace py = pybind11;
-
-namespace {
-
-// Arguments are validated in Python; these look at them, or make them, faster than an op of torch starts.
-template <class T>
-bool any_negative(uintptr_t values, int64_t count) {
-  const T* v = reinterpret_cast<const T*>(values);
-  bool found = false;
-  for (int64_t i = 0; i < count; ++i) found |= v[i] < 0;
-  return found;
-}
-
-std::pair<int64_t, int64_t> extremes(uintptr_t values, int64_t count) {
-  const int64_t* v = reinterpret_cast<const int64_t*>(values);
-  std::pair<int64_t, int64_t> found{INT64_MAX, INT64_MIN};
-  for (int64_t i = 0; i < count; ++i) {
-    found.first = std::min(found.first, v[i]);
-    found.second = std::max(found.second, v[i]);
-  }
-  return found;
-}
-
-void fill_strided(uintptr_t indices, int64_t images, int64_t tokens, int64_t clusters) {
-  int64_t* to = reinterpret_cast<int64_t*>(indices);
-  for (int64_t b = 0; b < images; ++b)
-    for (int64_t j = 0; j < clusters; ++j) *to++ = (2 * j + 1) * tokens / (2 * clusters);
-}
-
-// Token indices of the largest scores of each image; ties to the lowest index, NaN before all numbers, as torch sorts them.
-void fill_largest(uintptr_t indices, uintptr_t scores, int64_t images, int64_t tokens, int64_t clusters) {
-  int64_t* to = reinterpret_cast<int64_t*>(indices);
-  const float* score = reinterpret_cast<const float*>(scores);
-  std::vector<uint64_t> key(tokens);  // ascending keys are descending scores, then ascending indices
-  for (int64_t b = 0; b < images; ++b, score += tokens, to += clusters) {
-    for (int64_t i = 0; i < tokens; ++i) {
-      const float v = score[i] + 0.0f;  // -0 becomes 0
-      uint32_t bits;
-      std::memcpy(&bits, &v, sizeof bits);
-      const uint32_t ascending = v != v ? UINT32_MAX : bits >> 31 ? ~bits : bits | 0x80000000u;
-      key[i] = uint64_t(~ascending) << 32 | uint32_t(i);
-    }
-    if (clusters < tokens) std::nth_element(key.begin(), key.begin() + clusters, key.end());
-    std::sort(key.begin(), key.begin() + clusters);
-    for (int64_t j = 0; j < clusters; ++j) to[j] = uint32_t(key[j]);
-  }
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels, op schemas and introspection of tokenpool_ext";
@@ -79,13 +26,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "any_negative",
       [](uintptr_t values, int64_t count, int bytes) {
-        return bytes == 8 ? any_negative<double>(values, count) : any_negative<float>(values, count);
+        return bytes == 8 ? tokenpool::any_negative<double>(values, count) : tokenpool::any_negative<float>(values, count);
       },
       py::arg("values"), py::arg("count"), py::arg("bytes"), "Is one of the float32 or float64 numbers at this address below 0?");
-  m.def("extremes", &extremes, py::arg("values"), py::arg("count"), "The least and the largest of the int64 at this address.");
-  m.def("fill_strided", &fill_strided, py::arg("indices"), py::arg("images"), py::arg("tokens"), py::arg("clusters"),
+  m.def("extremes", &tokenpool::extremes, py::arg("values"), py::arg("count"), "The least and the largest of the int64 at this address.");
+  m.def("fill_strided", &tokenpool::fill_strided, py::arg("indices"), py::arg("images"), py::arg("tokens"), py::arg("clusters"),
         "Writes evenly spaced token indices, (images, clusters) int64, to this address.");
-  m.def("fill_largest", &fill_largest, py::arg("indices"), py::arg("scores"), py::arg("images"), py::arg("tokens"),
+  m.def("fill_largest", &tokenpool::fill_largest, py::arg("indices"), py::arg("scores"), py::arg("images"), py::arg("tokens"),
         py::arg("clusters"), "Writes the indices of the largest of (images, tokens) float32 scores, (images, clusters) int64.");
   m.def(
       "plan_cpu",

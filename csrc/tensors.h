@@ -47,6 +47,11 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
   return new_tensor(like, shape, like.scalar_type());
 }
 
+inline Tensor filled(Tensor t, double value) {
+  torch::stable::fill_(t, value);
+  return t;
+}
+
 template <class T>
 const T* pointer(const std::optional<Tensor>& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;

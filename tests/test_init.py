@@ -8,8 +8,8 @@ import torch
 import oracle
 import tokenpool_ext as tp
 from helpers import assert_consistent, assert_identical, f64, integer_tokens, positive_weights, tokens
-from tokenpool_ext import functional, loader
-from tokenpool_ext.init import STRATEGIES, initial
+from tokenpool_ext import loader
+from tokenpool_ext.init import SORTED_HERE, STRATEGIES, initial
 
 pytestmark = pytest.mark.one_path
 
@@ -175,7 +175,7 @@ def test_starts_made_by_the_extension_are_those_of_torch():
 def test_a_large_batch_of_scores_starts_where_its_images_alone_do(dtype):
     """Above a size torch sorts the scores, below it the extension does."""
     n = 64
-    b = functional.SORTED_HERE // n + 1
+    b = SORTED_HERE // n + 1
     x, w = tokens(b, n, 3, dtype), torch.rand(b, n, generator=torch.Generator().manual_seed(1), dtype=dtype).mul(9).round()
     whole = tp.kmeans(x, 9, weights=w, num_iters=1)
     for i in (0, b - 1):

@@ -12,13 +12,12 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from . import autograd, loader, registry
-from .init import STRATEGIES, initial
+from . import autograd, registry, values
+from .init import STRATEGIES, initial, without_ops
 from .reference import accumulate_dtype
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-SORTED_HERE = 1 << 15  # scores of "topk"; torch sorts more of them with all threads
 
 
 class Clusters(NamedTuple):
@@ -342,14 +341,10 @@ def _check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Optional
     if weights.dtype.is_complex:
         raise TypeError(f"{name}: weights must be real, got {weights.dtype}")
     weights = _converted(_per_token(name, "weights", weights, x3, batched), accumulate_dtype(x3.dtype))
-    if weights.is_cpu and not _recorded():
-        if mask is None and weights.is_contiguous() and _plain(weights):
-            if not loader.extension.any_negative(weights.data_ptr(), weights.numel(), weights.element_size()):
-                return weights
+    if values.visible(weights) and values.any_negative(weights, mask):
         negative = weights < 0 if mask is None else (weights < 0) & mask
-        if negative.any():
-            least = float(weights.detach()[negative].amin())
-            raise ValueError(f"{name}: weights must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
+        least = float(weights.detach()[negative].amin())
+        raise ValueError(f"{name}: weights must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
     return weights
 
 
@@ -389,25 +384,18 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
             raise ValueError(f"{name}: init must be one of {', '.join(map(repr, STRATEGIES))} or a tensor, got {init!r}")
         if init == "bipartite" and counts is None and mask is None and 2 * k < n:
             raise ValueError(f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init")
-        if init == "bipartite" and (counts is not None or mask is not None) and x3.device.type == "cpu" and b:
+        if init == "bipartite" and (counts is not None or mask is not None) and values.visible(x3) and b:
             num_valid = torch.full((b,), n) if mask is None else mask.sum(1)
             fewest = torch.full((b,), k) if counts is None else counts
-            if not _recorded() and (2 * fewest < num_valid).any():
+            if (2 * fewest < num_valid).any():
                 raise ValueError(
                     f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid tokens; use another init"
                 )
         if all(init in registry.REGISTRY[backend].starts for backend in chain):
             return x3.new_empty(b, 0, dtype=torch.int64)  # no indices: the op chooses this start itself
-        if mask is None and b and _plain(x3):
-            if init == "strided" and counts is None:
-                start = x3.new_empty(b, k, dtype=torch.int64)
-                loader.extension.fill_strided(start.data_ptr(), b, n, k)
-                return start
-            sortable = weights is not None and weights.dtype == torch.float32 and weights.is_contiguous() and _plain(weights)
-            if init == "topk" and sortable and b * n <= SORTED_HERE:
-                start = x3.new_empty(b, k, dtype=torch.int64)
-                loader.extension.fill_largest(start.data_ptr(), weights.data_ptr(), b, n, k)
-                return start
+        start = without_ops(init, x3, k, weights, mask, counts)
+        if start is not None:
+            return start
         with torch.no_grad(), registry.no_autocast(x3):
             return initial(init, x3, k, weights, mask, counts, generator, as_indices=name == "kmedoids")
     if not isinstance(init, Tensor):
@@ -420,13 +408,10 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
             label = "(B, K)" if batched else "(K,)"
             raise ValueError(f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}")
         init = _converted(init if batched else init[None], torch.int64)
-        if init.is_cpu and init.numel() and not _recorded():
+        if init.numel() and values.visible(init):
             # Entries of clusters that an image does not have may be anything: every backend clamps what it reads.
             used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
-            if used.is_contiguous() and _plain(used):
-                low, high = loader.extension.extremes(used.data_ptr(), used.numel())
-            else:
-                low, high = map(int, used.aminmax())
+            low, high = values.extremes(used)
             if low < 0 or high >= n:
                 raise ValueError(f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}")
         return init if mask is None or n == 0 else _next_valid(mask).gather(1, init.clamp(0, n - 1))
@@ -439,38 +424,6 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         label = "(B, K, D)" if batched else "(K, D)"
         raise ValueError(f"{name}: init must hold centers of shape {label} = {expected}, got {tuple(init.shape)}")
     return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
-
-
-def _recorded() -> bool:
-    """Are ops recorded without their values (torch.compile, export, make_fx, fake tensors)? Then no value is looked at."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        and any(torch._C._get_dispatch_mode(key) is not None for key in _VALUELESS_MODES)
-    )
-
-
-_Modes = torch._C._TorchDispatchModeKey
-_VALUELESS_MODES = (_Modes.FAKE, _Modes.PROXY, _Modes.FUNCTIONAL)
-
-
-def _plain(t: Tensor) -> bool:
-    """May the extension look at this tensor's memory, or write that of one made beside it? It takes a microsecond where an op
-    of torch takes five. Only where no op is recorded or replaced, and what is in memory is the tensor's value."""
-    return (
-        not _recorded()
-        and t.is_cpu
-        and type(t) in (Tensor, torch.nn.Parameter)
-        and loader.extension is not None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        and not torch._is_functional_tensor(t)
-        and not t._is_zerotensor()
-        and not t.is_neg()
-    )
 
 
 def _next_valid(mask: Tensor) -> Tensor:

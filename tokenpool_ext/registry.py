@@ -72,7 +72,6 @@ REGISTRY: Dict[str, Backend] = {
         Backend("reference", lambda: None, lambda op, x: None, lambda: reference, starts=("farthest",)),
     )
 }
-_CPU, _CPU_BACKEND = ("cpu",), REGISTRY["cpu"]
 
 
 def backends() -> Dict[str, str]:
@@ -92,7 +91,7 @@ def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
         name = os.environ[ENVIRONMENT] or None
         source = ENVIRONMENT
     if name is None:
-        return _CPU if x.is_cpu and _CPU_BACKEND.can_run(op, x) is None else tuple(_willing(op, x))
+        return _willing(op, x)
     if not isinstance(name, str):
         raise TypeError(f"{op}: backend must be a string or None, got {type(name).__name__}")
     if name not in REGISTRY:
@@ -106,7 +105,9 @@ def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
     return (name,)
 
 
-def _willing(op: str, x: Tensor):
+def _willing(op: str, x: Tensor) -> Tuple[str, ...]:
+    if x.is_cpu and REGISTRY["cpu"].can_run(op, x) is None:
+        return ("cpu",)
     device = x.device.type
     if device == "cpu":
         order = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
@@ -114,7 +115,7 @@ def _willing(op: str, x: Tensor):
         order = ("cuda", "triton", "reference")
     else:
         order = ("triton", "reference") if device == "xpu" else ("reference",)
-    return [name for name in order if REGISTRY[name].can_run(op, x) is None]
+    return tuple(name for name in order if REGISTRY[name].can_run(op, x) is None)
 
 
 _NOTHING = contextlib.nullcontext()

@@ -31,7 +31,7 @@ template <int kColumns, bool kSplit, typename Gram>
 __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, bool to_medoids) {
   const int parts = kSplit ? p.parts : 1;
   const int width = blockDim.x / parts, part = kSplit ? threadIdx.x / width : 0;
-  int first = kSplit ? p.clusters * part / parts : 0, last = kSplit ? p.clusters * (part + 1) / parts : p.clusters;
+  int first = p.clusters * part / parts, last = p.clusters * (part + 1) / parts;
   if (!to_medoids) {
     first = s.start[first];
     last = s.start[last];

@@ -171,16 +171,12 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   const bool rows = by_index && !farthest && (k == 1 || start.stride(1) == 1);  // a row may be that of all images
   const Tensor init = rows ? start : dense(start);
   const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
-  Tensor centers = new_tensor(x, {b, k, d});
-  Tensor assignment = new_tensor(x, {b, n}, ScalarType::Long);
-  Tensor mass = new_tensor(x, {b, k}, ScalarType::Float);
-  Tensor medoids = with_medoids ? new_tensor(x, {b, k}, ScalarType::Long) : assignment;  // not returned
-  Tensor inertia = new_tensor(x, {b}, ScalarType::Float);
-  if (b == 0 || n == 0) {
-    for (Tensor* zero : {&centers, &mass, &inertia}) torch::stable::fill_(*zero, 0);
-    if (with_medoids) torch::stable::fill_(medoids, -1);
-    return {centers, assignment, mass, medoids, inertia};
-  }
+  const Tensor centers = new_tensor(x, {b, k, d});
+  const Tensor assignment = new_tensor(x, {b, n}, ScalarType::Long);
+  const Tensor mass = new_tensor(x, {b, k}, ScalarType::Float);
+  const Tensor medoids = with_medoids ? new_tensor(x, {b, k}, ScalarType::Long) : assignment;  // not returned
+  const Tensor inertia = new_tensor(x, {b}, ScalarType::Float);
+  if (b == 0 || n == 0) return {filled(centers, 0), assignment, filled(mass, 0), filled(medoids, -1), filled(inertia, 0)};
 
   const Device& properties = device_properties(device.index);
   problem.major = properties.major;
@@ -240,12 +236,8 @@ std::tuple<Tensor, Tensor> cluster_sums(const char* op, const Tensor& x, const T
   const OnDevice device(x);
   const Tensor assignment = dense(labels);
   const auto weights_dense = dense(weights);
-  Tensor centers = new_tensor(x, {b, k, d});
-  Tensor mass = new_tensor(x, {b, k}, ScalarType::Float);
-  if (b == 0 || n == 0) {
-    for (Tensor* zero : {&centers, &mass}) torch::stable::fill_(*zero, 0);
-    return {centers, mass};
-  }
+  const Tensor centers = new_tensor(x, {b, k, d}), mass = new_tensor(x, {b, k}, ScalarType::Float);
+  if (b == 0 || n == 0) return {filled(centers, 0), filled(mass, 0)};
   const size_t limit = device_properties(device.index).shared_limit;
   const Tensor memory = workspace(x, pool_workspace_bytes(call.shape, limit));
   call.x = tokens_of(x);
@@ -339,11 +331,8 @@ Tensor attention_received(Tensor q, Tensor k, double scale, std::optional<Tensor
   check(k, q, {b, h, keys, d}, q.scalar_type(), op, "k");
   if (lse) check(*lse, q, {b, h, queries}, ScalarType::Float, op, "lse");
   const OnDevice device(q);
-  Tensor received = new_tensor(q, {b, keys}, ScalarType::Float);
-  if (b == 0 || h == 0 || queries == 0 || keys == 0) {
-    torch::stable::fill_(received, 0);
-    return received;
-  }
+  const Tensor received = new_tensor(q, {b, keys}, ScalarType::Float);
+  if (b == 0 || h == 0 || queries == 0 || keys == 0) return filled(received, 0);
   const auto lse_dense = dense(lse);
   AttentionArgs args{};
   args.batch = b;

@@ -1,0 +1,67 @@
+"""Looking at the values of tensors on the CPU, for validation and simple starts: whether it is allowed, and how it is quick.
+
+An op of torch takes five to ten microseconds to start; the extension (csrc/values.h) looks at memory in one. No value is looked
+at where ops are recorded without values, nor on another device, where it would synchronise.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from . import loader
+
+_Modes = torch._C._TorchDispatchModeKey
+_VALUELESS_MODES = (_Modes.FAKE, _Modes.PROXY, _Modes.FUNCTIONAL)
+
+
+def recorded() -> bool:
+    """Are ops recorded without their values (torch.compile, export, make_fx, fake tensors)?"""
+    return (
+        torch.compiler.is_compiling()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        and any(torch._C._get_dispatch_mode(key) is not None for key in _VALUELESS_MODES)
+    )
+
+
+def visible(t: Tensor) -> bool:
+    """May ops of torch look at the values?"""
+    return t.is_cpu and not recorded()
+
+
+def plain(t: Tensor) -> bool:
+    """May the extension look at this tensor's memory, or write that of one made beside it? Only where no op is recorded or
+    replaced, and what is in memory is the tensor's value."""
+    return (
+        not torch.compiler.is_compiling()
+        and t.is_cpu
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and loader.extension is not None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not torch._is_functional_tensor(t)
+        and not t._is_zerotensor()
+        and not t.is_neg()
+    )
+
+
+def any_negative(t: Tensor, mask: Optional[Tensor] = None) -> bool:
+    """Is a value of a visible float32 or float64 tensor below 0, where the mask is True?"""
+    if mask is None and t.is_contiguous() and plain(t):
+        return loader.extension.any_negative(t.data_ptr(), t.numel(), t.element_size())
+    negative = t < 0
+    return bool((negative if mask is None else negative & mask).any())
+
+
+def extremes(t: Tensor) -> Tuple[int, int]:
+    """The least and the largest value of a visible int64 tensor that is not empty."""
+    if t.is_contiguous() and plain(t):
+        return loader.extension.extremes(t.data_ptr(), t.numel())
+    low, high = t.aminmax()
+    return int(low), int(high)
