@@ -4,18 +4,14 @@
 
 #include <cstdio>
 
-#include "cpu/headers.h"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#define TP_ISA avx2
-#define TP_VECTOR_BYTES 32
-#define TP_ROWS 4
-#define TP_VECTORS 3
-#define TP_F16C 1
-#include "cpu/kernels.h"
+#if defined(__AVX512F__)
+#include "cpu/kernels_avx512.cpp"
+#else
+#include "cpu/kernels_avx2.cpp"
+#endif
 
 using namespace tokenpool;
-using namespace tokenpool::avx2;
+using namespace tokenpool::TP_ISA;
 
 static double now() {  // microseconds of CPU time
   timespec t;
@@ -41,7 +37,7 @@ __attribute__((noinline)) static float multiply_adds(long n) {  // twelve indepe
   for (long k = 0; k < n; ++k) {
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) a[i] = a[i] * x + y;
-    asm volatile("" : "+x"(x));
+    asm volatile("" : "+v"(x));
   }
   float sum = 0;
   for (int i = 0; i < 12; ++i) sum += lane_sum<float>(a[i]);
@@ -86,7 +82,7 @@ int main(int argc, char** argv) {
                 K = argc > 3 ? std::atol(argv[3]) : 128;
   volatile float sink;
   const long rounds = 100000;
-  const double rate = rounds * 12 * 8 * 2 / best([&] { sink = multiply_adds(rounds); });  // flops a microsecond
+  const double rate = rounds * 12 * kLanes<float> * 2 / best([&] { sink = multiply_adds(rounds); });  // flops a microsecond
   (void)sink;
   std::vector<float> x(N * D), centers(K * D), mass(K), inertia(1);
   std::vector<int64_t> start(K), assignment(N);
@@ -109,7 +105,7 @@ int main(int argc, char** argv) {
   a.mass = mass.data();
   a.inertia = inertia.data();
   const double floor = double(N) * N * D / rate;
-  std::printf("%ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n", long(N), long(D),
+  std::printf("%s: %ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n", TP_STRING(TP_ISA), long(N), long(D),
               long(K), rate / 1e3, floor);
   Profile(a).phases(floor);
 }

@@ -72,6 +72,12 @@ TP_INLINE Vec<float> load_acc(const BF16* in) {
   return (Vec<float>)_mm256_shuffle_epi8(
       all, _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13,
                             -1, -1, 14, 15));
+#elif defined(__x86_64__) && TP_VECTOR_BYTES == 64
+  // Each 16 bits to the upper half of a lane, by one instruction, with zeros between.
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0,
+                                         1, 0, 0, 0);
+  const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+  return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, all);
 #else
   typedef uint16_t Half __attribute__((vector_size(TP_VECTOR_BYTES / 2), aligned(2), may_alias));
   typedef uint32_t Word __attribute__((vector_size(TP_VECTOR_BYTES)));
@@ -82,7 +88,7 @@ TP_INLINE Vec<float> load_acc(const FP16* in) {
 #if defined(TP_F16C) && TP_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
 #elif defined(TP_F16C) && TP_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
 #else
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(in[i]);

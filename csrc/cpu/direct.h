@@ -222,11 +222,17 @@ class Direct : protected Result<In> {
     rounding.loss = C(1) / part - C(1);
     round_panel<In>(rows, count, a.features, scale_, mean_, C(1) / rounding.unit, panel);
     const Vec<C> factor = splat(rounding.keep * rounding.unit * rounding.unit);
-    for (int v = 0; v < P; v += L) {
-      Vec<int32_t> norm = {};
-      for (int64_t d = 0; d < lanes_; ++d) add_product(norm, load(panel + d * P + v), load(panel + d * P + v));
-      store(norm_ + p * P + v, factor * __builtin_convertvector(norm, Vec<C>));
-    }
+    Vec<int32_t> norm[2][TP_VECTORS] = {};  // the sums of even and of odd lanes do not wait for each other
+    for (int64_t d = 0; d < lanes_; d += 2)
+#pragma GCC unroll 4
+      for (int v = 0; v < TP_VECTORS; ++v)
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          const Vec<int32_t> pair = load(panel + (d + odd) * P + v * L);
+          add_product(norm[odd][v], pair, pair);
+        }
+    for (int v = 0; v < TP_VECTORS; ++v)
+      store(norm_ + p * P + v * L, factor * __builtin_convertvector(norm[0][v] + norm[1][v], Vec<C>));
     return rounding;
   }
 
@@ -292,8 +298,9 @@ class Direct : protected Result<In> {
   }
 
   void measure_own(int64_t i, I own) {
+    const In* const tokens[1] = {row(i)};
     const C* const centers[1] = {center_ + own * a.features};
-    this->template squared_differences<1>(row(i), centers, best_ + i);
+    this->squared_differences(tokens, centers, best_ + i);
   }
 
   // A panel's tokens against those centers that bounds do not rule out. known: best_ holds distances, not upper bounds of them (as
@@ -376,17 +383,17 @@ class Direct : protected Result<In> {
       const int32_t g = s.group[f];
       const C* at = bounds(p, g);
       const Vec<C> travelled = splat(travelled_[g] * (C(1) + slack_));
-      Vec<I> farther[TP_VECTORS], all = ~Vec<I>{};
+      decltype(larger_lanes(Vec<C>{}, Vec<C>{})) farther[TP_VECTORS], all;
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
         // norm + bound > (reach + travelled)^2. A NaN rules nothing out; nor does equality: lengths of zero leave no room.
-        farther[v] = load(at + v * L) > panel.least[v] + travelled * (panel.twice[v] + travelled);
-        all &= farther[v];
+        farther[v] = larger_lanes(load(at + v * L), panel.least[v] + travelled * (panel.twice[v] + travelled));
+        all = v == 0 ? farther[v] : all & farther[v];
       }
-      if (lane_bits<C>(all) == kAll) continue;
+      if (lane_bits(all) == kAll) continue;
       uint64_t tokens = 0;
 #pragma GCC unroll 4
-      for (int v = 0; v < TP_VECTORS; ++v) tokens |= uint64_t(lane_bits<C>(farther[v]) ^ kAll) << (v * L);
+      for (int v = 0; v < TP_VECTORS; ++v) tokens |= uint64_t(lane_bits(farther[v]) ^ kAll) << (v * L);
       tokens &= panel.live;
       if (!tokens) continue;
       s.group[count] = g;
@@ -530,15 +537,16 @@ class Direct : protected Result<In> {
   // Squared distances of one token (as it was given) from centers.
   void distances(const In* x, const int32_t* center, int64_t count, C* out) const {
     const int64_t D = a.features;
+    const In* const tokens[1] = {x};
     int64_t c = 0;
     for (; c + 4 <= count; c += 4) {
       const C* const centers[4] = {center_ + center[c] * D, center_ + center[c + 1] * D, center_ + center[c + 2] * D,
                                    center_ + center[c + 3] * D};
-      this->template squared_differences<4>(x, centers, out + c);
+      this->squared_differences(tokens, centers, out + c);
     }
     for (; c < count; ++c) {
       const C* const centers[1] = {center_ + center[c] * D};
-      this->template squared_differences<1>(x, centers, out + c);
+      this->squared_differences(tokens, centers, out + c);
     }
   }
 
@@ -757,12 +765,13 @@ class Direct : protected Result<In> {
     const int64_t D = a.features;
     const bool from_tokens = first && this->ascending_;  // center j is still token j
     split(a.parallel_for, worth(2 * n_ * D), k_, [&](int64_t begin, int64_t end) {
-      Buffer<C> to(D), way(D);
+      Buffer<C> to(D);
       for (int64_t j = begin; j < end; ++j) {
         drift_[j] = 0;
         if (!changed_[j]) continue;
-        const bool alone = start_[j + 1] - start_[j] == 1;
-        if (from_tokens && alone && member_[start_[j]] == j && share_[start_[j]] == C(1)) {
+        const int64_t first_member = start_[j], last = start_[j + 1];
+        const bool alone = last - first_member == 1;
+        if (from_tokens && alone && member_[first_member] == j && share_[first_member] == C(1)) {
           best_[j] = 0;
           continue;
         }
@@ -770,22 +779,19 @@ class Direct : protected Result<In> {
           center_token(medoid_[j], to);
         else
           this->template mean_row<true>(j, to);
-        C* center = center_ + j * D;
-        for (int64_t d = 0; d < D; ++d) way[d] = to[d] - center[d];
-        drift_[j] = std::sqrt(squared_norm(way)) * (C(1) + slack_);
-        std::memcpy(center, to, size_t(D) * sizeof(C));
-        center_norm_[j] = squared_norm(center);
+        C* const center = center_ + j * D;
+        C way;
+        this->move_center(to, center, way, center_norm_[j]);
+        drift_[j] = std::sqrt(way) * (C(1) + slack_);
         if constexpr (kRounds<C>)
           if (rough_) round_center(j);
-        const C* const centers[1] = {center};
-        for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
-          const int64_t i = member_[m];
-          if (m + 1 < n_) prefetch_row(member_[m + 1]);
-          if (alone)
-            best_[i] = norm_[i] * 0;  // NaN stays NaN
-          else
-            this->template squared_differences<1>(row(i), centers, best_ + i);
+        if (alone) {
+          best_[member_[first_member]] = norm_[member_[first_member]] * 0;  // NaN stays NaN
+          continue;
         }
+        int64_t m = first_member;
+        for (; m + 2 <= last; m += 2) measure_members<2>(m, center);
+        if (m < last) measure_members<1>(m, center);
       }
     });
     C widest = 0;
@@ -803,6 +809,20 @@ class Direct : protected Result<In> {
       else if (most > 0)
         travelled_[g] = (travelled_[g] + most) * (C(1) + std::numeric_limits<C>::epsilon());
     }
+  }
+
+  // How far the members m .. m + T - 1 are from their center.
+  template <int T>
+  TP_INLINE void measure_members(int64_t m, const C* center) {
+    const In* tokens[T];
+    for (int t = 0; t < T; ++t) {
+      tokens[t] = row(member_[m + t]);
+      if (m + T + t < n_) prefetch_row(member_[m + T + t]);
+    }
+    const C* const centers[1] = {center};
+    C squared[T];
+    this->squared_differences(tokens, centers, squared);
+    for (int t = 0; t < T; ++t) best_[member_[m + t]] = squared[t];
   }
 
   void forget(int64_t g) {  // beside such a way the bounds of group g mean nothing: they are made anew

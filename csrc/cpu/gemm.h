@@ -19,7 +19,7 @@ template <class C>
 constexpr bool kRounds = std::is_same<C, float>::value;
 TP_INLINE void add_product(Vec<int32_t>& sum, Vec<int32_t> a, Vec<int32_t> b) {
 #if TP_VECTOR_BYTES == 64
-  sum += (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  sum = (Vec<int32_t>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif TP_VECTOR_BYTES == 32
   sum += (Vec<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else

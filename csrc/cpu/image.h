@@ -139,6 +139,33 @@ class Image {
     return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
+  // center = to; how far that is away and how long it is, squared: each summed as squared_norm does.
+  void move_center(const C* to, C* center, C& way, C& norm) const {
+    constexpr int W = 4;
+    const int64_t D = a.features;
+    Vec<C> apart[W] = {}, length[W] = {};
+    C apart_rest = 0, length_rest = 0;
+    int64_t d = 0;
+    const auto add = [&](int w) {
+      const Vec<C> there = load(to + d + w * L), difference = there - load(center + d + w * L);
+      apart[w] += difference * difference;
+      length[w] += there * there;
+      store(center + d + w * L, there);
+    };
+    for (; d + W * L <= D; d += W * L)
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) add(w);
+    for (; d + L <= D; d += L) add(0);
+    for (; d < D; ++d) {
+      const C difference = to[d] - center[d];
+      apart_rest += difference * difference;
+      length_rest += to[d] * to[d];
+      center[d] = to[d];
+    }
+    way = lane_sum<C>((apart[0] + apart[1]) + (apart[2] + apart[3])) + apart_rest;
+    norm = lane_sum<C>((length[0] + length[1]) + (length[2] + length[3])) + length_rest;
+  }
+
   // If the tokens chosen[0..k) are all different, they stand first from here on, and the others behind them.
   bool bring_forward(const int32_t* chosen, int64_t k) {
     int32_t* const order = arena_.take<int32_t>(n_);
@@ -193,36 +220,42 @@ class Image {
     return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
-  // ||x * scale - mean - center||^2 of one token and M centers, summed alike for every M: equal centers are equally far.
-  template <int M>
-  TP_INLINE void squared_differences(const In* x, const C* const (&center)[M], C* out) const {
+  // out[t * M + m] = ||x[t] * scale - mean - center[m]||^2, summed alike for every T and M: equal centers are equally far.
+  template <int T, int M>
+  TP_INLINE void squared_differences(const In* const (&x)[T], const C* const (&center)[M], C* out) const {
     constexpr int W = 2;
     const int64_t D = a.features;
     const Vec<C> scale = splat(scale_);
-    Vec<C> sum[M][W] = {};
-    C rest[M] = {};
+    Vec<C> sum[T][M][W] = {};
+    C rest[T][M] = {};
     int64_t d = 0;
     const auto add = [&](int w) {
-      const Vec<C> token = load_acc(x + d + w * L) * scale - load(mean_ + d + w * L);
+      const Vec<C> mean = load(mean_ + d + w * L);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const Vec<C> difference = token - load(center[m] + d + w * L);
-        sum[m][w] += difference * difference;
+      for (int t = 0; t < T; ++t) {
+        const Vec<C> token = load_acc(x[t] + d + w * L) * scale - mean;
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const Vec<C> difference = token - load(center[m] + d + w * L);
+          sum[t][m][w] += difference * difference;
+        }
       }
     };
     for (; d + W * L <= D; d += W * L)
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) add(w);
     for (; d + L <= D; d += L) add(0);
-    for (; d < D; ++d) {
-      const C token = C(to_float(x[d])) * scale_ - mean_[d];
-      for (int m = 0; m < M; ++m) rest[m] += (token - center[m][d]) * (token - center[m][d]);
-    }
-    for (int m = 0; m < M; ++m) {
-      Vec<C> total = sum[m][0];
-      for (int w = 1; w < W; ++w) total += sum[m][w];
-      out[m] = lane_sum<C>(total) + rest[m];
-    }
+    for (; d < D; ++d)
+      for (int t = 0; t < T; ++t) {
+        const C token = C(to_float(x[t][d])) * scale_ - mean_[d];
+        for (int m = 0; m < M; ++m) rest[t][m] += (token - center[m][d]) * (token - center[m][d]);
+      }
+    for (int t = 0; t < T; ++t)
+      for (int m = 0; m < M; ++m) {
+        Vec<C> total = sum[t][m][0];
+        for (int w = 1; w < W; ++w) total += sum[t][m][w];
+        out[t * M + m] = lane_sum<C>(total) + rest[t][m];
+      }
   }
 
   const ClusterArgs& a;

@@ -1,11 +1,12 @@
-// The CPU kernels for processors with AVX512. Standard headers come first: what they define keeps the baseline.
+// The CPU kernels for processors with AVX-512 and its 16-bit dot products (VNNI). Standard headers come first: what they
+// define keeps the baseline.
 #include "headers.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #endif
 #define TP_ISA avx512
 #define TP_VECTOR_BYTES 64

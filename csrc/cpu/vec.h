@@ -50,13 +50,15 @@ template <class T>
 TP_INLINE Vec<T> splat(T value) { return value - Vec<T>{}; }
 
 // Sum of the lanes, in a fixed order: halves folded together.
-template <class T>
-TP_INLINE T lane_sum(Vec<T> v) {
-  T a[kLanes<T>];
-  store(a, v);
-  for (int width = kLanes<T> / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] += a[i + width];
-  return a[0];
+template <class V, int... I>
+TP_INLINE auto fold(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (I + int(sizeof...(I)))...);
+}
+template <class T, class V>
+TP_INLINE T lane_sum(V v) {
+  constexpr int n = sizeof(V) / sizeof(T);
+  if constexpr (n == 2) return v[0] + v[1];
+  else return lane_sum<T>(fold(v, std::make_integer_sequence<int, n / 2>{}));
 }
 
 template <class T>
@@ -65,30 +67,46 @@ TP_INLINE Vec<T> root(Vec<T> v) {  // one instruction, since the build says -fno
   return v;
 }
 
-// The signs of the lanes, the first lane's in the lowest bit.
-template <class T>
-TP_INLINE uint32_t lane_bits(Vec<typename Lane<T>::Int> v) {
+// Which lanes of `a` are larger than those of `b`: as bits where the processor compares into bits, else as lanes of ones.
 #if defined(__x86_64__) && TP_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return uint32_t(_mm512_movepi32_mask((__m512i)v));
-  return uint32_t(_mm512_movepi64_mask((__m512i)v));
-#elif defined(__x86_64__) && TP_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)v));
-  return uint32_t(_mm256_movemask_pd((__m256d)v));
+TP_INLINE uint32_t larger_lanes(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
+TP_INLINE uint32_t larger_lanes(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ); }
+TP_INLINE uint32_t lane_bits(uint32_t bits) { return bits; }
+#else
+template <class V>
+TP_INLINE auto larger_lanes(V a, V b) { return a > b; }
+
+// The signs of the lanes, the first lane's in the lowest bit.
+template <class V>
+TP_INLINE uint32_t lane_bits(V v) {
+  constexpr bool single = sizeof(v[0]) == 4;
+#if defined(__x86_64__) && TP_VECTOR_BYTES == 32
+  if constexpr (single) return uint32_t(_mm256_movemask_ps((__m256)v));
+  else return uint32_t(_mm256_movemask_pd((__m256d)v));
 #elif defined(__x86_64__) && TP_VECTOR_BYTES == 16
-  if constexpr (sizeof(T) == 4) return uint32_t(_mm_movemask_ps((__m128)v));
-  return uint32_t(_mm_movemask_pd((__m128d)v));
+  if constexpr (single) return uint32_t(_mm_movemask_ps((__m128)v));
+  else return uint32_t(_mm_movemask_pd((__m128d)v));
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes<T>; ++i) bits |= uint32_t(v[i] < 0) << i;
+  for (int i = 0; i < TP_VECTOR_BYTES / (single ? 4 : 8); ++i) bits |= uint32_t(v[i] < 0) << i;
   return bits;
 #endif
 }
+#endif
 
 TP_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Larger of two, lane by lane: a NaN in `b` is passed over.
 template <class T>
-TP_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) { return b > a ? b : a; }
+TP_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(__x86_64__) && TP_VECTOR_BYTES == 64
+  // The compiler would make two instructions of it. (GCC 12 warns of its own header where that is asked without a mask.)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);
+  else return (Vec<T>)_mm512_maskz_max_pd(0xff, (__m512d)b, (__m512d)a);
+#else
+  return b > a ? b : a;
+#endif
+}
 template <class T>
 TP_INLINE Vec<T> magnitude(Vec<T> v) {
   typedef Vec<typename Lane<T>::Int> Bits;
