@@ -10,6 +10,7 @@ with P = min(T, 3), since later few clusters change; M = N, or N - K/2 for 48 an
 other are made once. It is fitted by non-negative least squares of relative errors. d, only for K-Medoids, whose centers move
 farther, is then chosen so that its picks lose least. Then: how often the fitted planner picks the slower path, and how
 much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
+--fit RECORD... measures nothing, but fits to what these records hold, all machines alike.
 T is the number of iterations asked for, which is what the planner knows; an image stops early when nothing changes ("done").
 """
 
@@ -122,6 +123,24 @@ def judge(rows: list[dict], constants: list[float]) -> dict:
             "median_error_of_times": timing.percentile(errors, 50)}
 
 
+def tell(constants: list[float], judged: dict) -> None:
+    print()
+    for name, value in zip(NAMES, constants):
+        print(f"  constexpr double {name} = {value:.4g};  // ns")
+    for kind, found in judged.items():
+        print(f"  {kind}: picks more than 5% slower than the best: {found['picks_over_5_percent_slower']} of "
+              f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
+              f"{found['median_error_of_times']:.0%}")
+
+
+def fit_records(paths: list[str]) -> None:
+    """One set of constants for the machines of several records, and what its picks lose on each."""
+    records = {path: json.loads(Path(path).read_text())["rows"] for path in paths}
+    constants = fit(*([row for rows in records.values() for row in rows[kind]] for kind in list(KINDS)[:2]))
+    tell(constants, {f"{Path(path).stem}, {kind}": judge(found, constants)
+                     for path, rows in records.items() for kind, found in rows.items()})
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,7 +149,11 @@ def main(argv=None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of repeats a shape (three are always made)")
     parser.add_argument("--json")
+    parser.add_argument("--fit", nargs="+", metavar="RECORD", help="files that --json made")
     args = parser.parse_args(argv)
+    if args.fit:
+        fit_records(args.fit)
+        return 0
     torch.set_num_threads(args.threads)
     base = tokens.real_base()[0]
     measured = {}
@@ -146,13 +169,7 @@ def main(argv=None) -> int:
                   f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)
     constants = fit(measured["real tokens"], measured["real tokens, K-Medoids"])
     judged = {kind: judge(rows, constants) for kind, rows in measured.items()}
-    print()
-    for name, value in zip(NAMES, constants):
-        print(f"  constexpr double {name} = {value:.4g};  // ns")
-    for kind, found in judged.items():
-        print(f"  {kind}: picks more than 5% slower than the best: {found['picks_over_5_percent_slower']} of "
-              f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
-              f"{found['median_error_of_times']:.0%}")
+    tell(constants, judged)
     if args.json:
         content = {"schema": 3, **machine.stamp("bench.crossover"), "threads": args.threads, "rows": measured,
                    "constants_ns": dict(zip(NAMES, constants)), "judged": judged}

@@ -129,7 +129,10 @@ def commit() -> str:
 
 
 def command(module: str = "bench") -> str:
-    return " ".join(["python", "-m", module, *sys.argv[1:]])
+    """What was typed, with the variables that choose a path or an instruction set."""
+    choices = ("TOKENPOOL_EXT_CPU_ISA", "TOKENPOOL_EXT_CPU_PATH", "TOKENPOOL_EXT_CUDA_PATH")
+    chosen = [f"{name}={os.environ[name]}" for name in choices if os.environ.get(name)]
+    return " ".join([*chosen, "python", "-m", module, *sys.argv[1:]])
 
 
 def stamp(module: str = "bench", device: str = "cpu") -> dict:
