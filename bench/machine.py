@@ -112,7 +112,7 @@ def versions() -> dict:
 
 
 def commit() -> str:
-    """Short commit hash, with '+' when tracked files other than records differ from it. Outside a checkout (a copy on another
+    """Short commit hash, with '+' when tracked files other than records and text differ from it. Outside a checkout (a copy on another
     machine) what TOKENPOOL_EXT_COMMIT says, or 'unknown'."""
     elsewhere = os.environ.get("TOKENPOOL_EXT_COMMIT", "unknown")
 
@@ -122,7 +122,7 @@ def commit() -> str:
         head = git("rev-parse", "--short=12", "HEAD")
         if head.returncode:
             return elsewhere
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results").stdout.strip()
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!*.md").stdout.strip()
         return head.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.TimeoutExpired):
         return elsewhere
