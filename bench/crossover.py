@@ -10,7 +10,7 @@ with P = min(T, 3), since later few clusters change; M = N, or N - K/2 for 48 an
 other are made once. It is fitted by non-negative least squares of relative errors. d, only for K-Medoids, whose centers move
 farther, is then chosen so that its picks lose least. Then: how often the fitted planner picks the slower path, and how
 much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
---fit RECORD... measures nothing, but fits to what these records hold, all machines alike.
+--fit RECORD... measures nothing, but makes one fit to what these records hold; how fast each machine is as a whole is fitted, too.
 T is the number of iterations asked for, which is what the planner knows; an image stops early when nothing changes ("done").
 """
 
@@ -30,7 +30,8 @@ from . import machine, timing, tokens
 VARIABLE = "TOKENPOOL_EXT_CPU_PATH"
 PATHS = ("gram", "direct")
 PASSES, STARTS_ONCE = 3, 48  # kPasses and kStartsOnce of the planner
-KINDS = {"real tokens": "kmeans", "real tokens, K-Medoids": "kmedoids", "random tokens": "kmeans"}
+REAL, MEDOIDS, RANDOM = "real tokens", "real tokens, K-Medoids", "random tokens"
+KINDS = {REAL: "kmeans", MEDOIDS: "kmedoids", RANDOM: "kmeans"}
 NAMES = ("kGramMultiplyAdd", "kGramToken", "kRowAdd", "kDirectMultiplyAdd", "kDirectToken", "kCompare", "kVisit", "kMedoidCenter")
 
 
@@ -109,11 +110,21 @@ def fit(rows: list[dict], medoids: list[dict]) -> list[float]:
     return min(([*constants, d / 4] for d in range(41)), key=lambda c: judge(medoids, c)["mean_time_lost"])
 
 
+def tell_time(constants: list[float], path: str, row: dict) -> float:
+    """Nanoseconds that the model says a path takes."""
+    return sum(c * f for c, f in zip(constants, features(path, row)))
+
+
+def faster(rows: list[dict], factor: float) -> list[dict]:
+    """What a machine would have measured that is so many times faster in everything."""
+    return [{**row, **{f"{p}_ns": row[f"{p}_ns"] / factor for p in PATHS}} for row in rows]
+
+
 def judge(rows: list[dict], constants: list[float]) -> dict:
     """How good the picks of these constants are on the measured rows."""
     wrong, lost, errors = 0, 0.0, []
     for row in rows:
-        told = {p: sum(c * f for c, f in zip(constants, features(p, row))) for p in PATHS}
+        told = {p: tell_time(constants, p, row) for p in PATHS}
         pick = min(PATHS, key=told.get)
         fastest = min(PATHS, key=lambda p: row[f"{p}_ns"])
         wrong += row[f"{pick}_ns"] > 1.05 * row[f"{fastest}_ns"]
@@ -135,10 +146,16 @@ def tell(constants: list[float], judged: dict) -> None:
 
 def fit_records(paths: list[str]) -> None:
     """One set of constants for the machines of several records, and what its picks lose on each."""
-    records = {path: json.loads(Path(path).read_text())["rows"] for path in paths}
-    constants = fit(*([row for rows in records.values() for row in rows[kind]] for kind in list(KINDS)[:2]))
-    tell(constants, {f"{Path(path).stem}, {kind}": judge(found, constants)
-                     for path, rows in records.items() for kind, found in rows.items()})
+    records = {Path(path).stem: json.loads(Path(path).read_text())["rows"] for path in paths}
+    slower = dict.fromkeys(records, 1.0)  # than the machine of the constants
+    for _ in range(20):
+        even = {name: {kind: faster(found, slower[name]) for kind, found in rows.items()} for name, rows in records.items()}
+        constants = fit([row for rows in even.values() for row in rows[REAL]], [row for rows in even.values() for row in rows[MEDOIDS]])
+        for name, rows in records.items():  # the factor with the least sum of squared relative errors
+            told = [tell_time(constants, p, row) / row[f"{p}_ns"] for row in rows[REAL] for p in PATHS]
+            slower[name] = sum(told) / sum(t * t for t in told)
+    print("\nslower than the machine of these constants: " + ", ".join(f"{name} {s:.2f}" for name, s in slower.items()))
+    tell(constants, {f"{name}, {kind}": judge(found, constants) for name, rows in even.items() for kind, found in rows.items()})
 
 
 def main(argv=None) -> int:
@@ -149,7 +166,7 @@ def main(argv=None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of repeats a shape (three are always made)")
     parser.add_argument("--json")
-    parser.add_argument("--fit", nargs="+", metavar="RECORD", help="files that --json made")
+    parser.add_argument("--fit", nargs="+", metavar="RECORD", help="files that --json made; nothing else is looked at")
     args = parser.parse_args(argv)
     if args.fit:
         fit_records(args.fit)
@@ -158,7 +175,7 @@ def main(argv=None) -> int:
     base = tokens.real_base()[0]
     measured = {}
     for kind, op in KINDS.items():
-        random = kind == "random tokens"
+        random = kind == RANDOM
         rows = measured[kind] = []
         print(kind)
         print(f"{'N':>6s} {'D':>5s} {'K':>5s} {'T':>3s} {'done':>5s} {'gram us':>10s} {'direct us':>10s}  gram/direct")
@@ -167,7 +184,7 @@ def main(argv=None) -> int:
             rows.append(row)
             print(f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
                   f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)
-    constants = fit(measured["real tokens"], measured["real tokens, K-Medoids"])
+    constants = fit(measured[REAL], measured[MEDOIDS])
     judged = {kind: judge(rows, constants) for kind, rows in measured.items()}
     tell(constants, judged)
     if args.json:

@@ -112,8 +112,8 @@ def versions() -> dict:
 
 
 def commit() -> str:
-    """Short commit hash, with '+' when tracked files other than records and text differ from it. Outside a checkout (a copy on another
-    machine) what TOKENPOOL_EXT_COMMIT says, or 'unknown'."""
+    """Short commit hash, with '+' when tracked files other than records and text differ from it. Outside a checkout (a
+    copy on another machine) what TOKENPOOL_EXT_COMMIT says, or 'unknown'."""
     elsewhere = os.environ.get("TOKENPOOL_EXT_COMMIT", "unknown")
 
     def git(*args):

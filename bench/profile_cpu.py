@@ -13,21 +13,28 @@ from pathlib import Path
 from .machine import cpu_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-AVX2 = ("avx2", "fma", "f16c")
-AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+AVX2 = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c"}  # as /proc/cpuinfo and as the compiler calls them
+AVX512 = {**AVX2, **{name: f"-m{name}" for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl")}, "avx512_vnni": "-mavx512vnni"}
+COPIES = {"avx512": AVX512, "avx2": AVX2}
 
 
-def target() -> tuple[str, ...]:
-    """The compiler's names of the instructions to profile with."""
-    asked, flags = os.environ.get("TOKENPOOL_EXT_CPU_ISA"), cpu_flags()
-    return AVX2 + AVX512 if asked == "avx512" or (not asked and flags.issuperset(name.replace("vnni", "_vnni") for name in AVX512)) else AVX2
+def copies() -> list[str]:
+    """Those of the kernels' copies that can be profiled here, the best first."""
+    return [name for name, needed in COPIES.items() if cpu_flags().issuperset(needed)]
+
+
+def chosen() -> str:
+    asked, here = os.environ.get("TOKENPOOL_EXT_CPU_ISA"), copies()
+    if not here or (asked and asked not in here):
+        sys.exit(f"profile_cpu: this processor can profile {' and '.join(here) or 'no copy of the kernels'}, not {asked or 'another'}")
+    return asked or here[0]
 
 
 def main(sizes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/profile_cpu"
         sources = [str(ROOT / "bench/native/profile_cpu.cpp"), str(ROOT / "csrc/planner.cpp")]
-        flags = ["-std=c++17", "-O3", "-fno-math-errno", "-I", str(ROOT / "csrc"), *(f"-m{name}" for name in target())]
+        flags = ["-std=c++17", "-O3", "-fno-math-errno", "-I", str(ROOT / "csrc"), *COPIES[chosen()].values()]
         subprocess.run(["g++", *flags, *sources, "-o", program], check=True)
         return subprocess.run([program, *sizes]).returncode
 

@@ -10,17 +10,17 @@ namespace {
 // Nanoseconds per element operation on one core, float32: one fit to three records, bench/results/crossover-*.json (AMD EPYC
 // Zen 3 with AVX2, Zen 4 with AVX2 and with AVX-512; `python -m bench.crossover --fit` prints it), but for kFarthest, read off
 // a few calls. Only their ratios matter.
-constexpr double kGramMultiplyAdd = 0.02044;   // one multiply-add of the Gram product
-constexpr double kGramToken = 0.633;           // one feature of one token converted, centered, packed; and added to a mean
-constexpr double kRowAdd = 0.1156;             // one element of a Gram row added to its cluster's row
-constexpr double kDirectMultiplyAdd = 0.0124;  // one of the products with the centers: float32 is rounded to 16 bits for them
-constexpr double kDirectToken = 0.3342;        // one feature of one token converted and packed, or added to a mean
-constexpr double kCompare = 0.3905;            // one token and center: score and bound
-constexpr double kVisit = 71.91;               // one token in one pass: centers that its bounds leave open
-constexpr double kMedoidCenter = 0.5;          // K-Medoids: one feature of one center in one pass, since medoids move far
+constexpr double kGramMultiplyAdd = 0.01959;   // one multiply-add of the Gram product
+constexpr double kGramToken = 0.667;           // one feature of one token converted, centered, packed; and added to a mean
+constexpr double kRowAdd = 0.1213;             // one element of a Gram row added to its cluster's row
+constexpr double kDirectMultiplyAdd = 0.01196; // one of the products with the centers: float32 is rounded to 16 bits for them
+constexpr double kDirectToken = 0.351;         // one feature of one token converted and packed, or added to a mean
+constexpr double kCompare = 0.413;             // one token and center: score and bound
+constexpr double kVisit = 72.49;               // one token in one pass: centers that its bounds leave open
+constexpr double kMedoidCenter = 0.25;         // K-Medoids: one feature of one center in one pass, since medoids move far
 constexpr double kFarthest = 0.06;             // one feature of one token compared with one chosen token (farthest-first, direct)
 constexpr double kPasses = 3;  // updates of every center that T iterations amount to: later, few change and the rest is skipped
-constexpr int64_t kStartsOnce = 48;  // so many starting tokens meet each other once, one image a thread (AVX2's two panels)
+constexpr int64_t kStartsOnce = 48;  // so many starting tokens meet each other once, one image a thread (AVX2's two panels; AVX-512's hold 64)
 constexpr double kMaximumGramBytes = 16 << 20;
 
 double gram_bytes(const CpuProblem& p) { return double(p.tokens) * double(p.tokens) * p.acc_bytes; }

@@ -105,7 +105,7 @@ int main(int argc, char** argv) {
   a.mass = mass.data();
   a.inertia = inertia.data();
   const double floor = double(N) * N * D / rate;
-  std::printf("%s: %ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n", TP_STRING(TP_ISA), long(N), long(D),
-              long(K), rate / 1e3, floor);
+  std::printf("%s: %ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n",
+              TP_STRING(TP_ISA), long(N), long(D), long(K), rate / 1e3, floor);
   Profile(a).phases(floor);
 }

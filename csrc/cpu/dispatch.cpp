@@ -27,7 +27,8 @@ bool runs_avx512() {
 const Kernels* choose(const std::string& asked) {
 #if defined(__x86_64__)
   if (asked == "avx512" || (asked.empty() && runs_avx512())) {
-    if (!runs_avx512()) throw std::runtime_error("TOKENPOOL_EXT_CPU_ISA=avx512: this processor has no AVX-512 (F, BW, DQ, VL, VNNI)");
+    if (!runs_avx512())
+      throw std::runtime_error("TOKENPOOL_EXT_CPU_ISA=avx512: this processor has no AVX-512 (F, BW, DQ, VL, VNNI)");
     return &kernels_avx512;
   }
   if (asked == "avx2" || (asked.empty() && runs_avx2())) {

@@ -139,7 +139,7 @@ class Image {
     return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
-  // center = to; how far that is away and how long it is, squared: each summed as squared_norm does.
+  // center = to; how far that is away and how long it is, squared: each summed in the order of squared_norm.
   void move_center(const C* to, C* center, C& way, C& norm) const {
     constexpr int W = 4;
     const int64_t D = a.features;

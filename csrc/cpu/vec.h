@@ -71,12 +71,12 @@ TP_INLINE Vec<T> root(Vec<T> v) {  // one instruction, since the build says -fno
 #if defined(__x86_64__) && TP_VECTOR_BYTES == 64
 TP_INLINE uint32_t larger_lanes(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
 TP_INLINE uint32_t larger_lanes(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ); }
-TP_INLINE uint32_t lane_bits(uint32_t bits) { return bits; }
+TP_INLINE uint32_t lane_bits(uint32_t bits) { return bits; }  // as larger_lanes gave them
 #else
 template <class V>
 TP_INLINE auto larger_lanes(V a, V b) { return a > b; }
 
-// The signs of the lanes, the first lane's in the lowest bit.
+// What larger_lanes gave as bits, the first lane's the lowest.
 template <class V>
 TP_INLINE uint32_t lane_bits(V v) {
   constexpr bool single = sizeof(v[0]) == 4;
