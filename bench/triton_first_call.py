@@ -1,22 +1,26 @@
 """What the first call of a shape bucket costs the Triton backend in a fresh process with an empty cache: compilation.
 
-    python -m bench.triton_first_call [--capability 90] [--repeats 3]
+    python -m bench.triton_first_call [--capability 90 ...] [--repeats 5] [--json OUT]
 
 Needs no GPU: the launches of a clustering are recorded, and their kernels compiled to machine code for the capability,
 one after the other and side by side as the backend does it.  Each measurement is a process of its own; importing torch
 and Triton is not counted, Triton's own start (it hashes its binaries) is.  `later process` is a fresh process that finds
-Triton's cache on disk filled by an earlier one, which is every process but the first on a machine.  Seconds, the least of
-the repeats; `processor` adds up all threads and ptxas.
+Triton's cache on disk filled by an earlier one, which is every process but the first on a machine.  Seconds, the median
+of the repeats, and the greatest of those side by side; `processor` adds up all threads and ptxas.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+from . import machine
 
 BUCKETS = (("gram", "kmeans", 196, 384, 98), ("direct", "kmeans", 4096, 64, 16), ("direct", "kmeans", 4096, 320, 16),
            ("gram", "kmedoids", 196, 384, 98))
@@ -61,32 +65,47 @@ def in_a_process(problem: dict, cache: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capability", type=int, default=90)
-    parser.add_argument("--repeats", type=int, default=3)
+def measured(bucket: tuple, dtype: str, capability: int, repeats: int) -> dict:
+    """One row: every repeat's seconds, of each way to compile."""
+    path, algorithm, n, d, k = bucket
+    row = dict(path=path, algorithm=algorithm, n=n, d=d, k=k, dtype=dtype, capability=capability)
+    samples = {"one_by_one": [], "together": [], "processor": [], "later": []}
+    for together in (False, True) * repeats:
+        with tempfile.TemporaryDirectory() as cache:
+            first, again = (in_a_process({**row, "together": together}, cache) for _ in range(2))
+        samples["together" if together else "one_by_one"].append(first["seconds"])
+        if together:
+            samples["processor"].append(first["processor"])
+            samples["later"].append(again["seconds"])
+    return {**row, "kernels": first["kernels"], "seconds": samples}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.triton_first_call", description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, nargs="+", default=[90])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.one:
         print(json.dumps(measure(**json.loads(options.one))))
-        return
-    print(f"{'bucket':<44}{'one by one':>12}{'together':>12}{'processor':>12}{'later process':>15}{'kernels':>9}")
-    for path, algorithm, n, d, k in BUCKETS:
-        for dtype in ("bfloat16", "float32"):
-            found = {}
-            for together in (False, True) * options.repeats:
-                problem = dict(path=path, algorithm=algorithm, n=n, d=d, k=k, dtype=dtype, capability=options.capability,
-                               together=together)
-                with tempfile.TemporaryDirectory() as cache:
-                    one, again = (in_a_process(problem, cache) for _ in range(2))
-                one["later"] = again["seconds"]
-                best = found.setdefault(together, one)
-                for field in ("seconds", "processor", "later"):
-                    best[field] = min(best[field], one[field])
-            print(f"{f'{algorithm}, {path}, {dtype}, {n}x{d}->{k}':<44}{found[False]['seconds']:>12.1f}"
-                  f"{found[True]['seconds']:>12.1f}{found[True]['processor']:>12.1f}{found[True]['later']:>15.1f}"
-                  f"{found[True]['kernels']:>9}", flush=True)
+        return 0
+    rows = []
+    print(f"{'bucket':<46}{'one by one':>12}{'together':>10}{'(most)':>8}{'processor':>11}{'later':>7}{'kernels':>9}")
+    for capability in options.capability:
+        for bucket in BUCKETS:
+            for dtype in ("bfloat16", "float32"):
+                rows.append(row := measured(bucket, dtype, capability, options.repeats))
+                middle = {name: statistics.median(values) for name, values in row["seconds"].items()}
+                path, algorithm, n, d, k = bucket
+                print(f"{f'sm_{capability} {algorithm} {path} {dtype} {n}x{d}->{k}':<46}{middle['one_by_one']:>12.1f}"
+                      f"{middle['together']:>10.1f}{max(row['seconds']['together']):>8.1f}{middle['processor']:>11.1f}"
+                      f"{middle['later']:>7.1f}{row['kernels']:>9}", flush=True)
+    if options.json:
+        content = {"schema": 1, **machine.stamp("bench.triton_first_call"), "first_call": rows}
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

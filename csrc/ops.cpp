@@ -47,7 +47,7 @@ void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType typ
 Tensor feature_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) <= 1 || t.stride(last) == 1) return t;
-  return torch::stable::contiguous(t);
+  return side_by_side(t);
 }
 
 void run_parallel(int64_t count, Body body, void* context) {
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor> pool_backward_cpu(Tensor grad, Tensor tokens, Tensor 
   check(mass, {a.images, K}, acc_of(x), op, "mass");
   Tensor grad_x = new_output(x, a.images, a.tokens, a.features);
   Tensor grad_weights = weights_dense ? new_tensor(x, {a.images, a.tokens}, acc_of(x))
-                                      : torch::stable::new_zeros(x, {a.images, a.tokens}, acc_of(x));
+                                      : filled(new_tensor(x, {a.images, a.tokens}, acc_of(x)), 0);
   a.centers = centers.data_ptr();
   a.centers_image_stride = centers.stride(0);
   a.centers_row_stride = centers.stride(1);

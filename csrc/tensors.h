@@ -9,16 +9,41 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <optional>
+
+#if defined(__linux__)
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();  // torch 2.13 and later
+#endif
 
 namespace tokenpool {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// What torch says of its last failure in this thread, where it can be asked.
+inline const char* reason_of_torch() {
+#if defined(__linux__)
+  if (torch_exception_get_what_without_backtrace != nullptr) return torch_exception_get_what_without_backtrace();
+#endif
+  return "out of memory? This torch does not say (2.13 and later do)";
+}
+
+inline Tensor side_by_side(const Tensor& t) {
+  bool succeeded = true;
+  Tensor result = t;
+  try {
+    result = torch::stable::contiguous(t);
+  } catch (const std::exception&) {  // its text is that of the call, not of the failure
+    succeeded = false;
+  }
+  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not copy ", t.numel(), " numbers to lie side by side: ", reason_of_torch());
+  return result;
+}
+
 // torch looks an op up by its name at every call: not where there is nothing to do.
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : side_by_side(t); }
 
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   if (!t) return std::nullopt;
@@ -39,7 +64,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
   const bool succeeded = aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
                          aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride.data(), code,
                                                   device_type, like.get_device_index(), &made) == AOTI_TORCH_SUCCESS;
-  STD_TORCH_CHECK(succeeded, "tokenpool_ext: out of memory? torch could not allocate ", step, " numbers");
+  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not allocate ", step, " numbers: ", reason_of_torch());
   return Tensor(made);
 }
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import call_cost, crossover, floor, machine, peers, plot, profile_cpu, report, runner, timing, tokens
+from bench import (call_cost, crossover, floor, machine, peers, plot, profile_cpu, report, runner, timing, tokens,
+                   triton_first_call)
 from bench.__main__ import main
 from bench.problem import Problem, parse_shapes, problems
 
@@ -390,6 +391,13 @@ def test_what_a_call_costs_is_measured():
     found = call_cost.measure("cpu", rounds=2, count=2)
     assert {"kmeans, strided", "TokenPooling", "torch.empty"} < set(found)
     assert all(0 < us["p20"] <= us["p50"] <= us["p80"] for us in found.values())
+
+
+def test_first_calls_of_triton_are_measured():
+    pytest.importorskip("triton")
+    row = triton_first_call.measured(("direct", "kmeans", 4096, 64, 16), "bfloat16", 90, repeats=1)
+    assert row["kernels"] == 8 and all(len(values) == 1 for values in row["seconds"].values())
+    assert 0 < row["seconds"]["later"][0] < row["seconds"]["together"][0]
 
 
 @pytest.mark.skipif(shutil.which("bash", path="/usr/bin:/bin") is None, reason="no bash")

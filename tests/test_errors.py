@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import re
+import types
 
 import pytest
 import torch
 
 import tokenpool_ext as tp
+from tokenpool_ext import registry
 from helpers import assert_identical, tokens
 
 B, N, D, K = 2, 8, 3, 4
@@ -303,3 +305,22 @@ def test_errors_survive_optimised_python():
     root = str(Path(__file__).parents[1])
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
+
+
+def test_memory_that_is_not_there_is_named():
+    """What torch says of it, where torch can be asked (2.13 and later)."""
+    labels = torch.zeros(1, 2, dtype=torch.int64)  # both want more than any address space has
+    for call in (lambda: tp.unpool(torch.zeros(1, 1, 1).expand(1, 1, 1 << 46), labels, backend="cpu"),
+                 lambda: tp.pool(torch.zeros(1, 2, 1 << 17), labels, 1 << 30, backend="cpu")):
+        with pytest.raises(RuntimeError, match="could not (copy|allocate) [0-9]+ numbers.*(tried to allocate|out of memory)"):
+            call()
+
+
+@pytest.mark.parametrize("name, kind", [("cuda", torch.OutOfMemoryError), ("cpu", RuntimeError)])
+def test_a_gpu_out_of_memory_raises_what_torch_raises(name, kind, monkeypatch):
+    def kmeans(*args):
+        raise RuntimeError("torch could not allocate 9 numbers: CUDA out of memory. Tried to allocate 20 GiB")
+    monkeypatch.setattr(registry.REGISTRY[name], "ops", lambda: types.SimpleNamespace(kmeans=kmeans))
+    with pytest.raises(RuntimeError, match="20 GiB") as caught:
+        registry.call((name,), "kmeans")
+    assert type(caught.value) is kind

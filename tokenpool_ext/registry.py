@@ -138,7 +138,7 @@ def call(chain: Tuple[str, ...], op: str, *args):
     """Run `op` on the first backend of `chain` whose kernel works, warning once for each that does not."""
     for name in chain[:-1]:
         try:
-            return getattr(REGISTRY[name].ops(), op)(*args)
+            return _run(name, op, args)
         except KernelUnavailable as error:
             if (name, op) not in _warned:
                 _warned.add((name, op))
@@ -147,4 +147,13 @@ def call(chain: Tuple[str, ...], op: str, *args):
                     RuntimeWarning,
                     stacklevel=2,
                 )
-    return getattr(REGISTRY[chain[-1]].ops(), op)(*args)
+    return _run(chain[-1], op, args)
+
+
+def _run(name: str, op: str, args: tuple):
+    try:
+        return getattr(REGISTRY[name].ops(), op)(*args)
+    except RuntimeError as error:  # the stable ABI loses the type, by which callers know that a smaller batch may do
+        if name == "cuda" and "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
