@@ -203,6 +203,18 @@ def test_export_with_any_number_of_tokens(strict):
         assert_identical(program.module()(tokens(b, n, 4)), Model()(tokens(b, n, 4)))
 
 
+def test_weighted_export_with_any_batch():
+    """A start made at once for small batches only must not become a bound of the batch."""
+    class Model(torch.nn.Module):
+        def forward(self, x, w):
+            return tp.kmeans(x, 4, weights=w).centers
+
+    sizes = {"x": {0: torch.export.Dim("B")}, "w": {0: torch.export.Dim("B")}}
+    program = torch.export.export(Model(), (tokens(2, 64, 2), positive_weights(2, 64)), dynamic_shapes=sizes)
+    many = tokens(700, 64, 2), positive_weights(700, 64)
+    assert_identical(program.module()(*many), Model()(*many))
+
+
 def test_other_dispatch_modes_keep_every_check():
     """A FLOP counter or selective checkpointing sees the ops, with their values."""
     x = tokens(2, 16, 4)

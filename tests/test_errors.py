@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,7 @@ CLUSTER_CASES = {
     "x complex": (TypeError, "x", dict(x=ones(B, N, D, dtype=torch.complex64)), ["complex64"]),
     "x float8": (TypeError, "x", dict(x=ones(B, N, D).to(torch.float8_e4m3fn)), ["float8"]),
     "x sparse": (TypeError, "x", dict(x=ones(B, N, D).to_sparse()), ["sparse"]),
+    "x nested": (TypeError, "x", dict(x=torch.nested.nested_tensor([ones(N, D), ones(N, D)], layout=torch.jagged)), ["nested", "mask"]),
     "x 1-d": (ValueError, "x", dict(x=ones(N)), ["(8,)", "(B, N, D)"]),
     "x 4-d": (ValueError, "x", dict(x=ones(1, B, N, D)), ["(1, 2, 8, 3)", "(B, N, D)"]),
     "k float": (TypeError, "num_clusters", dict(num_clusters=4.0), ["float"]),
@@ -175,6 +177,8 @@ POOL_CASES = {
     "assignment batch": (ValueError, "assignment", dict(assignment=LABELS[:1]), ["(1, 8)", "(2, 8)"]),
     "assignment 1-d": (ValueError, "assignment", dict(assignment=LABELS[0]), ["(8,)"]),
     "assignment device": (ValueError, "assignment", dict(assignment=LABELS.to(META)), ["meta", "cpu"]),
+    "assignment above": (ValueError, "assignment", dict(assignment=LABELS + K), ["4", "-1 to K-1 = 3"]),
+    "assignment below": (ValueError, "assignment", dict(assignment=LABELS.int() - 2), ["-2", "-1 to K-1 = 3"]),
     "k float": (TypeError, "num_clusters", dict(num_clusters=2.0), ["float"]),
     "k zero": (ValueError, "num_clusters", dict(num_clusters=0), ["0"]),
     "k bool": (TypeError, "num_clusters", dict(num_clusters=True), ["bool"]),
@@ -200,6 +204,7 @@ UNPOOL_CASES = {
     "assignment batch": (ValueError, "assignment", dict(assignment=LABELS[:1]), ["(1, 8)"]),
     "assignment 3-d": (ValueError, "assignment", dict(assignment=LABELS[..., None]), ["(2, 8, 1)"]),
     "assignment device": (ValueError, "assignment", dict(assignment=LABELS.to(META)), ["meta", "cpu"]),
+    "assignment above": (ValueError, "assignment", dict(assignment=LABELS + K), ["4", "-1 to K-1 = 3"]),
     "backend": (ValueError, "backend", dict(backend=""), ["reference"]),
 }
 
@@ -263,6 +268,17 @@ def test_environment_override(monkeypatch):
     with pytest.raises(ValueError, match="TOKENPOOL_EXT_BACKEND.*cudda"):
         tp.kmeans(tokens(B, N, D), K)
     tp.kmeans(tokens(B, N, D), K, backend="reference")  # the argument wins
+
+
+def test_numbers_of_numpy_are_welcome():
+    x, scores = tokens(2, 12, 3), torch.arange(12.0).expand(2, 12)
+    assert_identical(tp.kmeans(x, np.int64(5), num_iters=np.uint8(3)), tp.kmeans(x, 5, num_iters=3))
+    assert torch.equal(tp.pool(x, tp.kmeans(x, 5).assignment, np.int32(5)), tp.kmeans(x, 5).centers)
+    assert torch.equal(tp.TokenPooling(np.int64(5))(x, scores), tp.TokenPooling(5)(x, scores))
+    assert repr(tp.TokenPooling(keep_ratio=np.float32(0.7))) == repr(tp.TokenPooling(keep_ratio=float(np.float32(0.7))))
+    assert torch.equal(tp.attention_received(Q, Q, scale=np.float32(2)), tp.attention_received(Q, Q, scale=2.0))
+    assert str(tp.explain(np.int64(2), 12, 5, 3)) == str(tp.explain(2, 12, 5, 3))
+    refused("kmeans", good(num_clusters=np.bool_(True)), TypeError, "num_clusters", "bool")
 
 
 def test_weights_of_integers_are_welcome():

@@ -279,7 +279,10 @@ def test_bipartite_matching_by_hand():
         (dict(num_tokens=3, num_prefix_tokens=-1), ValueError, ("num_prefix_tokens",)),
         (dict(num_tokens=3, emit="medoid"), ValueError, ("emit", "kmedoids")),
         (dict(num_tokens=3, init=torch.zeros(2)), TypeError, ("init", "Tensor")),
+        (dict(num_tokens=3, init="kmean++"), ValueError, ("init", "kmean++", "kmeans++")),
+        (dict(keep_ratio=0.25, init="bipartite"), ValueError, ("bipartite", "0.25")),
         (dict(num_tokens=3, backend=7), TypeError, ("backend", "int")),
+        (dict(num_tokens=3, backend="gpu"), ValueError, ("backend", "gpu", "cuda")),
         (dict(num_tokens=3, colour="red"), TypeError, ("colour",)),
     ],
 )
@@ -295,6 +298,7 @@ def test_forward_errors(tokens):
     cases = [
         (lambda: layer("x"), TypeError, "x must be"),
         (lambda: layer(x[0]), ValueError, "(B, N, D)"),
+        (lambda: layer(x[:, :3].int()), TypeError, "x must be floating"),
         (lambda: layer(x, scores[:, 1:]), ValueError, "scores must have shape (3, 38)"),
         (lambda: layer(x, scores[:2]), ValueError, "scores"),
         (lambda: layer(x, x), ValueError, "scores"),

@@ -7,6 +7,7 @@ float64 tokens ("acc" below).
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -128,7 +129,8 @@ def pool(
 
     Args:
         x: (B, N, D) or (N, D), floating.
-        assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored.
+        assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored. Others raise on a CPU, and are ignored on a GPU and
+            where ops are recorded (torch.compile, export), where values are not looked at.
         num_clusters: K >= 1.
         weights: (B, N) or (N,), >= 0; None: all ones. A cluster whose weights add up to zero gets its plain mean.
 
@@ -140,7 +142,8 @@ def pool(
     batched = _check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
     x3 = x if batched else x[None]
     assignment = _check_assignment(name, assignment, x3, batched)
-    _check_count(name, "num_clusters", num_clusters)
+    num_clusters = _check_count(name, "num_clusters", num_clusters)
+    _check_labels(name, assignment, num_clusters)
     weights = _check_weights(name, weights, x3, batched)
     chain = registry.select("pool", x3, backend)
     if autograd.wanted(x3, weights):
@@ -156,7 +159,7 @@ def unpool(centers: Tensor, assignment: Tensor, *, backend: Optional[str] = None
 
     Args:
         centers: (B, K, D) or (K, D), floating.
-        assignment: (B, N) or (N,) integers in -1..K-1.
+        assignment: (B, N) or (N,) integers in -1..K-1; others: as in `pool`.
 
     Returns:
         (B, N, D) or (N, D) in centers.dtype; zeros where the assignment is -1. The gradient of a center is the sum over
@@ -167,6 +170,7 @@ def unpool(centers: Tensor, assignment: Tensor, *, backend: Optional[str] = None
     batched = _check_dims(name, "centers", centers, 2, 3, "(B, K, D) or (K, D)") == 3
     centers3 = centers if batched else centers[None]
     assignment = _check_assignment(name, assignment, centers3, batched, same_length=False)
+    _check_labels(name, assignment, centers3.shape[1])
     chain = registry.select("unpool", centers3, backend)
     if autograd.wanted(centers3):
         tokens = autograd.Unpool.apply(chain, centers3, assignment)
@@ -216,7 +220,7 @@ def attention_received(
         )
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
     elif not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"{name}: scale must be finite, got {scale}")
@@ -244,7 +248,7 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     mask = _check_mask(name, mask, x3, batched)
     k, counts = _check_num_clusters(name, num_clusters, x3, batched)
     weights = _check_weights(name, weights, x3, batched, mask)
-    _check_count(name, "num_iters", num_iters)
+    num_iters = _check_count(name, "num_iters", num_iters)
     for flag, value in (("sort", sort), ("check_finite", check_finite)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: {flag} must be a bool, got {type(value).__name__}")
@@ -279,6 +283,10 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
 def _check_tensor(name: str, argument: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: {argument} must be a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor and pass mask"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}; call .to_dense() first")
 
@@ -304,11 +312,13 @@ def _check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:
         )
 
 
-def _check_count(name: str, argument: str, value) -> None:
+def _check_count(name: str, argument: str, value):
+    value = values.as_int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
     if value < 1 or (isinstance(value, int) and value >= 2**31):
         raise ValueError(f"{name}: {argument} must be from 1 to 2^31 - 1, got {value}")
+    return value
 
 
 def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: bool) -> Tensor:
@@ -351,14 +361,14 @@ def _check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Optional
 def _check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
     """(K, counts): the number of clusters in the output, and the per-image numbers or None."""
     b, n, _ = x3.shape
-    hint = "ask for fewer clusters" if n else "x has no tokens"
     if not isinstance(num_clusters, Tensor):
+        num_clusters = values.as_int(num_clusters)
         if isinstance(num_clusters, bool) or not isinstance(num_clusters, (int, torch.SymInt)):
             raise TypeError(
                 f"{name}: num_clusters must be an int or a (B,) integer tensor, got {type(num_clusters).__name__}"
             )
         if num_clusters < 1 or (num_clusters > n and b > 0):
-            raise ValueError(f"{name}: num_clusters must be from 1 to N = {n}, got {num_clusters}; {hint}")
+            raise ValueError(f"{name}: num_clusters must be from 1 to N = {n}, got {num_clusters}{_clusters_hint(num_clusters, n)}")
         return num_clusters, None
     if num_clusters.dtype not in INTEGER:
         raise TypeError(f"{name}: num_clusters must be an int or an integer tensor, got a tensor of {num_clusters.dtype}")
@@ -371,8 +381,14 @@ def _check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
         return 1, counts
     low, high = int(counts.amin()), int(counts.amax())  # the output's shape depends on it: the one synchronisation
     if low < 1 or high > n:
-        raise ValueError(f"{name}: num_clusters must be from 1 to N = {n}, got values from {low} to {high}; {hint}")
+        raise ValueError(
+            f"{name}: num_clusters must be from 1 to N = {n}, got values from {low} to {high}{_clusters_hint(high, n)}"
+        )
     return high, counts
+
+
+def _clusters_hint(num_clusters, n: int) -> str:
+    return "; x has no tokens" if not n else "; ask for fewer clusters" if num_clusters > n else ""
 
 
 def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, chain) -> Tensor:
@@ -473,3 +489,13 @@ def _check_assignment(name: str, assignment, values: Tensor, batched: bool, same
         )
     _check_device(name, "assignment", assignment, values)
     return _converted(assignment, torch.int64)
+
+
+def _check_labels(name: str, assignment: Tensor, num_clusters) -> None:
+    """Labels beyond the clusters are an error where values may be looked at; elsewhere they count as -1."""
+    if values.visible(assignment) and assignment.numel():
+        low, high = values.extremes(assignment)
+        if low < -1 or high >= num_clusters:
+            raise ValueError(
+                f"{name}: assignment must hold labels from -1 to K-1 = {num_clusters - 1}, got values from {low} to {high}"
+            )

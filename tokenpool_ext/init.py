@@ -36,8 +36,8 @@ def without_ops(
         start = x.new_empty(b, num_clusters, dtype=torch.int64)
         loader.extension.fill_strided(start.data_ptr(), b, n, num_clusters)
         return start
-    if name == "topk" and weights is not None and weights.dtype == torch.float32 and b * n <= SORTED_HERE:
-        if weights.is_contiguous() and values.plain(weights):
+    if name == "topk" and weights is not None and weights.dtype == torch.float32 and values.plain(weights):
+        if weights.is_contiguous() and b * n <= SORTED_HERE:  # sizes last: where ops are recorded they would become guards
             start = weights.new_empty(b, num_clusters, dtype=torch.int64)
             loader.extension.fill_largest(start.data_ptr(), weights.data_ptr(), b, n, num_clusters)
             return start

@@ -10,13 +10,16 @@ tokens, D features a token, K patch tokens kept.
 
 from __future__ import annotations
 
+import numbers
 from fractions import Fraction
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
+from . import registry, values
 from .functional import Clusters, kmeans, kmedoids, pool
+from .init import STRATEGIES
 from .reference import accumulate_dtype
 
 __all__ = ["TokenPooling", "TokenReduction"]
@@ -55,15 +58,17 @@ class TokenReduction(nn.Module):
                 f" keep_ratio={keep_ratio!r}"
             )
         if num_tokens is not None:
-            check_int(name, "num_tokens", num_tokens, 1)
+            num_tokens = check_int(name, "num_tokens", num_tokens, 1)
         if keep_ratio is not None:
-            check_ratio(name, "keep_ratio", keep_ratio)
-        check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
+            keep_ratio = check_ratio(name, "keep_ratio", keep_ratio)
+        num_prefix_tokens = check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
         check_bool(name, "return_clusters", return_clusters)
         if backend is not None and not isinstance(backend, str):
             raise TypeError(f"{name}: backend must be a str or None, got {type(backend).__name__}")
+        if backend is not None:
+            check_choice(name, "backend", backend, tuple(registry.REGISTRY))
         self.num_tokens = num_tokens
-        self.keep_ratio = None if keep_ratio is None else float(keep_ratio)
+        self.keep_ratio = keep_ratio
         self._ratio = None if keep_ratio is None else as_fraction(keep_ratio)
         self.num_prefix_tokens = num_prefix_tokens
         self.return_clusters = return_clusters
@@ -116,6 +121,8 @@ class TokenReduction(nn.Module):
         name = type(self).__name__
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: x must be floating, got {x.dtype}; convert it with .float()")
         if x.dim() != 3:
             raise ValueError(f"{name}: x must have shape (B, N, D), got {tuple(x.shape)}; add a batch with x[None]")
         prefix = self.num_prefix_tokens
@@ -225,12 +232,16 @@ class TokenPooling(TokenReduction):
         check_choice(name, "algorithm", algorithm, ("kmeans", "kmedoids"))
         check_bool(name, "weighted", weighted)
         check_bool(name, "sort", sort)
-        check_int(name, "num_iters", num_iters, 1)
+        num_iters = check_int(name, "num_iters", num_iters, 1)
         if init is not None and not isinstance(init, str):
             raise TypeError(
                 f"{name}: init must be the name of a strategy or None, got {type(init).__name__}; call"
                 " tokenpool_ext.kmeans for a start given as a tensor"
             )
+        if init is not None:
+            check_choice(name, "init", init, STRATEGIES)
+        if init == "bipartite" and keep_ratio is not None and keep_ratio < 0.5:
+            raise ValueError(f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {keep_ratio:g}; use another init")
         if emit is None:
             emit = "medoid" if algorithm == "kmedoids" else "mean"
         check_choice(name, "emit", emit, ("mean", "medoid"))
@@ -315,18 +326,21 @@ def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
     return min(max(1, (2 * numerator * n + denominator - 1) // (2 * denominator)), n)
 
 
-def check_int(name: str, argument: str, value, least: int) -> None:
+def check_int(name: str, argument: str, value, least: int) -> int:
+    value = values.as_int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: {argument} must be at least {least}, got {value}")
+    return value
 
 
-def check_ratio(name: str, argument: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_ratio(name: str, argument: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
     if not 0 < value <= 1:
         raise ValueError(f"{name}: {argument} must be in (0, 1], got {value}")
+    return float(value)
 
 
 def check_bool(name: str, argument: str, value) -> None:

@@ -8,7 +8,7 @@ from typing import Optional, Tuple, Union
 
 import torch
 
-from . import loader, registry
+from . import loader, registry, values
 from .functional import FLOATING
 from .init import STRATEGIES
 from .reference import accumulate_dtype
@@ -74,6 +74,7 @@ def explain(
             TOKENPOOL_EXT_CPU_PATH (.._CUDA_PATH) that there is not.
         RuntimeError: TOKENPOOL_EXT_BACKEND names a backend that cannot run this.
     """
+    B, N, K, D, num_iters = (values.as_int(value) for value in (B, N, K, D, num_iters))
     for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"explain: {argument} must be a positive int, got {value!r}")

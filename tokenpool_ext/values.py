@@ -6,6 +6,7 @@ at where ops are recorded without values, nor on another device, where it would 
 
 from __future__ import annotations
 
+import numbers
 from typing import Optional, Tuple
 
 import torch
@@ -65,3 +66,10 @@ def extremes(t: Tensor) -> Tuple[int, int]:
         return loader.extension.extremes(t.data_ptr(), t.numel())
     low, high = t.aminmax()
     return int(low), int(high)
+
+
+def as_int(value):
+    """An integer of another library (NumPy's, say) as an int; everything else unchanged, bools and tensors among it."""
+    if isinstance(value, (int, Tensor, torch.SymInt)) or not isinstance(value, numbers.Integral):
+        return value
+    return int(value)
