@@ -1,7 +1,10 @@
 """Checks for bench/gpu.sh: parity with the float64 reference, invariants, small runs for the tools, times.
 
-    python -m bench.gpu_checks parity|invariants|small|speed|profile [--json FILE]
+    python -m bench.gpu_checks parity|invariants|small|speed|profile [--backend cuda|triton] [--json FILE]
     python -m bench.gpu_checks parity --device cpu     the same code on the cpu backend: a rehearsal without a GPU
+    python -m bench.gpu_checks tests ARGUMENTS...      pytest, which still says what failed when its time is up
+
+A FILE that is there keeps its runs; this one is added.
 
 The exit status is 1 when a check fails; every check is printed with its outcome. Real tokens come from bench/.cache (see
 bench/tokens.py); without it they are random, and the check says so.
@@ -18,6 +21,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 import torch
@@ -68,6 +72,7 @@ class Place:
 
     device = "cuda"
     rehearsal = False
+    backend: Optional[str] = None  # only this one
 
 
 def on_device(tensor):
@@ -98,8 +103,8 @@ def targets() -> List[Target]:
         return [Target("cpu"), Target("cpu", "gram"), Target("cpu", "direct")]
     found = [Target("cuda"), *(Target("cuda", path) for path in PATHS)] if present.get("cuda") == "ok" else []
     if present.get("triton") == "ok":
-        found.append(Target("triton"))
-    return found
+        found += [Target("triton"), Target("triton", "gram"), Target("triton", "direct")]
+    return [target for target in found if Place.backend in (None, target.backend)]
 
 
 def backends() -> List[str]:
@@ -125,8 +130,9 @@ class Report:
             record = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "commit": machine.commit(),
                       "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": " ".join(sys.argv),
                       "failed": failed, "checks": self.records}
-            with open(path, "w") as file:
-                json.dump(record, file, indent=1)
+            file = Path(path)
+            runs = json.loads(file.read_text())["runs"] if file.exists() else []
+            file.write_text(json.dumps({"runs": [*runs, record]}, indent=1) + "\n")
         print(f"{len(self.records)} checks, {failed} failed")
         return 1 if failed else 0
 
@@ -306,8 +312,8 @@ def invariants(report: Report) -> None:
                 def call(images=16):
                     return target.run(algorithm, x[:images], k, init=init if isinstance(init, str) else init[:images])
 
-                if target.path == "streaming" and isinstance(init, str):
-                    times = max(1, repeats // 10)  # it takes K launches for the start
+                if target.path in ("streaming", "direct") and isinstance(init, str):
+                    times = max(1, repeats // 10)  # a start that takes K launches, or as many passes
                 else:
                     times = repeats
                 report.check(f"{name}: {times} runs are identical", lambda: repeat(call, times))
@@ -423,7 +429,7 @@ def small(report: Report) -> None:
     for backend in {target.backend for target in paths}:
         for dtype in DTYPES:
             report.check(f"{backend} pool and gradients {str(dtype)[6:]}", lambda: done(operators(backend, dtype)))
-    if not Place.rehearsal:  # more tokens than threads for two columns: no groups of threads
+    if any(target == Target("cuda", "gram") for target in paths):  # more tokens than threads for two columns: no groups of threads
         x = blobs(1, 1154, 8, torch.bfloat16)
         report.check("cuda/gram 1154 tokens", lambda: done(Target("cuda", "gram").run("kmeans", x, 100, init=starts(1, 1154, 100), num_iters=2)))
     done(None)
@@ -451,12 +457,12 @@ def done(_):
 
 def speed(report: Report) -> None:
     """Microseconds a call of our own paths (peers: python -m bench): wall with Python, and the device alone (graph replays)."""
-    shapes = [(196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288)]
-    batches, dtypes = (1, 8, 64, 256), (torch.bfloat16, torch.float32)
+    shapes = [(196, 384, 98), (196, 192, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288)]  # what matters most first
+    batches, dtypes = (1, 256, 8, 64), (torch.bfloat16, torch.float32)
     if Place.rehearsal:
         shapes, batches, dtypes = [(64, 32, 16)], (1, 4), (torch.float32,)
-    for n, d, k in shapes:
-        for dtype in dtypes:
+    for dtype in dtypes:
+        for n, d, k in shapes:
             for b in batches:
                 data = make(Problem("kmeans", b, n, d, k, tokens="random" if Place.rehearsal else "real", device=Place.device))
                 x = data.x.to(dtype)
@@ -466,7 +472,7 @@ def speed(report: Report) -> None:
                     if target.path and (n, d) not in ((196, 384), (64, 32)) or target.path in ("resident", "spread") and n > 300:
                         continue  # forced paths at one shape only
                     for algorithm, init in (("kmeans", data.init), ("kmeans", "farthest"), ("kmedoids", data.init)):
-                        if target.path == "streaming" and isinstance(init, str):
+                        if target.path in ("streaming", "direct") and isinstance(init, str):
                             continue
                         start = init if isinstance(init, str) else "indices"
                         report.check(f"{target} {algorithm} {b}x{n}x{d}->{k} {str(dtype)[6:]} {start}",
@@ -511,15 +517,29 @@ def profile(report: Report) -> None:
     done(None)
 
 
+def tests(arguments: List[str]) -> int:
+    """pytest, with an interrupt instead of an end when its time is up: it then prints the failures it has seen."""
+    import pytest
+
+    def interrupt(*_):
+        raise KeyboardInterrupt("out of time")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return int(pytest.main(arguments))
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["tests"]:
+        return tests(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     modes = {"parity": parity, "invariants": invariants, "small": small, "speed": speed, "profile": profile}
     parser.add_argument("what", choices=list(modes))
     parser.add_argument("--json")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal on the cpu backend")
+    parser.add_argument("--backend", choices=["cuda", "triton", "cpu"], help="only this one")
     options = parser.parse_args()
-    Place.device, Place.rehearsal = options.device, options.device == "cpu"
-    needed = options.device
+    Place.device, Place.rehearsal, Place.backend = options.device, options.device == "cpu", options.backend
+    needed = options.backend or options.device
     if tp.backends().get(needed) != "ok":
         print(f"the {needed} backend cannot run: {tp.backends()[needed]}")
         return 1

@@ -401,9 +401,9 @@ def test_first_calls_of_triton_are_measured():
 
 
 @pytest.mark.skipif(shutil.which("bash", path="/usr/bin:/bin") is None, reason="no bash")
-def test_gpu_script_runs_every_stage_and_writes_eight_files(tmp_path):
+def test_gpu_script_runs_every_stage_and_writes_few_files(tmp_path):
     """With an interpreter that only says what it is asked: stages, records and the exit status, without a GPU."""
-    asked, fails = tmp_path / "asked", "bench.gpu_checks parity"
+    asked, fails = tmp_path / "asked", "bench.gpu_checks parity --backend cuda"
     python = tmp_path / "python"
     python.write_text(f"""#!/usr/bin/env bash
 echo "$*" >>{asked}
@@ -422,8 +422,16 @@ while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; 
     status = {stage["stage"]: stage["status"] for stage in summary["stages"]}
     assert status.pop("parity") == 7 and summary["failed"] == 1 and summary["device"] == "a GPU"
     assert set(status.values()) == {0}
-    assert {"build", "info", "speed", "invariants", "memcheck", "tests", "bench_kmeans", "bench_long", "ncu"} < set(status)
+    assert {"build", "info", "speed", "invariants", "sanitizers", "tests_cuda", "tests_triton", "bench_kmeans", "bench_long", "ncu"} < set(status)
+    assert list(status).index("bench_kmeans") < list(status).index("tests_cuda")
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        assert f"{tool}: passed" in (out / "gpu.log").read_text()
     assert "setup.py build_ext --inplace" in asked.read_text()
     assert "broken" in (out / "gpu.log").read_text()
-    files = {"gpu.log", *(f"gpu_{name}.json" for name in ("summary", "speed", "invariants", "kmeans", "small_batch", "long"))}
-    assert {file.name for file in out.iterdir()} == files  # and parity's, which broke: eight
+    files = {"gpu.log", *(f"gpu_{name}.json" for name in ("summary", "checks", "kmeans", "small_batch", "long", "triton"))}
+    assert {file.name for file in out.iterdir()} == files
+    assert "second call" not in done.stdout
+
+    environment["LIMIT"] = "0"
+    done = subprocess.run(["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    assert 'STAGES="build environment build info parity' in done.stdout and done.returncode > 5
