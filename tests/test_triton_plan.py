@@ -29,11 +29,12 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def recorded(B, N, D, K, num_iters=5, dtype=torch.bfloat16, medoids=False, centers=False, weighted=True, farthest=False):
+def recorded(B, N, D, K, num_iters=5, dtype=torch.bfloat16, medoids=False, centers=False, weighted=True, farthest=False,
+             per_image=False):
     init = meta(B, K, D) if centers else meta(B, 0 if farthest else K, dtype=torch.int64)
     with launch.record() as launches:
         clustering.cluster(meta(B, N, D, dtype=dtype), meta(B, N) if weighted else None, meta(B, N, dtype=torch.bool),
-                           meta(B, dtype=torch.int64), init, K, num_iters, True, medoids)
+                           meta(B, dtype=torch.int64) if per_image else None, init, K, num_iters, True, medoids)
     return launches
 
 
@@ -91,6 +92,51 @@ def test_plans_do_not_depend_on_the_batch(B):
             flags = [p.name for p in one.kernel.params if p.is_constexpr and p.name in one.arguments]
             assert [many.arguments[f] for f in flags] == [one.arguments[f] for f in flags]
         assert all(one.programs <= 2**31 - 1 for one in launches)
+
+
+def plans(launches):
+    """Kernels, tiles and flags, in order."""
+    return [(one.kernel.fn.__name__, one.config, {k: v for k, v in one.arguments.items() if isinstance(v, (bool, str))})
+            for one in launches]
+
+
+@pytest.mark.parametrize("medoids", (False, True))
+@pytest.mark.parametrize("N", (60, 400, 1536, 1537, 5000))
+def test_plans_do_not_depend_on_the_largest_k_of_the_batch(N, medoids):
+    """With per-image K the largest one belongs to a batch mate: same kernels, tiles and flags whatever it is."""
+    few, many = (recorded(2, N, 32, K, 2, torch.float32, medoids, per_image=True) for K in (1, N))
+    assert plans(few) == plans(many)
+    which, _ = heuristics.path(N, 3, 2, per_image=True)
+    assert which == ("gram" if N <= 1536 else "direct") == heuristics.plan(2, N, 3, 32, torch.float32, 2, per_image=True).path
+    assert ("gram_kernel" in counts(few)) == (which == "gram")
+
+
+@pytest.mark.parametrize("N", (60, 5000))
+def test_sums_do_not_depend_on_k(N):
+    """Of one path: the order of additions is the same for every K, so per-image K may equal a call with that K."""
+    (small, large), _ = ([recorded(2, N, 300, K, 9) for K in pair] for pair in ((20, 50), (1, 2)))
+    assert plans(small) == plans(large)
+    x, a = meta(2, N, 300), meta(2, N, dtype=torch.int64)
+    pooled = []
+    for K in (1, N):
+        with launch.record() as launches:
+            segments.segment(x, a, None, K, True)
+        pooled.append(plans(launches))
+    assert pooled[0] == pooled[1]
+
+
+@pytest.mark.parametrize("medoids", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ((1, 5, 4096, 2), (3, 196, 384, 98), (2, 2000, 64, 16), (2, 5000, 3, 40)), ids=str)
+def test_workspace_is_what_is_allocated(shape, dtype, medoids):
+    B, N, D, K = shape
+    storages = {}
+    for one in recorded(*shape, dtype=dtype, medoids=medoids):
+        for name, value in one.arguments.items():
+            if isinstance(value, torch.Tensor) and name not in ("x", "weights", "mask", "init"):
+                storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+    said = heuristics.plan(B, N, K, D, dtype, algorithm="kmedoids" if medoids else "kmeans").workspace_bytes
+    assert said <= sum(storages.values()) <= said + 64  # and arguments of one element that are not used
 
 
 def test_gram_memory_is_bounded():
@@ -152,6 +198,41 @@ def test_tuned_rows_come_first_only_where_they_fit(monkeypatch):
     monkeypatch.setitem(heuristics.TUNED, (80, "assign", 2), small)
     by_capability = {d.capability: heuristics.assign_configs(d, 384, 2)[0] for d in DEVICES}
     assert by_capability[90] == row and by_capability[80] == small and by_capability[89] != row
+
+
+def test_tuned_rows_hold_for_every_number_of_features(monkeypatch):
+    """A row has no D: HOLD keeps BD features, so with more it must be off, and the sums need all of them."""
+    row = dict(BN=32, BK=32, BD=32, HOLD=True, num_warps=4, num_stages=1)
+    monkeypatch.setitem(heuristics.TUNED, (0, "assign", 4), row)
+    for D in (3, 32, 33, 96):
+        first = heuristics.assign_configs(heuristics.UNKNOWN, D, 4)[0]
+        assert first == dict(row, BD=16 if D == 3 else 32, HOLD=D <= 32)
+    for key, config in list(default_configs().items()):
+        tuned = dict(config, num_warps=2 * config["num_warps"])
+        monkeypatch.setitem(heuristics.TUNED, (0, key, 4), tuned)
+        assert default_configs()[key] == tuned, key
+
+
+def default_configs():
+    """The first config of every function of heuristics, by its name in TUNED."""
+    where = dict(device=heuristics.UNKNOWN, itemsize=4)
+    given = dict(D=96, d=96, N=300)
+    found = {}
+    for name, function in vars(heuristics).items():
+        if name.endswith("_configs"):
+            wanted = function.__code__.co_varnames[:function.__code__.co_argcount]
+            found[name[:-8]] = function(**where, **{k: v for k, v in given.items() if k in wanted})[0]
+    assert len(found) == 14
+    return found
+
+
+@pytest.mark.parametrize("change, word", ((dict(BN=48), "BN must be a power of two"), (dict(BK=8), "BK must be a power of two"),
+                                          (dict(num_warps=3), "num_warps"), (dict(BQ=16), "must have")), ids=str)
+def test_tuned_rows_are_checked(monkeypatch, change, word):
+    row = dict(BN=32, BK=32, BD=32, HOLD=False, num_warps=4, num_stages=1) | change
+    monkeypatch.setitem(heuristics.TUNED, (0, "assign", 4), row)
+    with pytest.raises(ValueError, match=word):
+        heuristics.assign_configs(heuristics.UNKNOWN, 96, 4)
 
 
 def all_launches():

@@ -72,14 +72,16 @@ def _unproven(device: torch.device) -> str | None:
     return None
 
 
-def plan(B: int, N: int, K: int, D: int, *, dtype=torch.float32, device="cuda", num_iters: int = 5):
-    """What kmeans would do for this problem: a heuristics.Plan, printable, with path, launches, bytes and tiles."""
+def plan(B: int, N: int, K: int, D: int, *, dtype=torch.float32, device="cuda", num_iters: int = 5,
+         per_image: bool = False):
+    """What kmeans would do for this problem: a heuristics.Plan, printable, with path, launches, bytes and tiles.
+    per_image: for a tensor num_clusters, whose largest is K."""
     from . import heuristics
     device = torch.device(device)
     where = heuristics.UNKNOWN
     if device.type == "cuda" and torch.cuda.is_available():
         where = heuristics.device_of(torch.empty(0, device=device))
-    return heuristics.plan(B, N, K, D, dtype, num_iters, where)
+    return heuristics.plan(B, N, K, D, dtype, num_iters, where, per_image=per_image)
 
 
 def explain(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype) -> dict:

@@ -39,7 +39,7 @@ class Chunk:
         f32, i32, i64 = torch.float32, torch.int32, torch.int64
         self.x, self.weights, self.counts, self.init, self.K, self.medoids = x, weights, counts, init, K, medoids
         self.mask = None if mask is None else mask.view(torch.uint8)
-        self.device = heuristics.device_of(x)
+        self.device, self.itemsize = heuristics.device_of(x), x.element_size()
         self.half = x.dtype != f32  # products of the raw half values are exact in float32: no centering
         self.scaled = x.dtype != torch.float16  # every float16 product is in float32's range: no scaling
         self.flags = dict(CENTER=not self.half, SCALE=self.scaled, CONTIG=aligned_rows(x))
@@ -73,12 +73,12 @@ class Chunk:
                 return B * chunks * d_tiles, dict(
                     part, x=x, mask=mask, N=N, D=D, chunks=chunks, d_tiles=d_tiles, pre=pre, **self.xs, **mask_s,
                     HAS_MASK=self.mask is not None, CONTIG=self.flags["CONTIG"])
-            launch(prepare.x_stats_kernel, x, heuristics.stats_configs(D), stats)
+            launch(prepare.x_stats_kernel, x, heuristics.stats_configs(self.device, D, self.itemsize), stats)
         weights = self.weights if self.weights is not None else self.wn
         counts = self.counts if self.counts is not None else self.label_out
         indexed = self.from_tokens and not self.farthest
         init = self.init if indexed else self.label_out
-        launch(prepare.prepare_kernel, x, heuristics.block_configs(), lambda config: (B, dict(
+        launch(prepare.prepare_kernel, x, heuristics.block_configs(self.device, self.itemsize), lambda config: (B, dict(
             part, mask=mask, weights=weights, k_per_image=counts, init=init, scale=self.scale, unscale=self.unscale,
             center=self.center, wn=self.wn, w_unscale=self.w_unscale, keff=self.keff, done=self.done, prev=self.prev,
             label_out=self.label_out, lst=self.lst, coef=self.coef, start=self.start, cnt=self.cnt, N=N, D=D, K=K,
@@ -94,8 +94,7 @@ class Chunk:
         self.high = x.new_empty((B, K, D))
         self.low = x.new_empty((B, K, D)) if self.half else self.high
         init = self.init if not self.from_tokens else x.new_empty((1, 1, 1), dtype=torch.float32)
-        rows = heuristics.rows_config(N, K, D)
-        launch(direct.init_kernel, x, [dict(BD=rows["BD"], num_warps=1, num_stages=1)], lambda config: (B * K, dict(
+        launch(direct.init_kernel, x, heuristics.init_configs(self.device, D, self.itemsize), lambda config: (B * K, dict(
             x=x, init=init, scale=self.scale, center=self.center, keff=self.keff, lst=self.lst, high=self.high,
             low=self.low, norms=self.norms, medoids=self.medoid, D=D, K=K, N=N, **self.xs,
             **strides(init, init_b=0, init_k=1, init_d=2), **self.flags, SPLIT=self.half,
@@ -111,20 +110,22 @@ class Chunk:
                 low=self.low, norms=self.norms, medoids=self.medoid, lab=self.lab, cost=self.cost, counts=members, N=N,
                 D=D, K=K, tiles=tiles, **self.xs, **self.flags, SPLIT=self.half, MEDOIDS=self.medoids,
                 PRECISION=precision(x.dtype))
-        launch(direct.assign_kernel, x, heuristics.assign_configs(self.device, D, x.element_size()), make)
+        launch(direct.assign_kernel, x, heuristics.assign_configs(self.device, D, self.itemsize), make)
 
     def direct_iterate(self, num_iters: int) -> None:
         x, (B, N, D), K = self.x, self.x.shape, self.K
         tmp = torch.empty_like(self.lst)
         if self.farthest:
-            launch(start.farthest_kernel, x, heuristics.farthest_configs(D), lambda config: (B, dict(
+            configs = heuristics.farthest_configs(self.device, D, self.itemsize)
+            launch(start.farthest_kernel, x, configs, lambda config: (B, dict(
                 x=x, scale=self.scale, wn=self.wn, keff=self.keff, lst=self.lst, coef=self.coef, state=self.cost, N=N,
                 D=D, **self.xs, SCALE=self.flags["SCALE"], CONTIG=self.flags["CONTIG"])))
         self.direct_centers()
         for t in range(num_iters):
             members, following = self.members[t % 2], self.members[(t + 1) % 2]
             self.direct_assign(members)
-            launch(direct.settle_kernel, x, heuristics.settle_configs(N), lambda config: (B, dict(
+            configs = heuristics.settle_configs(self.device, N, self.itemsize)
+            launch(direct.settle_kernel, x, configs, lambda config: (B, dict(
                 keff=self.keff, done=self.done, lab=self.lab, prev=self.prev, cost=self.cost, counts=members, N=N,
                 K=K)))
             means = int(self.medoids or t + 1 < num_iters)  # finish_kernel takes the last means itself
@@ -137,7 +138,7 @@ class Chunk:
                     cnt=self.cnt, mass=self.mass, high=self.high, low=self.low, norms=self.norms, medoids=self.medoid,
                     N=N, D=D, K=K, tiles=tiles, means=means, **self.xs, **self.flags, SPLIT=self.half,
                     MEDOIDS=self.medoids)
-            launch(direct.update_kernel, x, heuristics.update_configs(N, K, D), make)
+            launch(direct.update_kernel, x, heuristics.update_configs(self.device, N, D, self.itemsize), make)
 
     # ---- gram ----
     def gram_iterate(self, num_iters: int) -> None:
@@ -154,15 +155,16 @@ class Chunk:
             return B * tiles * tiles, dict(
                 x=x, scale=self.scale, center=self.center, wn=self.wn, gram=product, N=N, D=D, row=row, tiles=tiles,
                 **self.xs, **self.flags, PRECISION=precision(x.dtype))
-        launch(gram.gram_kernel, x, heuristics.gram_configs(self.device, D, x.element_size()), make)
+        launch(gram.gram_kernel, x, heuristics.gram_configs(self.device, D, self.itemsize), make)
         if self.farthest:
-            launch(start.farthest_gram_kernel, x, heuristics.farthest_gram_configs(), lambda config: (B, dict(
+            configs = heuristics.farthest_gram_configs(self.device, self.itemsize)
+            launch(start.farthest_gram_kernel, x, configs, lambda config: (B, dict(
                 gram=product, wn=self.wn, keff=self.keff, lst=self.lst, coef=self.coef, state=self.cost, squares=share,
                 N=N, row=row)))
         unit_coef = torch.ones(K, dtype=torch.float32, device=x.device)
         unit_cnt = torch.ones(K, dtype=torch.int32, device=x.device)
         unit_start = torch.arange(K, dtype=torch.int32, device=x.device)
-        launch(gram.iterate_kernel, x, heuristics.iterate_configs(), lambda config: (B, dict(
+        launch(gram.iterate_kernel, x, heuristics.iterate_configs(self.device, self.itemsize), lambda config: (B, dict(
             gram=product, wn=self.wn, keff=self.keff, lab=self.lab, prev=self.prev, cost=self.cost,
             counts=self.members[0], share=share, inner=inner, norms=self.norms, lst=self.lst, coef=self.coef,
             start=self.start, cnt=self.cnt, mass=self.mass, medoids=self.medoid, unit_coef=unit_coef,
@@ -176,12 +178,13 @@ class Chunk:
         mass, part = (x.new_empty((B, K), dtype=torch.float32) for _ in range(2))
         medoid = x.new_empty((B, K) if self.medoids else (1,), dtype=torch.int64)
         inertia = x.new_empty(B, dtype=torch.float32)
-        launch(finish.finish_kernel, x, heuristics.finish_configs(N, K, D), lambda config: (B * K, dict(
+        configs = heuristics.finish_configs(self.device, D, self.itemsize)
+        launch(finish.finish_kernel, x, configs, lambda config: (B * K, dict(
             x=x, scale=self.scale, unscale=self.unscale, center=self.center, wn=self.wn, w_unscale=self.w_unscale,
             keff=self.keff, lst=self.lst, coef=self.coef, start=self.start, cnt=self.cnt, mass=self.mass,
             medoids=self.medoid, centers_out=centers, label_out=self.label_out, mass_out=mass, medoid_out=medoid,
             part=part, N=N, D=D, K=K, **self.xs, **self.flags, MEDOIDS=self.medoids, SORT=sort)))
-        launch(finish.inertia_kernel, x, heuristics.block_configs(), lambda config: (B, dict(
+        launch(finish.inertia_kernel, x, heuristics.block_configs(self.device, self.itemsize), lambda config: (B, dict(
             part=part, unscale=self.unscale, w_unscale=self.w_unscale, inertia=inertia, K=K)))
         return centers, self.label_out, mass, medoid, inertia
 
@@ -193,7 +196,7 @@ def cluster(x, weights, mask, counts, init, K: int, num_iters: int, sort: bool, 
         return (x.new_zeros((B, K, D)), x.new_empty((B, N), dtype=torch.int64),
                 x.new_zeros((B, K), dtype=torch.float32), x.new_full((B, K), -1, dtype=torch.int64),
                 x.new_zeros(B, dtype=torch.float32))
-    which, _ = heuristics.path(N, K, num_iters)
+    which, _ = heuristics.path(N, K, num_iters, counts is not None)
     tensors, rest = (x, weights, mask, counts, init), (K, sort, medoids, which)
     one_image = (None if t is None else t[:1] for t in tensors)
     return ahead("cluster", (*tensors, *rest), lambda: _chunks(*tensors, *rest, num_iters),

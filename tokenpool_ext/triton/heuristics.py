@@ -1,10 +1,11 @@
 """Every choice of path and tile of this backend, in one place.
 
 Tiles are keyed on the compute capability and on the shared memory one block may have, never on a GPU's name, and are
-fitted to that limit for every dtype.  A plan depends on N, K, D, the dtype, num_iters and the device, never on the
-batch size: so an image's result does not depend on its batch.  There is no autotuning: no row below has been tuned on
-a GPU yet, all are the safe plan.  To add one: put (capability, kernel, dtype bytes) -> config in TUNED, with the GPU
-and the date beside it.
+fitted to that limit for every dtype.  A plan depends on N, D, the dtype, num_iters and the device, on K only where all
+images have the same, never on the batch size: so an image's result does not depend on its batch.  What decides in which
+order something is added does not depend on K, and on N only on either side of LONG.  There is no autotuning: no row
+below has been tuned on a GPU yet, all are the safe plan.  To add one: put (capability, kernel, dtype bytes) ->
+config in TUNED, with the GPU and the date beside it.
 """
 from __future__ import annotations
 
@@ -17,13 +18,17 @@ import torch
 KIB = 1024
 GRAM_BYTES_LIMIT = 256 * KIB * KIB  # Gram matrices of one chunk of the batch
 GRAM_MAX_TOKENS = 1536  # one program walks an image's Gram matrix: N^2 * 4 bytes, 9.4 MB, still L2-resident
+LONG = 4096  # above this many tokens update_kernel has wider tiles of clusters, which add up weights in another order
 GRID_LIMIT = 2**31 - 1  # programs a launch (grid.x)
 STATS_CHUNK = 1024  # prepare.CHUNK
 PATH_VARIABLE = "TOKENPOOL_EXT_TRITON_PATH"  # gram | direct: overrides the planner (tests)
 
+DOTS = ("assign", "gram", "attention")  # kernels of a matrix product
 Config = dict  # tile sizes by constexpr name, plus num_warps and num_stages
 
 # (capability major * 10 + minor, kernel, element bytes) -> Config       # GPU, date
+# kernel: the name of the function below without _configs.  A row holds for every D: its BD is the largest step, and
+# HOLD is set from D, whatever the row says.
 TUNED: dict[tuple[int, str, int], Config] = {}
 
 
@@ -60,14 +65,22 @@ def bucket(size: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, size - 1).bit_length()))
 
 
-def path(N: int, K: int, num_iters: int) -> tuple[str, str]:
+def path(N: int, K: int, num_iters: int, per_image: bool = False) -> tuple[str, str]:
     """("gram" | "direct", why).  Costs in multiply-adds a feature: the Gram product N^2 / 2 by symmetry, direct
-    N K num_iters."""
+    N K num_iters.
+
+    per_image: K is the largest of a tensor num_clusters, which batch mates decide, so N alone chooses.  An image then
+    gives the same bits as alone with num_clusters of one element, and also as alone with an int, padding cut off, if
+    both calls take the same path: not where 2 K num_iters <= N (direct for the int, gram here), or where N is above
+    GRAM_MAX_TOKENS, or LONG, with padding and not above it without.
+    """
     forced = os.environ.get(PATH_VARIABLE)
     if forced in ("gram", "direct"):
         return forced, f"{PATH_VARIABLE}={forced}"
     if N > GRAM_MAX_TOKENS:
         return "direct", f"N = {N} is above {GRAM_MAX_TOKENS}: a Gram matrix an image would leave the cache"
+    if per_image:
+        return "gram", f"N = {N} is at most {GRAM_MAX_TOKENS}, and K differs by image"
     if 2 * K * num_iters > N:
         return "gram", f"2 K num_iters = {2 * K * num_iters} > N = {N}: one Gram product costs less"
     return "direct", f"2 K num_iters = {2 * K * num_iters} <= N = {N}: {num_iters} thin products cost less"
@@ -96,11 +109,33 @@ def shared_attention(c: Config, itemsize: int) -> int:
     return max(max(1, c["num_stages"]) * tiles, c["BQ"] * c["BK"] * 4) + 4 * KIB
 
 
-def _fit(kernel: str, device: Device, itemsize: int, estimate, candidates: list[Config]) -> list[Config]:
+def _tuned(kernel: str, device: Device, itemsize: int, D: int, candidates: list[Config]) -> list[Config]:
+    """The candidates, a tuned row first."""
+    row = TUNED.get((device.capability, kernel, itemsize))
+    if row is None:
+        return candidates
+    where = f"heuristics.TUNED[{(device.capability, kernel, itemsize)}]"
+    if set(row) != set(candidates[0]):
+        raise ValueError(f"{where} must have {sorted(candidates[0])}, got {sorted(row)}")
+    least = 16 if kernel in DOTS else 1  # a tile of a product needs 16
+    for name, value in row.items():
+        if name in ("HOLD", "num_stages"):
+            continue
+        low = 1 if name == "num_warps" else least
+        high = STATS_CHUNK if (kernel, name) == ("stats", "BN") else 2**16
+        if type(value) is not int or not low <= value <= high or value & (value - 1):
+            raise ValueError(f"{where}: {name} must be a power of two from {low} to {high}, got {value!r}")
+    row = dict(row)
+    if "BD" in row:
+        row["BD"] = bucket(D, 16, row["BD"])
+    if "HOLD" in row:
+        row["HOLD"] = D <= row["BD"]
+    return [row, *(c for c in candidates if c != row)]
+
+
+def _fit(kernel: str, device: Device, itemsize: int, D: int, estimate, candidates: list[Config]) -> list[Config]:
     """The candidates whose shared memory fits the device, a tuned row first; the smallest one always stays."""
-    tuned = TUNED.get((device.capability, kernel, itemsize))
-    if tuned:
-        candidates = [tuned, *candidates]
+    candidates = _tuned(kernel, device, itemsize, D, candidates)
     fitting = [c for c in candidates if estimate(c, itemsize) <= device.shared]
     return fitting or candidates[-1:]
 
@@ -117,14 +152,14 @@ def assign_configs(device: Device, D: int, itemsize: int) -> list[Config]:
         config = dict(BN=bn, BK=bk, BD=bd, HOLD=D <= bd, num_warps=warps, num_stages=stages)
         if config not in found:
             found.append(config)
-    return _fit("assign", device, itemsize, shared_assign, found)
+    return _fit("assign", device, itemsize, D, shared_assign, found)
 
 
 def gram_configs(device: Device, D: int, itemsize: int) -> list[Config]:
     table = ((64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)) if itemsize == 2 else \
         ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1))
     found = [dict(BM=bm, BD=bucket(D, 16, bd), num_warps=warps, num_stages=stages) for bm, bd, warps, stages in table]
-    return _fit("gram", device, itemsize, shared_gram, found)
+    return _fit("gram", device, itemsize, D, shared_gram, found)
 
 
 def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
@@ -132,58 +167,68 @@ def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
         ((64, 64, 64, 8, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
     found = [dict(BQ=bq, BK=bk, BD=bucket(d, 16, bd), num_warps=warps, num_stages=stages)
              for bq, bk, bd, warps, stages in table]
-    return _fit("attention", device, itemsize, shared_attention, found)
+    return _fit("attention", device, itemsize, d, shared_attention, found)
 
 
 # The kernels below keep nothing in shared memory but the scratch of reductions (at most 16 KiB).
 
 
-def iterate_configs() -> list[Config]:
+def iterate_configs(device: Device, itemsize: int) -> list[Config]:
     big = dict(BI=128, BJ=16, TI=16, TL=128, BLOCK=256, BLOCK_K=256, num_warps=8, num_stages=1)
-    return [big, dict(BI=64, BJ=16, TI=16, TL=64, BLOCK=256, BLOCK_K=256, num_warps=4, num_stages=1)]
+    small = dict(BI=64, BJ=16, TI=16, TL=64, BLOCK=256, BLOCK_K=256, num_warps=4, num_stages=1)
+    return _tuned("iterate", device, itemsize, 0, [big, small])
 
 
-def rows_config(N: int, K: int, D: int) -> Config:
-    """Tile of a segmented sum: R members x BD features; R follows the mean cluster size."""
-    return dict(R=8 if N <= 16 * K else 32, BD=bucket(D, 16, 128))
+def rows_config(D: int) -> Config:
+    """Tile of a sum over members: R members x BD features.  R decides the order of the sum, hence one R for all."""
+    return dict(R=8, BD=bucket(D, 16, 128))
 
 
-def update_configs(N: int, K: int, D: int) -> list[Config]:
-    few = N <= 4096
-    return [dict(rows_config(N, K, D), BC=4 if few else 16, BLOCK=256 if few else 1024, BLOCK_E=128, BLOCK_K=256,
-                 num_warps=4, num_stages=1)]
+def init_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+    return _tuned("init", device, itemsize, D, [dict(BD=bucket(D, 16, 128), num_warps=1, num_stages=1)])
 
 
-def finish_configs(N: int, K: int, D: int) -> list[Config]:
-    return [dict(rows_config(N, K, D), BLOCK=128, num_warps=2 if N <= 16 * K else 4, num_stages=1)]
+def update_configs(device: Device, N: int, D: int, itemsize: int) -> list[Config]:
+    few = N <= LONG
+    return _tuned("update", device, itemsize, D, [
+        dict(rows_config(D), BC=4 if few else 16, BLOCK=256 if few else 1024, BLOCK_E=128, BLOCK_K=256, num_warps=4,
+             num_stages=1)])
 
 
-def segment_configs(N: int, K: int, D: int) -> list[Config]:
-    return [dict(rows_config(N, K, D), num_warps=2 if N <= 16 * K else 4, num_stages=1)]
+def finish_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+    return _tuned("finish", device, itemsize, D, [dict(rows_config(D), BLOCK=128, num_warps=2, num_stages=1)])
 
 
-def stats_configs(D: int) -> list[Config]:
-    return [dict(BN=32, BD=bucket(D, 16, 64), num_warps=4, num_stages=1)]
+def segment_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+    return _tuned("segment", device, itemsize, D, [dict(rows_config(D), num_warps=2, num_stages=1)])
 
 
-def settle_configs(N: int) -> list[Config]:
-    return [dict(BLOCK=256 if N <= 4096 else 2048, BLOCK_K=256, num_warps=4 if N <= 4096 else 8, num_stages=1)]
+def stats_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+    return _tuned("stats", device, itemsize, D, [dict(BN=32, BD=bucket(D, 16, 64), num_warps=4, num_stages=1)])
 
 
-def farthest_configs(D: int) -> list[Config]:
-    return [dict(BN=64, BD=bucket(D, 16, 128), BLOCK=256, num_warps=8, num_stages=1)]
+def settle_configs(device: Device, N: int, itemsize: int) -> list[Config]:
+    return _tuned("settle", device, itemsize, 0, [
+        dict(BLOCK=256 if N <= LONG else 2048, BLOCK_K=256, num_warps=4 if N <= LONG else 8, num_stages=1)])
 
 
-def farthest_gram_configs() -> list[Config]:
-    return [dict(BLOCK=512, num_warps=4, num_stages=1)]
+def farthest_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+    return _tuned("farthest", device, itemsize, D, [
+        dict(BN=64, BD=bucket(D, 16, 128), BLOCK=256, num_warps=8, num_stages=1)])
 
 
-def block_configs(size: int = 256) -> list[Config]:
-    return [dict(BLOCK=size, num_warps=4, num_stages=1)]
+def farthest_gram_configs(device: Device, itemsize: int) -> list[Config]:
+    return _tuned("farthest_gram", device, itemsize, 0, [dict(BLOCK=512, num_warps=4, num_stages=1)])
 
 
-def token_configs(D: int) -> list[Config]:
-    return [dict(BN=16, BD=bucket(D, 16, 128), num_warps=4, num_stages=1)]
+def block_configs(device: Device, itemsize: int) -> list[Config]:
+    """Of prepare, inertia, labels and heads."""
+    return _tuned("block", device, itemsize, 0, [dict(BLOCK=256, num_warps=4, num_stages=1)])
+
+
+def token_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+    """Of pool_backward and unpool."""
+    return _tuned("token", device, itemsize, D, [dict(BN=16, BD=bucket(D, 16, 128), num_warps=4, num_stages=1)])
 
 
 # ---- the plan of a whole clustering ------------------------------------------------------------------------------
@@ -191,7 +236,8 @@ def token_configs(D: int) -> list[Config]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one kmeans / kmedoids call does.  Bytes are an upper bound of what goes through L2, an image."""
+    """What one kmeans / kmedoids call does.  Bytes are what its loops read and write of tokens, centers, Gram matrix and
+    labels, an image of clusters of equal size: what goes through L2 where no cache above it helps."""
 
     path: str
     reason: str
@@ -201,7 +247,7 @@ class Plan:
     images_per_chunk: int
     bytes_per_iteration: int
     bytes_once: int
-    workspace_bytes: int  # a chunk of the batch
+    workspace_bytes: int  # a chunk of the batch: all it allocates, results too
     flops: int  # an image, all iterations; a multiply-add is 2
     tiles: dict[str, Config]
     device: Device
@@ -230,28 +276,35 @@ def chunk_images(B: int, N: int, K: int, which: str, gram_tile: int = 16) -> int
 
 
 def plan(B: int, N: int, K: int, D: int, dtype: torch.dtype, num_iters: int = 5, device: Device = UNKNOWN,
-         algorithm: str = "kmeans") -> Plan:
-    """The plan of `algorithm` on (B, N, D) tokens; `B` only enters the number of chunks and the workspace."""
+         algorithm: str = "kmeans", per_image: bool = False) -> Plan:
+    """The plan of `algorithm` on (B, N, D) tokens; `B` only enters the number of chunks and the workspace.  per_image:
+    num_clusters is a tensor, whose largest is K."""
     itemsize = torch.empty(0, dtype=dtype).element_size()
-    which, reason = path(N, K, num_iters)
-    stats = 1 if dtype != torch.float16 else 0  # float16 is neither scaled nor centered
+    which, reason = path(N, K, num_iters, per_image)
+    half, scaled, medoids = itemsize == 2, dtype != torch.float16, algorithm == "kmedoids"
+    planes = 2 if half else 1
     images = chunk_images(B, N, K, which)
-    common = N * 6 * 4 + N * 8 + K * 8 * 4 + D * 4
+    # clustering.Chunk: numbers an image, a token, a cluster; centers; the partial statistics.
+    common = 6 * 4 + N * (6 * 4 + 8) + K * (8 * 4 + D * itemsize) + (4 + 8) * K * medoids
+    shared = 3 * 4 * K if which == "gram" else 0  # lists of one token, the same for all images
+    common += (0 if half else 4 * D) + (3 * 4 * D * -(-N // STATS_CHUNK) if scaled else 0)
     if which == "gram":
-        tiles = {"gram": gram_configs(device, D, itemsize)[0], "iterate": iterate_configs()[0]}
-        per_image = common + 4 * N * gram_row(N) + 2 * 4 * N
-        before, each = stats + 2 + 1, 0
-        per_iteration = 4 * N * N + 12 * N * N // 128 * 8
+        tiles = {"gram": gram_configs(device, D, itemsize)[0], "iterate": iterate_configs(device, itemsize)[0]}
+        workspace = common + 4 * N * gram_row(N) + 2 * 4 * N
+        before, each = scaled + 2 + 1, 0
+        # The members' rows once for the assignment, beside lists of a token and a share; in the update labels, weights,
+        # shares and products of all tokens for every tile of TI, and the rows of a cluster for each of its members.
+        c = tiles["iterate"]
+        per_iteration = 4 * N * N + 8 * N * -(-N // c["BI"]) + 28 * N * -(-N // c["TI"]) + 4 * N * N // K
         once = 3 * N * D * itemsize + N * D * itemsize * -(-N // tiles["gram"]["BM"]) + 4 * N * N
         flops = N * N * D + 2 * N * N * num_iters
     else:
-        tiles = {"assign": assign_configs(device, D, itemsize)[0], "update": update_configs(N, K, D)[0]}
-        per_image = common + 4 * N + K * D * itemsize * (2 if itemsize == 2 else 1)
-        before, each = stats + 2, 3
-        planes = 2 if itemsize == 2 else 1
+        tiles = {"assign": assign_configs(device, D, itemsize)[0], "update": update_configs(device, N, D, itemsize)[0]}
+        workspace = common + 4 * N + K * D * itemsize * planes
+        before, each = scaled + 2, 3
         assign = N * D * itemsize + -(-N // tiles["assign"]["BN"]) * K * D * itemsize * planes
         update = 4 * N * -(-K // tiles["update"]["BC"]) + N * D * itemsize + K * D * itemsize * planes
         flops = 2 * N * K * D * planes * num_iters
         per_iteration, once = assign + update + 12 * N, 4 * N * D * itemsize
-    return Plan(which, reason, before, each, 2, images, per_iteration, once, images * per_image,
-                flops, tiles, device)
+    return Plan(which, reason, before, each, 2, images, per_iteration, once, images * workspace + shared, flops,
+                tiles, device)

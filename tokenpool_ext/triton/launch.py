@@ -24,8 +24,11 @@ class Launch(NamedTuple):
     config: Config
 
 
-# (kernel name, device, the plans' key) -> index of the first plan that worked; a failing plan is not tried twice.
+# _variant(...) -> index of the first plan that worked, where it is not 0; a failing plan is not tried twice.
 _first_working: dict[tuple, int] = {}
+
+# _variant(...) -> what each plan said, where none compiled and fitted: they are not tried again in this process.
+_unusable: dict[tuple, list[str]] = {}
 
 # Called before every launch with (kernel name, config); what it raises is treated as the compiler's failure.
 _fault: Callable[[str, Config], None] | None = None
@@ -48,13 +51,14 @@ def inject_fault(hook: Callable[[str, Config], None]):
     """For tests: within the block, `hook(kernel name, config)` runs before every launch and may raise."""
     global _fault
     before, _fault = _fault, hook
-    known = dict(_first_working)
+    known = dict(_first_working), dict(_unusable)
     try:
         yield
     finally:
         _fault = before
-        _first_working.clear()
-        _first_working.update(known)
+        for memory, old in zip((_first_working, _unusable), known):
+            memory.clear()
+            memory.update(old)
 
 
 @contextlib.contextmanager
@@ -146,6 +150,20 @@ def _is_device_error(error: BaseException) -> bool:
                                          "misaligned address", "out of memory", "no cuda gpus", "ecc error"))
 
 
+def _is_permanent(error: BaseException) -> bool:
+    """True for what the same plan will say again: it does not compile, or does not fit.  Not a full disk, say."""
+    from triton.errors import TritonError
+    said = str(error)
+    return isinstance(error, TritonError) or "out of resource" in said or "PassManager::run failed" in said
+
+
+def _variant(kernel, x: torch.Tensor, configs: list[Config], arguments: dict) -> tuple:
+    """What decides whether plans compile and fit: kernel, device, the plans, dtypes and constexpr flags."""
+    kinds = (value.dtype if isinstance(value, torch.Tensor) else value if isinstance(value, (bool, str)) else None
+             for value in arguments.values())
+    return kernel.fn.__name__, x.device, str(configs), tuple(kinds)
+
+
 def launch(kernel, x: torch.Tensor, configs: list[Config], make: Callable[[Config], tuple[int, dict]]) -> None:
     """Run `kernel` on x's device with the first of `configs` that compiles and fits.
 
@@ -153,11 +171,13 @@ def launch(kernel, x: torch.Tensor, configs: list[Config], make: Callable[[Confi
     Raises KernelUnavailable when no config can run; errors of the device pass through unchanged.
     """
     name = kernel.fn.__name__
-    key = (name, x.device, str(configs))
     tried: list[str] = []
     cause: Exception | None = None
-    for index in range(_first_working.get(key, 0), len(configs)):
-        config = configs[index]
+    permanent, start, key = True, 0, None
+    if _first_working or _unusable:  # something has failed in this process: making the key is not free
+        key = _variant(kernel, x, configs, make(configs[0])[1])
+        start = _first_working.get(key, 0)
+    for config in configs[start:]:
         programs, arguments = make(config)
         if programs <= 0:
             return
@@ -167,6 +187,8 @@ def launch(kernel, x: torch.Tensor, configs: list[Config], make: Callable[[Confi
         if recorded is not None:
             recorded.append(Launch(kernel, programs, arguments, config))
             return
+        if key in _unusable:
+            raise KernelUnavailable(name, _unusable[key])
         try:
             if _fault is not None:
                 _fault(name, config)
@@ -177,8 +199,13 @@ def launch(kernel, x: torch.Tensor, configs: list[Config], make: Callable[[Confi
                 raise
             tried.append(f"{config}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
             cause = error
+            permanent = permanent and _is_permanent(error)
             continue
-        _first_working[key] = index
+        if tried:
+            _first_working[_variant(kernel, x, configs, arguments)] = start + len(tried)
         return
-    _first_working[key] = 0
+    key = _variant(kernel, x, configs, arguments)
+    if permanent:
+        _first_working.pop(key, None)
+        _unusable[key] = tried
     raise KernelUnavailable(name, tried) from cause

@@ -14,7 +14,8 @@ def _labels(assignment, weights, B: int, N: int, K: int):
     wn = assignment.new_empty((B, N), dtype=torch.float32)
     sizes = torch.zeros((B, K), dtype=torch.int32, device=assignment.device)
     given = weights if weights is not None else wn
-    launch(pooling.labels_kernel, assignment, heuristics.block_configs(), lambda config: (
+    configs = heuristics.block_configs(heuristics.device_of(assignment), wn.element_size())
+    launch(pooling.labels_kernel, assignment, configs, lambda config: (
         -(-B * N // config["BLOCK"]), dict(
             assignment=assignment, weights=given, lab=lab, wn=wn, counts=sizes, N=N, K=K, total=B * N,
             **strides(assignment, a_b=0, a_n=1), **strides(given, w_b=0, w_n=1), HAS_WEIGHTS=weights is not None)))
@@ -24,6 +25,7 @@ def _labels(assignment, weights, B: int, N: int, K: int):
 def segment(x, assignment, weights, K: int, mean: bool):
     """((B, K, D) means or sums of the rows of x by label, (B, K) float32 masses)."""
     B, N, D = x.shape
+    device = heuristics.device_of(x)
     if B == 0 or N == 0:
         return x.new_zeros((B, K, D)), x.new_zeros((B, K), dtype=torch.float32)
     lab, wn, sizes = _labels(assignment, weights, B, N, K)
@@ -41,9 +43,10 @@ def segment(x, assignment, weights, K: int, mean: bool):
             next_counts=torch.empty_like(sizes), tmp=tmp, lst=lst, coef=coef, start=start, cnt=cnt, mass=mass,
             high=idle, low=idle, norms=idle, medoids=lab, N=N, D=D, K=K, tiles=tiles, x_b=0, x_n=0, x_d=0, means=0,
             CENTER=False, SCALE=False, CONTIG=False, SPLIT=False, MEDOIDS=False)
-    launch(direct.update_kernel, x, heuristics.update_configs(N, K, D), lists)
+    launch(direct.update_kernel, x, heuristics.update_configs(device, N, D, x.element_size()), lists)
     out = x.new_empty((B, K, D))
-    launch(pooling.segment_kernel, x, heuristics.segment_configs(N, K, D), lambda config: (B * K, dict(
+    configs = heuristics.segment_configs(device, D, x.element_size())
+    launch(pooling.segment_kernel, x, configs, lambda config: (B * K, dict(
         x=x, lst=lst, coef=coef, start=start, cnt=cnt, out=out, N=N, D=D, K=K, **strides(x, x_b=0, x_n=1, x_d=2),
         MEAN=mean)))
     return out, mass
@@ -66,7 +69,7 @@ def pool_backward(grad_centers, x, centers, assignment, weights, mass):
             grad_x=grad_x, grad_w=grad_w, N=N, D=D, K=K, tiles=tiles, **strides(grad_centers, g_b=0, g_k=1, g_d=2),
             **strides(x, x_b=0, x_n=1, x_d=2), **strides(centers, c_b=0, c_k=1, c_d=2),
             HAS_WEIGHTS=weights is not None)
-    launch(pooling.pool_backward_kernel, x, heuristics.token_configs(D), make)
+    launch(pooling.pool_backward_kernel, x, heuristics.token_configs(heuristics.device_of(x), D, x.element_size()), make)
     return grad_x, grad_w
 
 
@@ -80,7 +83,8 @@ def unpool(centers, assignment):
         tiles = -(-N // config["BN"])
         return B * tiles, dict(centers=centers, assignment=assignment, out=out, N=N, D=D, K=K, tiles=tiles,
                                **strides(centers, c_b=0, c_k=1, c_d=2), **strides(assignment, a_b=0, a_n=1))
-    launch(pooling.unpool_kernel, centers, heuristics.token_configs(D), make)
+    configs = heuristics.token_configs(heuristics.device_of(centers), D, centers.element_size())
+    launch(pooling.unpool_kernel, centers, configs, make)
     return out
 
 
@@ -93,7 +97,8 @@ def attention_received(q, k, scale: float, lse):
     if q.dtype != k.dtype:
         common = torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(common), k.to(common)
-    configs = heuristics.attention_configs(heuristics.device_of(q), d, q.element_size())
+    device = heuristics.device_of(q)
+    configs = heuristics.attention_configs(device, d, q.element_size())
     shared = dict(q=q, k=k, factor=float(scale), H=H, Nq=Nq, N=N, d=d, PRECISION=precision(q.dtype),
                   **strides(q, q_b=0, q_h=1, q_n=2, q_d=3), **strides(k, k_b=0, k_h=1, k_n=2, k_d=3))
     if lse is None:
@@ -113,5 +118,5 @@ def attention_received(q, k, scale: float, lse):
     def heads(config):
         tiles = -(-N // config["BLOCK"])
         return B * tiles, dict(part=part, out=out, H=H, N=N, inverse=1.0 / (H * Nq), tiles=tiles)
-    launch(attention.heads_kernel, q, heuristics.block_configs(), heads)
+    launch(attention.heads_kernel, q, heuristics.block_configs(device, q.element_size()), heads)
     return out
