@@ -516,6 +516,136 @@ def test_errors_of_the_device_are_not_hidden(error):
     assert caught.value is error
 
 
+@pytest.mark.parametrize("error, attempts", ((Broken("out of resource: shared memory"), 1), (OSError("disk full"), 2)),
+                         ids=("permanent", "passing"))
+def test_a_kernel_that_cannot_run_is_not_tried_again(error, attempts):
+    """At the second call its failure is known, unless it may pass; other dtypes and flags are tried by themselves."""
+    tried = []
+
+    def hook(name, config):
+        if name == "prepare_kernel":
+            tried.append(config)
+            raise error
+    x, init, mask = tokens(1, 10, 4), starts(1, 10, 3), torch.ones(1, 10, dtype=torch.bool, device=DEVICE)
+    with launch.inject_fault(hook):
+        for _ in range(2):
+            with pytest.raises(backend.KernelUnavailable, match=str(error)):
+                run("kmeans", x, init)
+        assert len(tried) == attempts
+        for changed in (dict(x=x.half()), dict(mask=mask)):
+            with pytest.raises(backend.KernelUnavailable):
+                run("kmeans", **(dict(x=x, init=init) | changed))
+        assert len(tried) == attempts + 2
+    run("kmeans", x, init)  # and nothing is left behind
+
+
+def test_one_variant_that_gives_way_does_not_demote_others(monkeypatch):
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, "direct")
+    x, init = tokens(1, 40, 20), starts(1, 40, 5)
+    first = heuristics.assign_configs(heuristics.device_of(x), 20, 4)[0]
+    calls, broken = [], [True]
+
+    def hook(name, config):
+        if name == "assign_kernel":
+            calls.append(config)
+            if config == first and broken[0]:
+                raise Broken("out of resource: shared memory")
+    with launch.inject_fault(hook):
+        run("kmeans", x, init, 1)
+        broken[0] = False
+        run("kmeans", x, init, 1)
+        run("kmedoids", x, init, 1)
+    assert calls[0] == calls[3] == first and calls[1] == calls[2] != first and len(calls) == 4
+
+
+def test_the_other_operators_fall_back_too():
+    """Forward and inside backward(): the registry's next backend, with one warning each; by name the error comes."""
+    from tokenpool_ext import autograd, registry
+    x, a, weights = tokens(2, 12, 5), labels(2, 12, 4), torch.rand(2, 12, device=DEVICE)
+    q = tokens(4, 6, 4).view(2, 2, 6, 4)
+    chain = ("triton", "reference")
+    args = {"pool": (x, a, weights, 4), "unpool": (x[:, :4], a), "unpool_backward": (x, a, 4),
+            "attention_received": (q, q, 0.5, None)}
+    kernels = {"pool": "segment_kernel", "unpool": "unpool_kernel", "unpool_backward": "labels_kernel",
+               "attention_received": "received_kernel"}
+    registry._warned.clear()
+    for op, given in args.items():
+        with launch.inject_fault(failing(kernels[op])):
+            with pytest.warns(RuntimeWarning, match=f"{op} cannot run.*{kernels[op]}.*'reference'") as warned:
+                got = [registry.call(chain, op, *given) for _ in range(2)][1]
+            assert len(warned) == 1
+            with pytest.raises(backend.KernelUnavailable, match=kernels[op]):
+                registry.call(("triton",), op, *given)
+        want = getattr(reference, op)(*given)
+        same(*([t] if isinstance(t, torch.Tensor) else t for t in (got, want)))
+    x.requires_grad_()
+    weights.requires_grad_()
+    for function, given in ((autograd.Pool, (x, a, weights, 4)),
+                            (autograd.KMeans, (x, weights, None, None, starts(2, 12, 4), 4, 1, False))):
+        found = {}
+        for names in (chain, ("reference",)):
+            out = function.apply(names, *given)
+            out = out[0] if isinstance(out, tuple) else out
+            with launch.inject_fault(failing("pool_backward_kernel")):
+                if names == chain and function is autograd.Pool:
+                    with pytest.warns(RuntimeWarning, match="pool_backward cannot run"):
+                        found[names] = torch.autograd.grad(out.square().sum(), (x, weights))
+                else:
+                    found[names] = torch.autograd.grad(out.square().sum(), (x, weights))
+        torch.testing.assert_close(*found.values(), rtol=1e-4, atol=1e-5)
+    refused = pytest.raises(backend.KernelUnavailable, match="pool_backward_kernel")
+    with launch.inject_fault(failing("pool_backward_kernel")), refused:
+        autograd.Pool.apply(("triton",), x, a, weights, 4).sum().backward()
+    registry._warned.clear()
+
+
+def compiled_kernels(function):
+    """What must be compiled for what `function` launches: kernels, tiles, flags, dtypes and alignments.  Nothing runs."""
+    with launch.record() as launches:
+        function()
+    found = set()
+    for one in launches:
+        kinds = ((name, value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else (name, value)
+                 for name, value in one.arguments.items() if isinstance(value, (torch.Tensor, bool, str)))
+        found.add((one.kernel.fn.__name__, str(one.config), *kinds))
+    return found
+
+
+@pytest.mark.parametrize("shape", ((24, 9, 16), (40, 2, 16)), ids=("gram", "direct"))
+@pytest.mark.parametrize("weighted", (False, True))
+def test_warmup_compiles_what_the_layers_call(shape, weighted):
+    N, K, D = shape
+    x, start = tokens(2, N + 1, D), torch.zeros(2, K, D, device=DEVICE)
+    scores = torch.rand(2, N, device=DEVICE) if weighted else None
+    mask = torch.ones(2, N, dtype=torch.bool, device=DEVICE)
+    mask[0, N - 3:] = False
+
+    def layers(algorithms=("kmeans", "kmedoids"), **given):
+        for algorithm in algorithms:
+            for options in (dict(), dict(sort=False)):
+                pooling = tokenpool_ext.TokenPooling(K, algorithm=algorithm, backend="triton", **options)
+                tracked = x.clone().requires_grad_(algorithm == "kmeans")  # nothing runs, and medoids index in backward
+                out = pooling(tracked, scores, **given)
+                if algorithm == "kmeans":
+                    out.sum().backward()
+
+    def clusters(**given):
+        tokenpool_ext.kmeans(x[:, 1:], backend="triton", weights=scores, num_iters=5, **given)
+
+    options = dict(dtypes=(torch.float32,), num_iters=5, device=DEVICE, weighted=weighted)
+    plain = compiled_kernels(lambda: backend.warmup([shape], **options))
+    assert compiled_kernels(layers) - plain == set()
+    assert not {key for key in compiled_kernels(lambda: backend.warmup([shape], backward=False, **options))
+                if key[0] == "pool_backward_kernel"}
+    masked = compiled_kernels(lambda: backend.warmup([shape], masked=True, **options))
+    assert compiled_kernels(lambda: layers(mask=mask)) - masked == set() and plain < masked
+    more = compiled_kernels(lambda: backend.warmup([shape], counts=True, centers=True, **options))
+    given = (dict(num_clusters=torch.tensor([K, K - 1], device=DEVICE)), dict(num_clusters=K, init=start),
+             dict(num_clusters=torch.tensor([K, K - 1], device=DEVICE), init=start))
+    for one in given:
+        assert compiled_kernels(lambda: clusters(**one)) - more == set(), one
+
+
 def test_warmup_runs_every_kernel():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

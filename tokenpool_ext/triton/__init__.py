@@ -6,13 +6,14 @@ prepare.py, start.py, gram.py, direct.py, finish.py, pooling.py, attention.py, w
 """
 from __future__ import annotations
 
+import functools
 import os
 from typing import Iterable
 
 import torch
 
 from .errors import KernelUnavailable
-from .launch import ahead
+from .launch import ahead, compile_calls
 
 __all__ = ["KernelUnavailable", "attention_received", "can_run", "explain", "kmeans", "kmedoids", "plan", "pool",
            "pool_backward", "unavailable", "unpool", "unpool_backward", "warmup"]
@@ -247,20 +248,44 @@ attention_received = torch.ops.tokenpool_ext_triton.attention_received
 
 
 def warmup(shapes: Iterable[tuple[int, int, int]], *, dtypes=(torch.bfloat16,), num_iters: int = 5, device="cuda",
-           weighted: bool = True, farthest: bool = False) -> None:
-    """Compile every kernel that kmeans and kmedoids need for `shapes`, so that the first real call compiles nothing.
+           weighted: bool = True, farthest: bool = False, masked: bool = False, counts: bool = False,
+           centers: bool = False, backward: bool = True) -> None:
+    """Compile the kernels that kmeans, kmedoids, pool and unpool need for `shapes`, so that the first real call, also
+    that of the layers, compiles nothing.  Sorted and unsorted, and with `backward` the gradients.
 
     shapes: (N, K, D) triples; a leading batch size (B, N, K, D) is accepted and ignored, for no kernel depends on it.
+    weighted: for calls with weights (scores, sizes); False: for calls without.
     farthest: for init="farthest", which chooses the start in a kernel of its own.
-    Runs each once on one image of `device`; the kernels of one call are compiled side by side.  Sizes are runtime
+    masked, counts, centers: also for calls with a mask, with a tensor num_clusters, with given centers (K-Means).
+    Not covered: attention_received, and tokens that do not start at a multiple of 16 bytes.
+
+    Runs each once on one image of `device`; all kernels of a shape are compiled side by side.  Sizes are runtime
     values, so shapes of the same feature bucket (16, 32, 64, 128 and above) and path share their kernels.  Raises
     KernelUnavailable when a kernel cannot run.
     """
     for shape in shapes:
-        N, K, D = tuple(shape)[-3:]
         for dtype in dtypes:
-            x = torch.randn((1, N, D), device=device, dtype=torch.float32).to(dtype)
-            init = torch.arange(0 if farthest else K, device=device).remainder(N)[None]
-            weights = torch.ones((1, N), device=device) if weighted else None
-            for run in (kmeans, kmedoids):
-                run(x, weights, None, None, init, K, num_iters, False)
+            calls = _warmup_calls(*tuple(shape)[-3:], dtype, num_iters, device, weighted, farthest, masked, counts, centers,
+                                  backward)
+            compile_calls(calls)
+            for call in calls:
+                call()
+
+
+def _warmup_calls(N, K, D, dtype, num_iters, device, weighted, farthest, masked, counts, centers, backward) -> list:
+    """Functions of no arguments that together launch every kernel."""
+    x = torch.randn((1, N, D), device=device, dtype=torch.float32).to(dtype)
+    weights = torch.ones((1, N), device=device) if weighted else None
+    labels = torch.arange(N, device=device).remainder(K)[None]
+    pooled, mass = torch.zeros((1, K, D), device=device, dtype=dtype), torch.ones((1, K), device=device)
+    init = torch.arange(0 if farthest else K, device=device).remainder(N)[None]
+    masks = (None, *((torch.ones((1, N), device=device, dtype=torch.bool),) if masked else ()))
+    numbers = (None, *((torch.full((1,), K, device=device),) if counts else ()))
+    starts = [(kmeans, init), (kmedoids, init)] + ([(kmeans, pooled.float())] if centers else [])
+    calls = [functools.partial(run, x, weights, mask, number, start, K, num_iters, sort)
+             for mask in masks for number in numbers for run, start in starts for sort in (False, True)]
+    calls += [functools.partial(pool, x, labels, weights, K), functools.partial(unpool, pooled, labels)]
+    if backward:
+        calls += [functools.partial(pool_backward, pooled, x, pooled, labels, weights, mass),
+                  functools.partial(unpool_backward, x, labels, K)]
+    return calls

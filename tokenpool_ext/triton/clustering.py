@@ -54,7 +54,9 @@ class Chunk:
         self.start, self.cnt = (new((B, K), dtype=i32) for _ in range(2))
         self.mass, self.norms = (new((B, K), dtype=f32) for _ in range(2))
         self.medoid = new((B, K) if medoids else (1,), dtype=i32)
-        self.members = torch.zeros((2, B, K), dtype=i32, device=x.device)
+        # Two sets of counts, each from a multiple of 16 bytes on: Triton compiles anew for another alignment.
+        room = -(-B * K // 4) * 4
+        self.members = torch.zeros((2, room), dtype=i32, device=x.device)[:, :B * K].view(2, B, K)
         self.label_out = new((B, N), dtype=i64)
 
     # ---- before the iterations ----

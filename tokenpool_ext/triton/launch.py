@@ -86,6 +86,15 @@ def ahead(op: str, arguments: tuple, run: Callable, sample: Callable | None = No
     return run()
 
 
+def compile_calls(calls: list[Callable]) -> None:
+    """Compile what the calls launch, all of it side by side; nothing runs."""
+    if not _interpreting() and _fault is None and getattr(_recorder, "launches", None) is None:
+        with record() as launches:
+            for call in calls:
+                call()
+        compile_together(launches)
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
