@@ -19,7 +19,7 @@ if not INTERPRET and not torch.cuda.is_available():
 import tokenpool_ext  # noqa: E402
 import tokenpool_ext.triton as backend  # noqa: E402
 from tokenpool_ext import reference  # noqa: E402
-from tokenpool_ext.triton import heuristics, launch  # noqa: E402
+from tokenpool_ext.triton import clustering, gram, heuristics, launch  # noqa: E402
 
 DEVICE = "cpu" if INTERPRET else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -206,6 +206,76 @@ def test_integer_ties_go_to_the_lowest_index(name, path, monkeypatch):
 
 @names
 @paths
+def test_ties_between_tiles_of_clusters_go_to_the_lowest_index(name, path, monkeypatch):
+    """More clusters than a tile has (64 or 16), and every start twice, 35 clusters apart: 64 and above tie with 29 on."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    x = torch.arange(70, device=DEVICE).remainder(35)[None, :, None].float()
+    init = torch.arange(70, device=DEVICE).remainder(35)[None]
+    agrees(run(name, x, init, 1), run(name, x, init, 1, where=reference), torch.float32)
+
+
+@paths
+def test_repair_ties_between_tiles_of_tokens_go_to_the_lowest_index(path, monkeypatch):
+    """Tokens 10 and 280, in different tiles, are equally far away: the first empty cluster takes 10."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    x = torch.zeros(1, 300, 1, device=DEVICE)
+    x[0, 10], x[0, 280] = 5, -5
+    got = run("kmeans", x, torch.tensor([[0, 1, 2]], device=DEVICE), 1)
+    assert got[1][0, 10] == 1 and got[1][0, 280] == 2 and (got[1] == 0).sum() == 298
+
+
+@paths
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+def test_moved_centers_keep_their_low_bits(path, dtype, monkeypatch):
+    """Means of whole numbers that lie between two numbers of the dtype: rounded they would tie, or change sides."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    base = 128 if dtype == torch.bfloat16 else 1024  # numbers from here on are 1 apart
+    x = torch.tensor([[4, 5, 6, 7], [4, 5, 7, 8]], device=DEVICE).add(base)[:, :, None].to(dtype)
+    init = torch.tensor([[8, 4], [9, 3]], device=DEVICE).add(base)[:, :, None].float()
+    got = run("kmeans", x, init, 3)
+    assert got[1].tolist() == [[1, 1, 0, 0]] * 2 and got[3].tolist() == [1.0, 1.0]
+
+
+@paths
+def test_weights_decide_the_repair_and_weightless_medoids(path, monkeypatch):
+    """The token of most weighted cost fills an empty cluster; a cluster without weight keeps its lowest member."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    x = torch.tensor([[0.0, 0, 0, 6, 5, 20, 21, 22]], device=DEVICE)[:, :, None]
+    weights = torch.tensor([[1.0, 1, 1, 1, 2, 0, 0, 0]], device=DEVICE)
+    init = torch.tensor([[0, 1, 6]], device=DEVICE)  # 0 and 1 are one place: cluster 1 is empty
+    for name in ("kmeans", "kmedoids"):
+        got = run(name, x, init, 1, weights=weights)
+        agrees(got, run(name, x, init, 1, weights=weights, where=reference), torch.float32)
+    again = torch.tensor([[0, 3, 6]], device=DEVICE)
+    assert run("kmeans", x, init, 1, weights=weights)[1].tolist() == [[0, 0, 0, 0, 1, 2, 2, 2]]  # 2 * 25 > 36
+    assert run("kmedoids", x, again, 1, weights=weights)[3].tolist() == [[0, 4, 5]]
+
+
+@names
+def test_a_batch_mates_number_of_clusters_changes_no_bit(name):
+    """Nor whether it is there (contract 7): of two images with their own K, the first alone."""
+    for dtype, offset in ((torch.float32, 0.0), (torch.bfloat16, 8.0)):
+        x, init = (tokens(2, 40, 20) * 0.1 + offset).to(dtype), starts(2, 40, 40)
+        counts = torch.tensor([3, 40], device=DEVICE)
+        both = run(name, x, init, counts=counts)
+        alone = run(name, x[:1], init[:1, :3], counts=counts[:1])
+        same([t[:1, :3] if t.shape[1:] and t.shape[1] == 40 and place != 1 else t[:1] for place, t in enumerate(both)], alone)
+
+
+@names
+@paths
+def test_padding_and_counts_equal_a_call_of_their_own(name, path, monkeypatch):
+    """On one path, with K an int there: bit for bit."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    x, init, weights = tokens(2, 150, 9), starts(2, 40, 20), torch.rand(2, 150, device=DEVICE)
+    mask = torch.arange(150, device=DEVICE) < torch.tensor([[40], [150]], device=DEVICE)
+    padded = run(name, x, init, 2, weights=weights, mask=mask, counts=torch.tensor([2, 20], device=DEVICE))
+    alone = run(name, x[:1, :40], init[:1, :2], 2, weights=weights[:1, :40])
+    same([padded[0][:1, :2], padded[1][:1, :40], padded[2][:1, :2], padded[-1][:1]], [*alone[:3], alone[-1]])
+
+
+@names
+@paths
 def test_no_weights_equals_ones_and_powers_of_two(name, path, monkeypatch):
     monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
     x, init, ones = tokens(1, 15, 5), starts(1, 15, 4), torch.ones(1, 15, device=DEVICE)
@@ -301,6 +371,43 @@ def test_stops_by_itself(name, path, monkeypatch):
         assert torch.equal(run(name, x, long[0].float(), 1)[1], long[1])
 
 
+@names
+def test_an_image_that_is_done_is_not_touched(name, monkeypatch):
+    """Direct path: once its labels repeat, an iteration neither assigns, nor settles, nor lists members."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, "direct")
+    x, init = tokens(1, 16, 3), starts(1, 16, 3)
+    want, real, poisoned = run(name, x, init, 8), clustering.launch, {}
+
+    def spy(kernel, where, configs, make):
+        real(kernel, where, configs, make)
+        if kernel.fn.__name__ == "update_kernel":
+            given = make(configs[0])[1]
+            if given["done"].all() and not poisoned:
+                poisoned.update({key: given[key].fill_(77) for key in ("lab", "tmp")})
+    monkeypatch.setattr(clustering, "launch", spy)
+    same(run(name, x, init, 8), want)
+    assert len(poisoned) == 2 and all((value == 77).all() for value in poisoned.values())
+
+
+@names
+@pytest.mark.skipif(not INTERPRET, reason="counts calls of a device function")
+def test_an_image_that_is_done_leaves_the_loop(name, monkeypatch):
+    """Gram path: the iterations end when the labels repeat."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, "gram")
+    calls, settle = [], gram.settle_image
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return settle(*args, **kwargs)
+    monkeypatch.setattr(gram, "settle_image", counted)
+    x, init = tokens(1, 16, 3), starts(1, 16, 3)
+    labels = [run(name, x, init, t)[1] for t in range(1, 8)]
+    last = next(t for t in range(1, 7) if torch.equal(labels[t], labels[t - 1]))
+    calls.clear()
+    run(name, x, init, 30)
+    assert len(calls) == last + 1
+
+
 @paths
 def test_chunks_of_the_batch_change_nothing(path, monkeypatch):
     monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
@@ -393,6 +500,30 @@ def test_trains_through_the_public_functions():
         out = tokenpool_ext.unpool(tokenpool_ext.pool(x, a, 4, weights=weights, backend=name), a, backend=name)
         gradients.append(torch.autograd.grad(out.square().sum(), (x, weights)))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@paths
+def test_images_and_rows_further_apart_than_31_bits(path, monkeypatch):
+    """Offsets in elements beyond 2^31, of images and of tokens, on memory that is mostly never touched."""
+    monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
+    try:
+        room = torch.empty(2**31 + 2**12, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"no 4 GiB: {error}")
+    K, D = 3, 8
+    dense = tokens(2, 17, D, torch.bfloat16)
+    for shape, stride in (((2, 17, D), (2**31, 16, 1)), ((1, 17, D), (0, 2**27, 1))):
+        x, init = room.as_strided(shape, stride), starts(shape[0], 17, K)
+        small = dense[: shape[0]]
+        x.copy_(small)
+        found, want = run("kmeans", x, init), run("kmeans", small, init)
+        same(found, want)
+        same(backend.pool(x, want[1], None, K), backend.pool(small, want[1], None, K))
+        grad = room.as_strided((shape[0], K, D), (stride[0], stride[1], 1))  # the first K tokens
+        same([backend.unpool(grad, want[1])], [backend.unpool(small[:, :K], want[1])])
+        ones = torch.ones(shape[:2], device=DEVICE)
+        same(*(backend.pool_backward(g, t, want[0], want[1], ones, want[2])
+               for g, t in ((grad, x), (small[:, :K], small))))
 
 
 # ---- attention received ------------------------------------------------------------------------------------------
