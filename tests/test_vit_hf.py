@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -12,14 +14,9 @@ from torch import nn
 
 from tokenpool_ext.modules import TokenPooling
 from tokenpool_ext.vit import patch, patched_blocks, tokens_per_layer, unpatch
-from tokenpool_ext.vit import patching
+from tokenpool_ext.vit import patching, schedule
 
 transformers = pytest.importorskip("transformers")
-
-# Under torch.compile with torch 2.11, transformers 5 hands every block an explicit attention mask (of ones), which pooling
-# blocks refuse, for they cannot look at its values. With torch 2.13 it hands none.
-old_torch = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 13)
-needs_no_mask = pytest.mark.skipif(old_torch, reason="transformers passes an attention mask under torch.compile with this torch")
 
 COMMON = dict(
     hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, num_labels=5,
@@ -283,7 +280,6 @@ def test_two_threads_one_model(images):
     assert before == {n: set(m.__dict__) for n, m in model.named_modules()}, "nothing is left on the model"
 
 
-@needs_no_mask
 @torch.no_grad()
 @pytest.mark.parametrize("track_size", [False, True])
 def test_compile_fullgraph(track_size, images):
@@ -294,7 +290,6 @@ def test_compile_fullgraph(track_size, images):
     torch.testing.assert_close(compiled(images).logits, expected)
 
 
-@needs_no_mask
 @torch.no_grad()
 def test_compile_dynamic_batch(images):
     model = patch(build("vit"), num_tokens={1: 10, 2: 5})
@@ -346,6 +341,15 @@ def test_wrong_arguments():
         (dict(keep_ratio=1.5), ValueError, "keep_ratio"),
         (dict(keep_ratio=0.5, layers=[9]), ValueError, "9"),
         (dict(keep_ratio=0.5, layers=[]), ValueError, "layers"),
+        (dict(keep_ratio=0.5, layers=2), TypeError, "layers must be block indices like [3, 6, 9], got 2"),
+        (dict(keep_ratio=0.5, layers=[True]), TypeError, "got True among them"),
+        (dict(keep_ratio=0.5, layers=[0.5]), TypeError, "got 0.5 among them"),
+        (dict(keep_ratio=True), ValueError, "keep_ratio"),
+        (dict(num_tokens={1: True}), TypeError, "block 1 needs an int"),
+        (dict(num_tokens={True: 4}), TypeError, "block indices"),
+        (dict(num_tokens=np.array(4)), TypeError, "block: count"),
+        (dict(num_tokens=np.ones((4, 1), int)), TypeError, "block 0 needs an int"),
+        (dict(num_tokens="8888"), TypeError, "block: count"),
         (dict(num_tokens={1: 4}, layers=[1]), ValueError, "layers goes with keep_ratio"),
         (dict(keep_ratio=0.5, pooling="mean"), ValueError, "'bipartite'"),
         (dict(keep_ratio=0.5, pooling=3), TypeError, "pooling"),
@@ -364,6 +368,22 @@ def test_wrong_arguments():
             patch(model, **arguments)
         assert words in str(caught.value), (arguments, str(caught.value))
         assert not patching.patches(model), "a refused patch changes nothing"
+
+
+def test_numbers_of_numpy_and_any_iterable():
+    model = build("dinov2")
+
+    def counts(**schedule):
+        return tokens_per_layer(patch(model, **schedule))
+
+    assert counts(num_tokens={np.int64(1): np.int32(10), 2: np.float32(0.5)}) == [17, 11, 6, 6]
+    assert counts(num_tokens=np.array([16, 9, 9, 4])) == counts(num_tokens=(16, 9, 9, 4)) == [17, 10, 10, 5]
+    assert patched_blocks(model)[1].num_tokens == 9 and type(patched_blocks(model)[1].num_tokens) is int
+    assert counts(num_tokens=range(16, 8, -2)) == [17, 15, 13, 11]
+    assert counts(keep_ratio=np.float32(0.7), layers=(i for i in (0, 2))) == counts(keep_ratio=0.7, layers=[0, 2])
+    assert counts(keep_ratio=1, layers=np.arange(2)) == [17] * 4
+    assert schedule.tokens_after(2, 16, {0: np.int64(8), 1: np.float64(0.5)}) == [8, 4]
+    assert schedule.geometric(np.int64(2), np.int64(16), np.int64(4), layers=np.arange(2)) == {0: 8, 1: 4}
 
 
 def test_failed_repatch_keeps_the_old_patch(images):
@@ -386,8 +406,10 @@ def test_unknown_models_are_named():
     config = transformers.BeitConfig(**{k: v for k, v in COMMON.items() if k != "num_labels"}, intermediate_size=64)
     with pytest.raises((TypeError, ValueError), match="Beit"):
         patch(transformers.BeitModel(config), keep_ratio=0.5)
-    with pytest.raises(TypeError, match="Dinov2Backbone"):
+    with pytest.raises(TypeError, match="Dinov2Backbone .* tokenpool_ext.vit.record"):
         patch(transformers.Dinov2Backbone(build("dinov2").config), keep_ratio=0.5)
+    with pytest.raises(TypeError, match="ViTForMaskedImageModeling arranges its tokens in an image"):
+        patch(transformers.ViTForMaskedImageModeling(build("vit").config), keep_ratio=0.5)
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, intermediate_size=64
     )
@@ -422,6 +444,110 @@ def test_mask_and_probe_leave_things_alone(images):
     block = patching.patches(model)[0].block
     with pytest.raises(ValueError, match="mask"):
         block(torch.randn(1, 17, 32), torch.zeros(1, 1, 17, 17))
+
+
+@torch.no_grad()
+def test_export_without_the_user_s_mask(family, images):
+    model = build(family)
+    plain = torch.export.export(model, (images,)).module()(images).logits
+    patch(model, num_tokens={1: 10, 2: 5}, track_size=family == "dinov2")
+    pooled = model(images).logits
+    for strict in (False, True) if family == "vit" else (False,):
+        exported = torch.export.export(model, (images,), strict=strict).module()
+        torch.testing.assert_close(exported(images).logits, pooled)
+    given = {"attention_mask": torch.ones(2, PREFIX[family] + 16)}  # a mask of the user's stays one, whatever its values
+    if patching.find_family(model).model.__dict__.get("forward") is not None:
+        with pytest.raises(Exception, match="an attention mask was given"):
+            torch.export.export(model, (images,), given)
+    unpatch(model)
+    assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images).logits, plain)
+
+
+@torch.no_grad()
+def test_a_patched_base_model_keeps_its_signature(images):
+    base = patch(build("vit"), keep_ratio=0.5).base_model
+    assert list(inspect.signature(base.forward).parameters) == list(inspect.signature(type(base).forward).parameters)[1:]
+    twin = pickle.loads(pickle.dumps(base))
+    assert torch.equal(twin(images).last_hidden_state, base(images).last_hidden_state)
+    assert twin.__dict__["forward"].model is twin if "forward" in twin.__dict__ else True
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["kmeans", "prune", "grid"])
+def test_prefix_as_long_as_the_tokens(pooling, images):
+    model = patch(build("vit"), keep_ratio=0.5, num_prefix_tokens=1000, pooling=pooling)
+    with pytest.raises(ValueError, match="num_prefix_tokens = 1000 .* only 17 tokens"):
+        model(images)
+    patch(model, keep_ratio=0.5, num_prefix_tokens=17, pooling=pooling, track_size=True)
+    with pytest.raises(ValueError, match="num_prefix_tokens = 17"):
+        model(images)
+    assert widths(patch(model, num_tokens={1: 0.5}, num_prefix_tokens=16, pooling=pooling), images) == [17] * 5
+
+
+class Wrapped(nn.Module):
+    """A projection inside something that does not tell its width, as adapters do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@torch.no_grad()
+def test_wrapped_projections(family, images):
+    model, plain = build(family), build(family)
+    for view in patching.find_family(model).blocks:
+        for name in ("query", "key"):
+            owner, _, last = view.names[name].rpartition(".")
+            holder = view.block.get_submodule(owner)
+            setattr(holder, last, Wrapped(getattr(holder, last)))
+    patch(model, num_tokens={1: 6}, cluster_on="keys")
+    assert torch.equal(model(images).logits, patch(plain, num_tokens={1: 6}, cluster_on="keys")(images).logits)
+
+
+@torch.no_grad()
+def test_compiled_models_can_be_patched(images):
+    model = build("vit")
+    expected = patch(build("vit"), num_tokens={1: 6})(images).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(images).logits
+    assert patch(compiled, num_tokens={1: 6}) is compiled
+    assert list(patched_blocks(model)) == [1] and tokens_per_layer(compiled) == [17, 7, 7, 7]
+    torch.testing.assert_close(compiled(images).logits, expected)
+    unpatch(compiled)
+    torch.testing.assert_close(compiled(images).logits, plain)
+    assert not patching.patches(model)
+
+
+@torch.no_grad()
+def test_hooks_do_not_see_the_probe(images):
+    model, seen = build("vit"), []
+    block = patching.find_family(model).blocks[1].block
+    for module in (block, block.attention, block.layernorm_before):
+        module.register_forward_hook(lambda m, args, out: seen.append("after"))
+        module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    patch(model, num_tokens={1: 6})
+    patch(model, num_tokens={1: 7})
+    assert not seen
+    model(images)
+    assert sorted(seen) == ["after"] * 3 + ["before"] * 3
+    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in block.modules()]
+    block.layernorm_before = nn.LayerNorm(16)
+    with pytest.raises(RuntimeError):
+        patch(model, num_tokens={1: 8})
+    assert sum(len(a) + len(b) for a, b in hooks) == sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in block.modules()) + 2, "they are back after a failure, too"
+
+
+@torch.no_grad()
+def test_tracing_is_refused_by_name(images):
+    model = patch(build("vit"), num_tokens={1: 6})
+    with pytest.raises(RuntimeError, match="torch.jit.trace.*torch.export.export"):
+        torch.jit.trace(model, images, strict=False)
 
 
 def test_own_module_as_pooling(images):

@@ -16,8 +16,11 @@ from torch import nn
 
 from .flops import Cost, ViTSpec, cost, gmacs, tokens_per_layer
 from .patching import apply_patch, patched_blocks, remove_patch
+from .recording import Record, record
 
-__all__ = ["patch", "unpatch", "patched_blocks", "ViTSpec", "Cost", "cost", "gmacs", "tokens_per_layer"]
+__all__ = [
+    "Cost", "Record", "ViTSpec", "cost", "gmacs", "patch", "patched_blocks", "record", "tokens_per_layer", "unpatch",
+]
 
 
 def patch(

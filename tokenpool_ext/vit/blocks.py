@@ -13,12 +13,14 @@ and threads do not meet.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 RECORD = "_tokenpool_record"
+SUBMODULE = "tokenpool"
 
 
 def record_query(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -43,6 +45,21 @@ def _record(name: str, args: tuple, output: Tensor) -> None:
     record = getattr(args[0], RECORD, None) if args else None
     if record is not None:
         record[name] = output
+
+
+class Replacement:
+    """A callable that stands on a module's instance in place of a method of its class, until ``unpatch``."""
+
+
+def remove_own(module: nn.Module, hooks: tuple) -> None:
+    """Take off one module the hooks named and every :class:`Replacement`."""
+    for registered in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in registered.items() if hook in hooks]:
+            del registered[key]
+            if registered is module._forward_pre_hooks:
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for name in [name for name, value in module.__dict__.items() if isinstance(value, Replacement)]:
+        delattr(module, name)
 
 
 class Block:
@@ -87,6 +104,20 @@ class Block:
     @property
     def projections(self) -> dict[str, nn.Module]:
         return {name: self.part(name) for name in HOOKS if name in self.names}
+
+    @property
+    def width(self) -> int:
+        """M, features a token. The norm tells it; a projection may be wrapped by something without ``in_features``."""
+        norm = self.part("norm1")
+        shape = getattr(norm, "normalized_shape", None) or getattr(getattr(norm, "weight", None), "shape", ())
+        widths = [*shape, *(getattr(module, "in_features", None) for module in self.projections.values())]
+        width = next((width for width in widths if width is not None), None)
+        if width is None:
+            raise ValueError(
+                f"patch: neither {type(norm).__name__} nor the projections of {type(self.block).__name__} tell how wide a"
+                " token is (normalized_shape, weight, in_features); this block is not supported"
+            )
+        return width
 
     def attend(
         self, x: Tensor, args: tuple, kwargs: dict, bias: Optional[Tensor] = None, record: Optional[dict] = None
@@ -167,6 +198,9 @@ class Family:
         self.blocks = blocks
         self.num_prefix_tokens = num_prefix_tokens
 
+    def guard(self) -> None:
+        """What patching has to change on the model itself, beside its blocks."""
+
 
 def unknown_block(model: nn.Module, block: nn.Module) -> TypeError:
     return TypeError(
@@ -178,7 +212,8 @@ def unknown_block(model: nn.Module, block: nn.Module) -> TypeError:
 def probe(view: Block, num_prefix_tokens: int) -> bool:
     """Check that the halves reproduce the class's own forward on made-up tokens; returns whether it gives a tuple.
 
-    Runs the block once each way on one image of a few tokens, in evaluation mode, without touching the random state.
+    Runs the block once each way on one image of a few tokens, in evaluation mode, without touching the random state. Hooks
+    do not run: made-up tokens are not for them.
 
     Raises:
         ValueError: they differ, naming the block's class.
@@ -187,19 +222,21 @@ def probe(view: Block, num_prefix_tokens: int) -> bool:
     weight = next(block.parameters())
     if weight.device.type == "meta":
         return False
-    n, width = num_prefix_tokens + 3, next(iter(view.projections.values())).in_features
+    n, width = num_prefix_tokens + 3, view.width
     ramp = torch.arange(n * width, dtype=torch.float32, device=weight.device)
     x = (3 * (ramp * 0.7310585).sin()).reshape(1, n, width).to(weight.dtype)
-    modes = [(module, module.training) for module in block.modules()]
+    state = [(module, module.training, module._forward_hooks, module._forward_pre_hooks) for module in block.modules()]
     try:
-        for module, _ in modes:
+        for module, *_ in state:
             module.training = False
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             own = type(block).forward(block, x)
             ours = view.feed_forward(view.attend(x, (), {})[0])
     finally:
-        for module, training in modes:
+        for module, training, hooks, pre_hooks in state:
             module.training = training
+            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
     is_tuple = isinstance(own, tuple)
     own = own[0] if is_tuple else own
     # Equal to the bit as a rule. Otherwise small against what the block adds, which layer scale can make tiny.

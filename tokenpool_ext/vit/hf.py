@@ -8,11 +8,15 @@ transformers itself is never imported.
 from __future__ import annotations
 
 import inspect
-from typing import Optional
+from types import MethodType
+from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 
-from .blocks import Block, Family, first_in, names_in, submodule, unknown_block
+from .blocks import Block, Family, Replacement, first_in, names_in, submodule, unknown_block
+
+NO_MASK = "tokenpool_no_mask"
 
 
 class HFBlock(Block):
@@ -70,8 +74,57 @@ class HFBlock(Block):
         return tuple(getattr(self.block, name) for name in names_in(self.block, "mlp", "intermediate", "output"))
 
 
+class MaskFreeForward(Replacement):
+    """The model's ``forward``, which tells its blocks when the user gave no attention mask.
+
+    While a model is exported (under torch 2.11: compiled, too) transformers 5 makes a mask of ones for the tokens that came
+    from the embedding. It masks nothing, but does not fit pooled tokens, and nobody can look at its values then. So that it
+    can be told from the user's own, a keyword travels down to the blocks, where a hook drops it together with the mask.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.position = list(self.__signature__.parameters).index("attention_mask")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.model).forward, self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and kwargs.get("attention_mask") is None:
+            if all(value is None for value in args[self.position : self.position + 1]):
+                kwargs[NO_MASK] = True
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def drop_made_mask(block: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+    """Forward pre-hook of every block: no mask where the user gave none."""
+    if NO_MASK not in kwargs:
+        return None
+    kwargs = {name: value for name, value in kwargs.items() if name not in (NO_MASK, "attention_mask")}
+    return args[:1] + (None,) * len(args[1:2]) + args[2:], kwargs
+
+
+class HFFamily(Family):
+    def guard(self) -> None:
+        parameters = inspect.signature(type(self.model).forward).parameters
+        takes_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if "attention_mask" not in parameters or not takes_keywords or "forward" in self.model.__dict__:
+            return
+        self.model.forward = MaskFreeForward(self.model)
+        for view in self.blocks:
+            view.block.register_forward_pre_hook(drop_made_mask, prepend=True, with_kwargs=True)
+
+
 def find(module: nn.Module) -> Optional[Family]:
     """The family if ``module`` directly holds patch embeddings and blocks of this kind, else None."""
+    decoder = submodule(module, "decoder")
+    if decoder is not None and any(isinstance(part, nn.PixelShuffle) for part in decoder.modules()):
+        if any(find(child) is not None for child in module.children()):
+            raise TypeError(
+                f"patch: {type(module).__name__} arranges its tokens in an image again, which pooled tokens no longer fill;"
+                " patch the plain model"
+            )
     embeddings = submodule(module, "embeddings")
     if embeddings is None or submodule(embeddings, "patch_embeddings") is None:
         return None
@@ -82,7 +135,8 @@ def find(module: nn.Module) -> Optional[Family]:
     if hasattr(module, "out_features"):
         raise TypeError(
             f"patch: {type(module).__name__} is a backbone that arranges its tokens in a feature map, which pooled tokens no"
-            " longer fill; patch the plain model and spread its tokens with tokenpool_ext.unpool"
+            " longer fill; patch the plain model and spread its tokens with tokenpool_ext.unpool(tokens, r.assignment), where"
+            " r comes from `with tokenpool_ext.vit.record(model) as r`"
         )
     for block in blocks:
         if not HFBlock.matches(block):
@@ -91,4 +145,4 @@ def find(module: nn.Module) -> Optional[Family]:
     for name in ("cls_token", "distillation_token", "register_tokens"):
         token = getattr(embeddings, name, None)
         prefix += 0 if token is None else token.shape[1]
-    return Family(module, [HFBlock(block) for block in blocks], prefix)
+    return HFFamily(module, [HFBlock(block) for block in blocks], prefix)

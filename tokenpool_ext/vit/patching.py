@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from ..functional import attention_received
 from ..modules import TokenPooling, TokenReduction, check_bool, check_choice, check_int
-from . import hf, schedule as schedules, timm
-from .blocks import HOOKS, Block, Family, probe
+from . import hf, recording, schedule as schedules, timm
+from .blocks import HOOKS, SUBMODULE, Block, Family, Replacement, probe, remove_own
 
 SIZES = "_tokenpool_sizes"
-SUBMODULE = "tokenpool"
 POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "kmeans": partial(TokenPooling, algorithm="kmeans"),
     "kmedoids": partial(TokenPooling, algorithm="kmedoids"),
@@ -29,7 +28,7 @@ POOLINGS: dict[str, Callable[..., nn.Module]] = {
 RESERVED = ("num_tokens", "keep_ratio", "num_prefix_tokens", "return_clusters", "algorithm")
 
 
-class PooledForward:
+class PooledForward(Replacement):
     """The ``forward`` of a patched block instance: its two halves with the pooling in between, or after them.
 
     Holds only what does not change between calls. What flows from block to block, the sizes when they are tracked, is an
@@ -59,6 +58,9 @@ class PooledForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = self.block
+        if self.pooling is not None:
+            self.check(x)
+            recording.entered(self, x)
         if not self.track_size and not self.reduces(x):
             return type(block).forward(block, x, *args, **kwargs)
         if getattr(block, "gradient_checkpointing", False) and block.training:
@@ -102,6 +104,19 @@ class PooledForward:
         tokens = self.with_sizes(tokens, sizes)
         return (tokens, *rest) if self.returns_tuple else tokens
 
+    def check(self, x: Tensor) -> None:
+        name = type(self.block).__name__
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                f"block {self.index} ({name}): a patched model cannot be recorded by torch.jit.trace, which turns numbers of"
+                " tokens into tensors; use torch.export.export, or torch.onnx.export(..., dynamo=True)"
+            )
+        if x.shape[1] <= self.num_prefix_tokens:
+            raise ValueError(
+                f"block {self.index} ({name}): num_prefix_tokens = {self.num_prefix_tokens} tokens in front are never pooled,"
+                f" but only {x.shape[1]} tokens came; patch with fewer prefix tokens"
+            )
+
     def reduces(self, x: Tensor) -> bool:
         """Whether this block has fewer tokens to give than it gets."""
         pooling = self.pooling
@@ -115,6 +130,9 @@ class PooledForward:
     def pool(self, pooling, tokens, scores, features, sizes):
         if pooling is None:
             return tokens, sizes
+        records = recording.active(self)
+        if records:
+            pooling = partial(recording.reduce_recorded, records, self.index, pooling)
         if not self.track_size:
             return pooling(tokens, scores, features=features), None
         if sizes is None:
@@ -196,6 +214,7 @@ def apply_patch(
                 for name, projection in view.projections.items():
                     projection.register_forward_hook(HOOKS[name])
         view.block.forward = forward
+    family.guard()
     return model
 
 
@@ -204,12 +223,9 @@ def remove_patch(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be an nn.Module, got {type(model).__name__}")
     for module in list(model.modules()):
-        for key, hook in list(module._forward_hooks.items()):
-            if hook in HOOKS.values():
-                del module._forward_hooks[key]
         if isinstance(module.__dict__.get("forward"), PooledForward):
-            del module.forward
             module._modules.pop(SUBMODULE, None)
+        remove_own(module, (*HOOKS.values(), hf.drop_made_mask))
     return model
 
 
@@ -233,12 +249,14 @@ def find_family(model: nn.Module, caller: str = "patch") -> Family:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
-    found = []
+    families = {}
     for module in model.modules():
         for library in (hf, timm):
             family = library.find(module)
             if family is not None:
-                found.append(family)
+                # torch.compile's wrapper shows its model's parts as its own: the same blocks. The model comes after it.
+                families[id(family.blocks[0].block)] = family
+    found = list(families.values())
     if not found:
         raise TypeError(
             f"{caller}: no Vision Transformer of a known family in {type(model).__name__}; known: Hugging Face ViT, DeiT,"
@@ -257,14 +275,17 @@ def make_schedule(depth: int, num_tokens, keep_ratio, layers) -> schedules.Sched
             f"patch: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r}, keep_ratio={keep_ratio!r}"
         )
     if keep_ratio is not None:
-        if layers is not None and not len(layers):
-            raise ValueError("patch: layers must name at least one block, got none")
+        if layers is not None:
+            layers = schedules.block_indices(layers)
+            if not layers:
+                raise ValueError("patch: layers must name at least one block, got none")
         return schedules.constant(depth, keep_ratio, layers)
     if layers is not None:
         raise ValueError("patch: layers goes with keep_ratio; with num_tokens write {block: count}")
     if hasattr(num_tokens, "items"):
         return schedules.normalise(depth, num_tokens)
-    if isinstance(num_tokens, (list, tuple)):
+    if isinstance(num_tokens, Iterable) and getattr(num_tokens, "ndim", 1) and not isinstance(num_tokens, (str, bytes)):
+        num_tokens = list(num_tokens)
         if len(num_tokens) != depth:
             raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
         return schedules.explicit(num_tokens)

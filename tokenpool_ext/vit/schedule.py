@@ -1,11 +1,14 @@
 """How many patch tokens are left after which block: plain dicts ``{block index: count or ratio}`` for ``patch``.
 
-An int is a number of patch tokens; a float in (0, 1] is a ratio of the tokens that enter the pooling.
+An int is a number of patch tokens; a float in (0, 1] is a ratio of the tokens that enter the pooling. Integers and reals
+of numpy serve as well; schedules that are returned hold Python's.
 """
 
 from __future__ import annotations
 
-from typing import Mapping, Optional, Sequence, Union
+import operator
+from numbers import Real
+from typing import Iterable, Mapping, Optional, Sequence, Union
 
 from ..modules import as_fraction, kept_by_ratio
 
@@ -20,14 +23,14 @@ def default_layers(depth: int) -> tuple[int, ...]:
     return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
-def constant(depth: int, keep_ratio: float, layers: Optional[Sequence[int]] = None) -> Schedule:
+def constant(depth: int, keep_ratio: float, layers: Optional[Iterable[int]] = None) -> Schedule:
     """The same ratio at each of ``layers``. 196 tokens at 0.7: 137, 96, 67, as published for TokenReduction."""
-    layers = default_layers(depth) if layers is None else layers
-    return normalise(depth, {layer: float(_ratio(keep_ratio)) for layer in layers})
+    layers = default_layers(depth) if layers is None else block_indices(layers)
+    return normalise(depth, {layer: _ratio(keep_ratio) for layer in layers})
 
 
 def geometric(
-    depth: int, num_patches: int, last: int, layers: Optional[Sequence[int]] = None
+    depth: int, num_patches: int, last: int, layers: Optional[Iterable[int]] = None
 ) -> Schedule:
     """Counts that fall by a constant factor to ``last`` patch tokens, over ``layers`` (default: every block).
 
@@ -36,21 +39,20 @@ def geometric(
     """
     _check_depth(depth)
     for name, value in (("num_patches", num_patches), ("last", last)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if _integer(value) is None:
             raise TypeError(f"schedule: {name} must be an int, got {type(value).__name__}")
+    num_patches, last = _integer(num_patches), _integer(last)
     if not 1 <= last <= num_patches:
         raise ValueError(f"schedule: last must be from 1 to num_patches = {num_patches}, got {last}")
-    layers = sorted(range(depth) if layers is None else layers)
+    layers = sorted(range(depth) if layers is None else block_indices(layers))
     factor = (last / num_patches) ** (1 / max(len(layers), 1))
     return normalise(depth, {layer: max(last, round(num_patches * factor ** (i + 1))) for i, layer in enumerate(layers)})
 
 
 def explicit(counts: Sequence[int]) -> Schedule:
     """One count per block, the paper's ``K``; blocks that repeat the count before them do not pool."""
-    schedule: Schedule = {}
-    for layer, count in enumerate(counts):
-        if layer == 0 or count != counts[layer - 1]:
-            schedule[layer] = count
+    counts = [_entry(layer, count) for layer, count in enumerate(counts)]
+    schedule = {layer: count for layer, count in enumerate(counts) if layer == 0 or count != counts[layer - 1]}
     return normalise(len(counts), schedule)
 
 
@@ -64,19 +66,20 @@ def normalise(depth: int, schedule: Mapping[int, Union[int, float]]) -> Schedule
         raise ValueError("schedule: num_tokens must name at least one block, got none; write {block: count}")
     checked: Schedule = {}
     before = None
-    for layer, value in schedule.items():
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"schedule: block indices must be ints, got {layer!r}")
+    entries: Schedule = {}
+    for key, value in schedule.items():
+        layer = _integer(key)
+        if layer is None:
+            raise TypeError(f"schedule: block indices must be ints, got {key!r}")
         if not 0 <= layer < depth:
             raise ValueError(f"schedule: block index must be from 0 to {depth - 1} for {depth} blocks, got {layer}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"schedule: block {layer} needs an int (tokens) or a float (ratio), got {value!r}")
+        entries[layer] = value = _entry(layer, value)
         if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError(f"schedule: block {layer}: a float is a ratio in (0, 1], got {value}; write an int for a count")
         if isinstance(value, int) and value < 1:
             raise ValueError(f"schedule: block {layer} must keep at least 1 token, got {value}")
-    for layer in sorted(schedule):
-        value = schedule[layer]
+    for layer in sorted(entries):
+        value = entries[layer]
         if isinstance(value, int):
             if before is not None and value > before:
                 raise ValueError(f"schedule: counts must not rise with depth, got {value} at block {layer} after {before}")
@@ -98,17 +101,55 @@ def kept(num_patches: int, value: Union[int, float, None]) -> int:
     """What one entry of a schedule leaves of ``num_patches`` tokens."""
     if value is None:
         return num_patches
+    value = _entry("?", value)
     if isinstance(value, int):
         return min(value, num_patches)
     return kept_by_ratio(num_patches, *as_fraction(value))
 
 
 def _check_depth(depth: int) -> None:
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+    if _integer(depth) is None or depth < 1:
         raise ValueError(f"schedule: depth must be a positive int, got {depth!r}")
 
 
+def block_indices(layers: Iterable[int]) -> list[int]:
+    """Any iterable of block indices as a list.
+
+    Raises:
+        TypeError: it is none, or holds something else.
+    """
+    try:
+        listed = None if isinstance(layers, (str, bytes)) else list(layers)
+    except TypeError:  # not iterable
+        listed = None
+    if listed is None:
+        raise TypeError(f"schedule: layers must be block indices like [3, 6, 9], got {layers!r}")
+    for layer in listed:
+        if _integer(layer) is None:
+            raise TypeError(f"schedule: layers must be block indices (ints), got {layer!r} among them")
+    return [_integer(layer) for layer in listed]
+
+
+def _integer(value) -> Optional[int]:
+    """Anything that is an integer, as an int; None otherwise (bools are none)."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _entry(layer, value) -> Union[int, float]:
+    count = _integer(value)
+    if count is not None:
+        return count
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"schedule: block {layer} needs an int (tokens) or a float (ratio), got {value!r}")
+    return float(value)
+
+
 def _ratio(keep_ratio: float) -> float:
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real) or not 0 < keep_ratio <= 1:
         raise ValueError(f"schedule: keep_ratio must be in (0, 1], got {keep_ratio!r}")
-    return keep_ratio
+    return float(keep_ratio)

@@ -1,0 +1,170 @@
+"""Which pooled token stands for which image patch: what :func:`record` keeps of a patched model's forward."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import Clusters
+from ..modules import TokenReduction
+
+__all__ = ["Record", "record"]
+
+
+class Record:
+    """The clusters of the last forward run inside ``with record(model)``; each forward replaces those of the one before.
+
+    B images of n patch tokens; prefix tokens are not counted, in rows nor in labels.
+
+    Attributes:
+        num_prefix_tokens: P, tokens in front that were never pooled.
+    """
+
+    def __init__(self, forwards: list) -> None:
+        self.num_prefix_tokens: int = forwards[0].num_prefix_tokens
+        self._forwards = forwards
+        self._layers: list[tuple[int, Clusters]] = []
+        self._start: Optional[Tensor] = None
+
+    @property
+    def layers(self) -> list[tuple[int, Clusters]]:
+        """``(block index, Clusters)`` of every block that had tokens to pool, in order; detached from autograd.
+
+        Raises:
+            RuntimeError: no forward of the model was recorded.
+        """
+        self._started()
+        return list(self._layers)
+
+    @property
+    def assignment(self) -> Tensor:
+        """(B, n) int64: the patch token left after the last pooling block for every patch; -1 where it was dropped.
+
+        ``tokenpool_ext.unpool(tokens[:, P:], r.assignment)`` spreads the final (B, P + K, D) tokens over the patches.
+
+        Raises:
+            RuntimeError: no forward of the model was recorded.
+        """
+        return self.assignment_after(self._forwards[-1].index)
+
+    def assignment_after(self, block: int) -> Tensor:
+        """(B, n) int64: like :attr:`assignment`, but for the tokens that leave block ``block`` (from 0).
+
+        Raises:
+            RuntimeError: no forward of the model was recorded.
+        """
+        labels = self._started()
+        for index, clusters in self._layers:
+            if index <= block:
+                labels = torch.where(labels < 0, -1, clusters.assignment.gather(1, labels.clamp(min=0)))
+        return labels
+
+    def _started(self) -> Tensor:
+        if self._start is None:
+            raise RuntimeError(
+                "record: no forward of the patched model was seen; run it inside the context, in the same thread and not"
+                " through torch.compile, whose graphs record nothing"
+            )
+        return self._start
+
+    def _enter(self, forward, x: Tensor) -> None:
+        if forward is self._forwards[0]:
+            n = x.shape[1] - self.num_prefix_tokens
+            self._start = torch.arange(n, device=x.device).expand(x.shape[0], n).contiguous()
+            self._layers = []
+
+    def _add(self, index: int, clusters: Clusters) -> None:
+        self._layers.append((index, Clusters(*(t.detach() if isinstance(t, Tensor) else t for t in clusters))))
+
+
+_ACTIVE: ContextVar[tuple[Record, ...]] = ContextVar("tokenpool_ext.vit.record", default=())
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Record]:
+    """Keep the assignments of a patched model's forward, so that its tokens can be spread over the patches again.
+
+        >>> with tokenpool_ext.vit.record(model) as r:
+        ...     tokens = model.forward_features(images)                                     # (B, P + K, D)
+        >>> tokenpool_ext.unpool(tokens[:, r.num_prefix_tokens :], r.assignment)            # (B, n, D)
+
+    Nothing is kept on the model: what is recorded belongs to this context, and to the thread (or asynchronous task) that
+    entered it. Forwards compute what they compute without it. Recomputation by gradient checkpointing is not recorded.
+
+    Args:
+        model: a model given to :func:`patch`, not compiled.
+
+    Yields:
+        :class:`Record`, which stays valid after the context.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a pooling module of its blocks is not a ``TokenReduction`` and so has no
+            clusters to tell (the class is named).
+        ValueError: ``model`` is not patched, or compiled by ``torch.compile``.
+    """
+    from .patching import patches
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"record: model must be an nn.Module, got {type(model).__name__}")
+    forwards = [forward for forward in patches(model) if forward.pooling is not None]
+    if not forwards:
+        raise ValueError(f"record: {type(model).__name__} is not patched, so there is nothing to record; patch it first")
+    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError(
+            "record: model is compiled by torch.compile, and compiled graphs record nothing; run the model itself, uncompiled"
+        )
+    for forward in forwards:
+        if not isinstance(forward.pooling, TokenReduction):
+            raise TypeError(
+                f"record: block {forward.index} pools by {type(forward.pooling).__name__}, which tells no clusters; derive"
+                " it from tokenpool_ext.modules.TokenReduction"
+            )
+    made = Record(forwards)
+    token = _ACTIVE.set((*_ACTIVE.get(), made))
+    try:
+        yield made
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active(forward) -> tuple[Record, ...]:
+    """The records that want to know of this block's forward."""
+    if torch.compiler.is_compiling():
+        return ()
+    records = _ACTIVE.get()
+    if not records or torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint recomputes
+        return ()
+    return tuple(r for r in records if any(f is forward for f in r._forwards))
+
+
+def entered(forward, x: Tensor) -> None:
+    """Tell the records which tokens a pooling block gets."""
+    for r in active(forward):
+        r._enter(forward, x)
+
+
+def reduce_recorded(records: tuple[Record, ...], index: int, pooling: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``pooling(*args, **kwargs)``, whose clusters go to the records.
+
+    The module itself may be running in other threads, so a shallow copy asks for the clusters.
+    """
+    seen = []
+
+    def reduce(x, k, scores, features, mask, sizes, want_clusters):
+        pooled, clusters = pooling.reduce(x, k, scores, features, mask, sizes, True)
+        seen.append(clusters)
+        return pooled, clusters
+
+    twin = copy.copy(pooling)
+    twin.reduce = reduce
+    out = twin(*args, **kwargs)
+    if len(seen) != 1:
+        raise RuntimeError(f"record: block {index}: {type(pooling).__name__} did not call its reduce(...) once")
+    for r in records:
+        r._add(index, seen[0])
+    return out
