@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tokenpool_ext.vit import patch, tokens_per_layer, unpatch
+from tokenpool_ext import unpool
+from tokenpool_ext.vit import patch, record, tokens_per_layer, unpatch
 from tokenpool_ext.vit import patching
 
 timm = pytest.importorskip("timm")
@@ -202,3 +203,123 @@ def test_unknown_models_are_named():
     eva = timm.create_model("eva02_tiny_patch14_224", depth=1)
     with pytest.raises(TypeError, match="rotary"):
         patch(eva, keep_ratio=0.5)
+
+
+MAPS = dict(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 4])
+def test_feature_maps_of_pooled_tokens_are_refused(registers, images):
+    plain = timm.create_model("vit_base_patch16_224", reg_tokens=registers, **MAPS).eval()
+    model = patch(copy.deepcopy(plain), keep_ratio=0.5, layers=[1, 2, 3])
+    for call in (
+        lambda m: m.forward_intermediates(images),
+        lambda m: m.forward_intermediates(images, [-3], output_fmt="NCHW", intermediates_only=True),
+        lambda m: m.forward_intermediates(images, indices=2, intermediates_only=True),
+        lambda m: m.get_intermediate_layers(images, n=2, reshape=True),
+        lambda m: m.get_intermediate_layers(images, [0, 1], True),
+    ):
+        for other in (model, copy.deepcopy(model)):
+            with pytest.raises(ValueError, match="from block [123] on, this patched model has fewer than the 8 x 8 tokens"):
+                call(other)
+        call(plain)
+    maps = model.forward_intermediates(images, [0], intermediates_only=True)  # a block before the first that pools
+    assert torch.equal(maps[0], plain.forward_intermediates(images, [0], intermediates_only=True)[0])
+    assert model.get_intermediate_layers(images, n=[0], reshape=True)[0].shape == (2, 64, 8, 8)
+    final, tokens = model.forward_intermediates(images, output_fmt="NLC")
+    assert [t.shape[1] for t in tokens] == [64, 32, 16, 8] and torch.equal(final, model.forward_features(images))
+    assert [t.shape[1] for t in model.get_intermediate_layers(images, n=2)] == [16, 8]
+    with record(model) as r:
+        tokens = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+    spread = [unpool(t, r.assignment_after(i)) for i, t in enumerate(tokens)]
+    assert all(s.shape == (2, 64, 64) for s in spread) and torch.equal(spread[0], tokens[0])
+    assert all(len(image.unique(dim=0)) == t.shape[1] for s, t in zip(spread, tokens) for image in s)
+    for kept in (dict(keep_ratio=1.0), dict(num_tokens={1: 64})):
+        ours = patch(model, **kept).forward_intermediates(images)[1]
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain.forward_intermediates(images)[1]))
+    unpatch(model)
+    assert not {"forward_intermediates", "get_intermediate_layers"} & set(model.__dict__)
+    assert model.forward_intermediates(images)[1][3].shape == (2, 64, 8, 8)
+
+
+def test_feature_extractors_are_refused():
+    with pytest.raises(TypeError, match="FeatureGetterNet .*features_only=True.* tokenpool_ext.vit.record"):
+        patch(timm.create_model("vit_base_patch16_224", features_only=True, **MAPS), keep_ratio=0.5)
+    extractor = timm.create_model("vit_base_patch16_224", features_only=True, **MAPS)
+    patch(extractor.model, keep_ratio=0.5)
+    with pytest.raises(ValueError, match="8 x 8 tokens"):
+        extractor(torch.randn(1, 3, 64, 64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["kmeans", "prune", "bipartite"])
+def test_record(family, pooling, images):
+    model, prefix = patch(build(family), num_tokens={1: 10, 2: 5}, pooling=pooling, track_size=True), MODELS[family][0]
+    expected = model.forward_features(images)
+    with record(model) as r:
+        tokens = model.forward_features(images)
+    assert torch.equal(tokens, expected) and r.num_prefix_tokens == prefix and r.assignment.shape == (2, 16)
+    assert all(set(labels.tolist()) - {-1} == set(range(5)) for labels in r.assignment)
+    spread = unpool(tokens[:, prefix:], r.assignment)
+    dropped = r.assignment < 0
+    assert bool(dropped.any()) == (pooling == "prune") and not spread[dropped].any()
+
+
+class Wrapped(nn.Module):
+    """A projection inside something that does not tell its width, as adapters do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@torch.no_grad()
+def test_wrapped_projections(family, images):
+    model, plain = build(family), build(family)
+    for block in model.blocks:
+        block.attn.qkv = Wrapped(block.attn.qkv)
+    assert torch.equal(patch(model, num_tokens={1: 6})(images), patch(plain, num_tokens={1: 6})(images))
+
+
+@torch.no_grad()
+def test_compiled_models_can_be_patched(images):
+    model = build("vit")
+    expected = patch(build("vit"), num_tokens={1: 6})(images)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(images)
+    assert patch(compiled, num_tokens={1: 6}) is compiled and tokens_per_layer(compiled) == [17, 7, 7, 7]
+    torch.testing.assert_close(compiled(images), expected)
+    unpatch(compiled)
+    torch.testing.assert_close(compiled(images), plain)
+    assert not patching.patches(model)
+
+
+@torch.no_grad()
+def test_hooks_do_not_see_the_probe(images):
+    model, seen = build("vit"), []
+    model.blocks[1].attn.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    model.blocks[1].attn.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    patch(model, num_tokens={1: 6})
+    assert not seen
+    model(images)
+    assert seen == [17, 17]
+
+
+@torch.no_grad()
+def test_tracing_is_refused_and_export_works(images):
+    model = patch(build("dinov2-registers"), num_tokens={1: 6})
+    with pytest.raises(RuntimeError, match="torch.jit.trace.*torch.export.export"):
+        torch.jit.trace(model, images)
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+
+
+@torch.no_grad()
+def test_prefix_as_long_as_the_tokens(images):
+    model = patch(build("vit"), keep_ratio=0.5, num_prefix_tokens=1000)
+    with pytest.raises(ValueError, match="num_prefix_tokens = 1000 .* only 17 tokens"):
+        model(images)
