@@ -252,14 +252,18 @@ def test_weights_decide_the_repair_and_weightless_medoids(path, monkeypatch):
 
 
 @names
-def test_a_batch_mates_number_of_clusters_changes_no_bit(name):
-    """Nor whether it is there (contract 7): of two images with their own K, the first alone."""
-    for dtype, offset in ((torch.float32, 0.0), (torch.bfloat16, 8.0)):
-        x, init = (tokens(2, 40, 20) * 0.1 + offset).to(dtype), starts(2, 40, 40)
-        counts = torch.tensor([3, 40], device=DEVICE)
-        both = run(name, x, init, counts=counts)
-        alone = run(name, x[:1], init[:1, :3], counts=counts[:1])
-        same([t[:1, :3] if t.shape[1:] and t.shape[1] == 40 and place != 1 else t[:1] for place, t in enumerate(both)], alone)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_a_batch_mates_number_of_clusters_changes_no_bit(name, dtype):
+    """Nor whether it is there (contract 7).  The bfloat16 image has a near-tie that the two paths decide differently; in
+    the float32 one the order in which 20 members are added shows."""
+    K = 2 if dtype == torch.float32 else 4
+    x = (tokens(16, 40, 20)[6:8] * 0.1 + (0 if dtype == torch.float32 else 8)).to(dtype)
+    init = torch.arange(40, device=DEVICE).repeat(2, 1)
+    init[0, :4] = starts(16, 40, 4)[6]
+    counts = torch.tensor([K, 40], device=DEVICE)
+    both = run(name, x, init, counts=counts)
+    alone = run(name, x[:1], init[:1, :K], counts=counts[:1])
+    same([both[0][:1, :K], both[1][:1], both[2][:1, :K], both[-1][:1]], [*alone[:3], alone[-1]])
 
 
 @names
@@ -385,6 +389,7 @@ def test_an_image_that_is_done_is_not_touched(name, monkeypatch):
             if given["done"].all() and not poisoned:
                 poisoned.update({key: given[key].fill_(77) for key in ("lab", "tmp")})
     monkeypatch.setattr(clustering, "launch", spy)
+    agrees(want, run(name, x, init, 8, where=reference), torch.float32)
     same(run(name, x, init, 8), want)
     assert len(poisoned) == 2 and all((value == 77).all() for value in poisoned.values())
 
@@ -510,9 +515,9 @@ def test_images_and_rows_further_apart_than_31_bits(path, monkeypatch):
         room = torch.empty(2**31 + 2**12, dtype=torch.bfloat16, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"no 4 GiB: {error}")
-    K, D = 3, 8
+    D = 8
     dense = tokens(2, 17, D, torch.bfloat16)
-    for shape, stride in (((2, 17, D), (2**31, 16, 1)), ((1, 17, D), (0, 2**27, 1))):
+    for shape, stride, K in (((2, 17, D), (2**31, 16, 1), 3), ((1, 17, D), (0, 2**27, 1), 17)):
         x, init = room.as_strided(shape, stride), starts(shape[0], 17, K)
         small = dense[: shape[0]]
         x.copy_(small)

@@ -180,6 +180,29 @@ def test_every_kernel(device, dtype, monkeypatch, tmp_path):
     assert seen >= (KERNELS - {"x_stats_kernel"} if dtype == torch.float16 else KERNELS)
 
 
+# Barriers of the block that the source asks for, where threads read from global memory what others have written:
+# (kernel, K-Medoids or not) -> how many, besides those that the compiler adds for shared memory.
+BARRIERS = {("iterate_kernel", False): 10, ("iterate_kernel", True): 10, ("update_kernel", False): 3,
+            ("update_kernel", True): 5, ("settle_kernel", None): 4, ("farthest_kernel", None): 2,
+            ("farthest_gram_kernel", None): 2}
+
+
+def test_values_go_through_global_memory_across_barriers(monkeypatch):
+    """The interpreter runs one thread and would not miss a barrier; a change of these numbers wants a reason."""
+    launches = []
+    for path in ("gram", "direct"):
+        for medoids in (False, True):
+            launches += clustering_launches(SM90, torch.bfloat16, path, medoids, monkeypatch, farthest=medoids)
+    found = {}
+    for one in distinct(launches):
+        name, medoids = one.kernel.fn.__name__, one.arguments.get("MEDOIDS")
+        if (name, medoids) in BARRIERS:
+            asm = compiled(one, 90).asm
+            found[name, medoids] = len(re.findall(r"^\s*\w+\.\w*barrier\b", asm["ttir"], re.MULTILINE))
+            assert len(re.findall(r"\b(?:bar|barrier)\.sync", asm["ptx"])) >= found[name, medoids]
+    assert found == BARRIERS
+
+
 @pytest.mark.parametrize("device", (SM80, SM89, SM90), ids=("sm_80", "sm_89", "sm_90"))
 def test_every_assign_plan_fits(device, monkeypatch):
     """All fallback plans of the kernel that needs most shared memory, not only the preferred one."""
