@@ -4,7 +4,7 @@ Every test that takes the fixture `backend` runs once per backend present on thi
 
 * `reference` and `cpu` (the planner's choice, and each path forced) on CPU tensors;
 * `cuda` and `triton` on CUDA tensors when a GPU is there;
-* with TRITON_INTERPRET=1 in the environment: `triton` alone, on CPU tensors, small shapes only.
+* with TRITON_INTERPRET=1 in the environment: `triton` alone (with its paths as `cpu`), on CPU tensors, small shapes only.
 
 An absent backend is named with its reason in pytest's header.  TOKENPOOL_EXT_REQUIRE_CPU=1 and
 TOKENPOOL_EXT_REQUIRE_CUDA=1 turn absence into failure, so that a run with everything skipped cannot look green.
@@ -32,7 +32,7 @@ COVER = os.environ.get("TOKENPOOL_EXT_TEST_COVER") == "1"
 # The same examples on every run and machine; the number is bounded so that the whole suite stays under minutes.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("deep", deadline=None, max_examples=500)
-settings.register_profile("interpreter", parent=settings.get_profile("ci"), max_examples=8)
+settings.register_profile("interpreter", parent=settings.get_profile("ci"), max_examples=4)  # of each path
 settings.load_profile(os.environ.get("TOKENPOOL_EXT_HYPOTHESIS", "interpreter" if INTERPRET else "ci"))
 
 
@@ -41,7 +41,8 @@ def _targets() -> list[Target]:
     found = []
     if INTERPRET:
         if present.get("triton") == "ok":
-            found.append(Target("triton"))
+            path = "TOKENPOOL_EXT_TRITON_PATH"
+            found += [Target("triton"), Target("triton", env=((path, "gram"),)), Target("triton", env=((path, "direct"),))]
     else:
         found.append(Target("reference"))
         if present.get("cpu") == "ok":
@@ -73,8 +74,8 @@ def missing() -> list[str]:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "large: shapes too large for the Triton interpreter; skipped there")
-    config.addinivalue_line("markers", "one_path: the cpu backend's path makes no difference; not repeated for each")
-    config.addinivalue_line("markers", "each_path: the cpu backend with each path forced, not the planner's choice as well")
+    config.addinivalue_line("markers", "one_path: a backend's path makes no difference; not repeated for each")
+    config.addinivalue_line("markers", "each_path: a backend with each path forced, not the planner's choice as well")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
@@ -131,7 +132,8 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         one_path = metafunc.definition.get_closest_marker("one_path")
         each_path = metafunc.definition.get_closest_marker("each_path")
-        targets = [t for t in TARGETS if not (one_path and t.env or each_path and t.name == "cpu" and not t.env)]
+        forced = {t.name for t in TARGETS if t.env}
+        targets = [t for t in TARGETS if not (one_path and t.env or each_path and t.name in forced and not t.env)]
         metafunc.parametrize("backend", targets, indirect=True, ids=[t.id for t in targets])
 
 

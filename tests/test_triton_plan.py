@@ -167,7 +167,7 @@ def test_bytes_moved(shape):
     eager = 2 * N * D * 2 + 4 * 4 * N * K
     assert plan.bytes_per_iteration < 3 * eager
     if plan.path == "gram":
-        assert plan.bytes_per_iteration < 6 * N * N + 10**6
+        assert 5.8 * N * N < plan.bytes_per_iteration < 6 * N * N + 10**6
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
