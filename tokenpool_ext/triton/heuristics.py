@@ -70,8 +70,8 @@ def path(N: int, K: int, num_iters: int, per_image: bool = False) -> tuple[str, 
     N K num_iters.
 
     per_image: K is the largest of a tensor num_clusters, which batch mates decide, so N alone chooses.  An image then
-    gives the same bits as alone with num_clusters of one element, and also as alone with an int, padding cut off, if
-    both calls take the same path: not where 2 K num_iters <= N (direct for the int, gram here), or where N is above
+    gives the same bits as alone with num_clusters of one element, and also as alone with an int, padding cut off its end,
+    if both calls take the same path: not where 2 K num_iters <= N (direct for the int, gram here), or where N is above
     GRAM_MAX_TOKENS, or LONG, with padding and not above it without.
     """
     forced = os.environ.get(PATH_VARIABLE)
