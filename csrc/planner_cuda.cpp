@@ -15,7 +15,9 @@ constexpr size_t kWorkspaceGoal = size_t{512} << 20;
 constexpr int kGramMaxTokens = 2048;
 constexpr int kResidentThreads = 256;
 constexpr size_t kStaticShared = 4096;  // more than any kernel's static shared memory
-constexpr size_t kScratchBytes = 1024;  // of it, in the kernels "resident" and "spread"
+constexpr size_t kScratchBytes = 1024;  // of it, in the kernels of one image's iterations
+constexpr size_t kReserved = 1024;      // of an SM's shared memory, for each block; the opt-in limit leaves it out once
+constexpr int kIterateThreads = 1024;   // that an SM's 65536 registers hold, at 64 each, in the path "gram"
 constexpr int kMostParts = 4;
 
 // Relative cost of one addition from a Gram matrix in L2 and of one multiply-add of a product: an SM reads about 16
@@ -34,13 +36,12 @@ size_t resident_bytes(const CudaProblem& p, int chunk, int bucket_warps) {
 
 bool plan_resident(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   if (p.tokens > 1024) return false;  // far beyond any shared memory; keeps the arithmetic small
-  const size_t per_sm = limit + 1024;  // the opt-in limit is the SM's memory less what is reserved for one block
   bool found = false;
   for (int chunk = stage_chunk(p.dtype); chunk >= 32; chunk /= 2)
     for (int warps = kResidentThreads / 32; warps >= 1; warps /= 2) {
       const size_t bytes = resident_bytes(p, chunk, warps);
       if (bytes + kScratchBytes > limit) continue;
-      const int together = static_cast<int>(std::min<size_t>(2, per_sm / (bytes + kScratchBytes + 1024)));
+      const int together = static_cast<int>(std::min<size_t>(2, (limit + kReserved) / (bytes + kScratchBytes + kReserved)));
       if (found && together <= plan->blocks_per_sm) continue;
       found = true;
       plan->path = CudaPath::kResident;
@@ -95,7 +96,8 @@ bool plan_gram(const CudaProblem& p, size_t limit, CudaPlan* plan) {
     gram.path = CudaPath::kGram;
     gram.shared_bytes = bytes;
     gram.bucket_warps = warps;
-    gram.blocks_per_sm = std::max(1, static_cast<int>(std::min<size_t>(2048 / gram.threads, limit / bytes)));
+    const size_t by_memory = (limit + kReserved) / (bytes + kScratchBytes + kReserved);
+    gram.blocks_per_sm = std::max(1, static_cast<int>(std::min<size_t>(kIterateThreads / gram.threads, by_memory)));
     gram.launches = 5 + (p.init_is_centers ? 2 : 0);
     *plan = gram;
     return true;

@@ -155,6 +155,16 @@ def test_iterations_from_a_matrix_in_global_memory_use_a_whole_block(planner):
     assert (planner(1030, 128, 343)["threads"], planner(1030, 128, 343)["parts"]) == (544, 1)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_blocks_that_iterate_share_the_registers(planner, arch):
+    """64 registers a thread, 65536 an SM: blocks of more than 512 threads are alone on it (864 for 576 tokens)."""
+    for shape, together in [((576, 768, 288), 1), ((1030, 128, 343), 1), ((350, 768, 175), 1)]:
+        plan = planner(*shape, arch=arch, force="gram")
+        assert (plan["path"], plan["blocks_per_sm"]) == ("gram", together)
+    plan = planner(20, 8, 5, arch=arch, force="gram")
+    assert plan["threads"] == 128 and plan["blocks_per_sm"] == 8
+
+
 def test_farthest_start_costs_launches_only_where_the_tokens_are_too_many(planner):
     for batch in (1, 256):
         for shape in [(196, 384, 98), (576, 768, 288)]:

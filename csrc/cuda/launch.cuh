@@ -12,20 +12,30 @@
 namespace tokenpool {
 namespace cuda {
 
+// An error of a call that is answered here must not come back from the next launch's cudaGetLastError().
+inline cudaError_t forget(cudaError_t status) {
+  if (status != cudaSuccess) (void)cudaGetLastError();
+  return status;
+}
+
 // Lets a kernel have so much dynamic shared memory on the current device. What it once had stays allowed: another host
 // thread may be about to launch it with that.
 inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, size_t> allowed;
   int device = 0;
-  const cudaError_t found = cudaGetDevice(&device);
+  const cudaError_t found = forget(cudaGetDevice(&device));
   if (found != cudaSuccess) return found;
   const std::lock_guard<std::mutex> lock(mutex);
   size_t& most = allowed[{kernel, device}];
   if (bytes <= most) return cudaSuccess;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (status == cudaSuccess) most = bytes;
-  return status;
+  const cudaError_t status =
+      forget(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  if (status != cudaSuccess) return status;
+  most = bytes;
+  // Several blocks of this kernel want all of a multiprocessor's shared memory. Only a hint: without it they still run.
+  forget(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  return cudaSuccess;
 }
 
 // Kernels loop over the work that does not fit the grid, so the cap changes no result.
