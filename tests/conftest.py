@@ -32,7 +32,7 @@ COVER = os.environ.get("TOKENPOOL_EXT_TEST_COVER") == "1"
 # The same examples on every run and machine; the number is bounded so that the whole suite stays under minutes.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("deep", deadline=None, max_examples=500)
-settings.register_profile("interpreter", parent=settings.get_profile("ci"), max_examples=4)  # of each path
+settings.register_profile("interpreter", parent=settings.get_profile("ci"), max_examples=3)  # of each path
 settings.load_profile(os.environ.get("TOKENPOOL_EXT_HYPOTHESIS", "interpreter" if INTERPRET else "ci"))
 
 
