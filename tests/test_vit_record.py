@@ -55,7 +55,8 @@ def test_every_pooling(pooling, track_size):
     assert torch.equal(r.assignment_after(0), a.assignment) and torch.equal(r.assignment_after(1), a.assignment)
     for labels in r.assignment:
         kept = labels[labels >= 0]
-        assert set(kept.tolist()) == set(range(4)) and (kept.numel() == 16) == (pooling in ("kmeans", "kmedoids", "grid", "bipartite"))
+        assert set(kept.tolist()) == set(range(4))
+        assert (kept.numel() == 16) == (pooling in ("kmeans", "kmedoids", "grid", "bipartite"))
     spread = tp.unpool(tokens[:, 5:], r.assignment)
     for image in range(2):
         for i, label in enumerate(r.assignment[image].tolist()):
@@ -93,6 +94,8 @@ def test_each_forward_replaces_the_one_before():
         assert torch.equal(r.assignment, first)
     model(photos(3))
     assert torch.equal(r.assignment, first), "outside nothing is recorded"
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        r.assignment_after(-1)
     with record(patch(model, keep_ratio=1.0)) as r:
         model(photos(2))
     assert r.layers == [] and torch.equal(r.assignment, torch.arange(16).expand(2, 16))

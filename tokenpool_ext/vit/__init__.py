@@ -2,6 +2,8 @@
 
     >>> import tokenpool_ext
     >>> tokenpool_ext.patch(model, num_tokens={3: 128, 7: 64})      # 128 patch tokens after block 3, 64 after block 7
+    >>> with tokenpool_ext.vit.record(model) as r:                  # which pooled token stands for which image patch
+    ...     output = model(images)
     >>> tokenpool_ext.unpatch(model)                                # bit-equal to the model before
 
 Known families: Hugging Face ViT, DeiT, DINOv2 and DINOv2 with registers (``hf.py``); timm's ``VisionTransformer``:
@@ -10,7 +12,7 @@ never by a version number, and every block is checked numerically before it is t
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -26,9 +28,9 @@ __all__ = [
 def patch(
     model: nn.Module,
     *,
-    num_tokens: Mapping[int, int | float] | Sequence[int] | None = None,
+    num_tokens: Mapping[int, int | float] | Iterable[int] | None = None,
     keep_ratio: float | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     pooling: str | Callable[..., nn.Module] = "kmeans",
     position: str = "attention",
     cluster_on: str | None = None,
@@ -40,14 +42,20 @@ def patch(
 
     Only the block *instances* named by the schedule get a new ``forward`` and a parameter-free submodule
     ``tokenpool`` (visible in ``print(model)``; it adds nothing to ``state_dict``). Classes stay as they are, nothing
-    is kept on the model between forwards, and patching again replaces the earlier patch.
+    is kept on the model between forwards, and patching again replaces the earlier patch. The user's hooks stay and do not
+    run while patching.
+
+    A patched model compiles and exports (``torch.compile``, ``torch.export``); ``torch.jit.trace`` is refused. Compile
+    after patching: a compiled model is patched too, but compiles anew. What needs a token for every place of a feature map
+    (features_only and Hugging Face backbones, masked image modelling, timm's ``forward_intermediates`` in its default
+    format NCHW) is refused; :func:`record` tells the assignments with which ``tokenpool_ext.unpool`` fills the map.
 
     Args:
         model: a Hugging Face or timm Vision Transformer, with or without a classification head.
         num_tokens: how many *patch* tokens (class, distillation and register tokens not counted, they pass through)
             are left after each pooling block. Either ``{block index: count}``, counts being an int, or a float in
-            (0, 1] that is a ratio of the tokens entering the pooling; or one int per block, the paper's
-            ``K = [K_1 .. K_L]``.  See ``tokenpool_ext.vit.schedule`` for helpers.
+            (0, 1] that is a ratio of the tokens entering the pooling; or one int per block (a list, an array), the
+            paper's ``K = [K_1 .. K_L]``.  See ``tokenpool_ext.vit.schedule`` for helpers.
         keep_ratio: instead of ``num_tokens``: the ratio kept at each pooling block (nearest count, halves down, at
             least 1).
         layers: with ``keep_ratio``: the block indices (from 0) that pool. Default: the blocks at 1/4, 1/2 and 3/4 of
@@ -64,7 +72,8 @@ def patch(
         track_size: count how many image patches each token stands for and use ``softmax(q k^T * scale + log size)``
             from the first pooling on (ToMe's proportional attention), as a key-only bias ``(B, 1, 1, N)`` that fused
             attention accepts (not FlashAttention-2's own kernel, which takes no bias).
-        num_prefix_tokens: tokens in front that are never pooled. Default: read from the model.
+        num_prefix_tokens: tokens in front that are never pooled. Default: read from the model. A forward with no more
+            tokens than that raises ``ValueError``.
         **pooling_options: for the pooling module, e.g. ``weighted=True``, ``num_iters=5``, ``init=None``,
             ``emit=None``, ``sort=True``, ``backend=None`` of ``TokenPooling``. Unknown names raise.
 
@@ -75,8 +84,8 @@ def patch(
     it has computes exactly what it did before (bit-equal).
 
     Raises:
-        TypeError: ``model`` is not a Vision Transformer of a known family (the class is named), or an unknown
-            keyword.
+        TypeError: ``model`` is not a Vision Transformer of a known family, or arranges tokens in feature maps (the class
+            is named); a schedule of something else than numbers; an unknown keyword.
         ValueError: a schedule that is empty, outside the depth, increasing or given twice; an unknown name; a block
             whose own forward does not match what the adapter would compute (the class is named).
     """

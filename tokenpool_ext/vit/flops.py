@@ -3,7 +3,8 @@
 Per block with N tokens of width M (paper: Marin et al., arXiv 2110.03860, section 3; "Gflops" there are GMACs):
 queries, keys, values ``3 N M^2``, ``q k^T`` and attention times values ``N^2 M`` each, output projection ``N M^2``, MLP
 ``2 N M H`` (3 for SwiGLU) with hidden width H. Patch embedding ``n P^2 C M``, head ``M * classes``. Norms, softmax,
-activations, attention-pooling heads and the choice of starts for the clustering are left out. A block that pools between attention and MLP pays for its MLP only on the tokens left.
+activations, attention-pooling heads and the choice of starts for the clustering are left out. A block that pools between
+attention and MLP pays for its MLP only on the tokens left.
 
 Pooling, on n patch tokens of width E (M, or the head width when keys are clustered), K kept, T iterations:
 K-Means ``T n K E`` (every distance in every iteration) or, when less, ``n^2 E`` (the Gram product, after which iterations
@@ -198,7 +199,9 @@ def _patch_projection(model: nn.Module) -> nn.Conv2d:
     stem = submodule(stem, "patch_embeddings") or stem
     projection = submodule(stem, "projection", "proj")
     if names_in(stem, "backbone") or not isinstance(projection, nn.Conv2d):
-        raise ValueError(f"cost: the stem {type(stem).__name__} is not a plain patch projection; describe it with ViTSpec(...)")
+        raise ValueError(
+            f"cost: the stem {type(stem).__name__} is not a plain patch projection; describe it with ViTSpec(...)"
+        )
     return projection
 
 

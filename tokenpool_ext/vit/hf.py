@@ -134,9 +134,9 @@ def find(module: nn.Module) -> Optional[Family]:
         return None
     if hasattr(module, "out_features"):
         raise TypeError(
-            f"patch: {type(module).__name__} is a backbone that arranges its tokens in a feature map, which pooled tokens no"
-            " longer fill; patch the plain model and spread its tokens with tokenpool_ext.unpool(tokens, r.assignment), where"
-            " r comes from `with tokenpool_ext.vit.record(model) as r`"
+            f"patch: {type(module).__name__} is a backbone that arranges its tokens in a feature map, which pooled tokens"
+            " no longer fill; patch the plain model and spread its tokens with tokenpool_ext.unpool(tokens, r.assignment),"
+            " where r comes from `with tokenpool_ext.vit.record(model) as r`"
         )
     for block in blocks:
         if not HFBlock.matches(block):

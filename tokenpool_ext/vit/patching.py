@@ -108,13 +108,13 @@ class PooledForward(Replacement):
         name = type(self.block).__name__
         if torch.jit.is_tracing():
             raise RuntimeError(
-                f"block {self.index} ({name}): a patched model cannot be recorded by torch.jit.trace, which turns numbers of"
+                f"block {self.index} ({name}): a patched model cannot be traced by torch.jit.trace, which turns numbers of"
                 " tokens into tensors; use torch.export.export, or torch.onnx.export(..., dynamo=True)"
             )
         if x.shape[1] <= self.num_prefix_tokens:
             raise ValueError(
-                f"block {self.index} ({name}): num_prefix_tokens = {self.num_prefix_tokens} tokens in front are never pooled,"
-                f" but only {x.shape[1]} tokens came; patch with fewer prefix tokens"
+                f"block {self.index} ({name}): num_prefix_tokens = {self.num_prefix_tokens} tokens in front are never"
+                f" pooled, but only {x.shape[1]} tokens came; patch with fewer prefix tokens"
             )
 
     def reduces(self, x: Tensor) -> bool:
@@ -255,7 +255,7 @@ def find_family(model: nn.Module, caller: str = "patch") -> Family:
             family = library.find(module)
             if family is not None:
                 # torch.compile's wrapper shows its model's parts as its own: the same blocks. The model comes after it.
-                families[id(family.blocks[0].block)] = family
+                families[tuple(id(view.block) for view in family.blocks)] = family
     found = list(families.values())
     if not found:
         raise TypeError(

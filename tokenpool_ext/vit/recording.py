@@ -53,11 +53,14 @@ class Record:
         return self.assignment_after(self._forwards[-1].index)
 
     def assignment_after(self, block: int) -> Tensor:
-        """(B, n) int64: like :attr:`assignment`, but for the tokens that leave block ``block`` (from 0).
+        """(B, n) int64: like :attr:`assignment`, but for the tokens that leave block ``block``, counted from 0.
 
         Raises:
             RuntimeError: no forward of the model was recorded.
+            ValueError: ``block`` is negative.
         """
+        if block < 0:
+            raise ValueError(f"record: block must be at least 0, got {block}")
         labels = self._started()
         for index, clusters in self._layers:
             if index <= block:
@@ -116,7 +119,8 @@ def record(model: nn.Module) -> Iterator[Record]:
         raise ValueError(f"record: {type(model).__name__} is not patched, so there is nothing to record; patch it first")
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(
-            "record: model is compiled by torch.compile, and compiled graphs record nothing; run the model itself, uncompiled"
+            "record: model is compiled by torch.compile, and compiled graphs record nothing; run the model itself,"
+            " uncompiled"
         )
     for forward in forwards:
         if not isinstance(forward.pooling, TokenReduction):

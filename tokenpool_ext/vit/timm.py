@@ -71,7 +71,7 @@ class FeatureMapGuard(Replacement):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**self.defaults, **dict(zip(self.names, args)), **kwargs}
-        if given.get("reshape", given.get("output_fmt") == "NCHW"):
+        if "x" in given and given.get("reshape", given.get("output_fmt") == "NCHW"):
             self.check(given)
         return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
 
