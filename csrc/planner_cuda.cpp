@@ -115,6 +115,11 @@ void plan_streaming(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   plan->launches = 3 + 2 * p.iterations + updates + 2 + (p.farthest ? p.clusters + 1 : 0);
 }
 
+// Blocks of `assign` an SM holds at once: its registers allow two.
+size_t assign_blocks(const CudaProblem& p, size_t limit, bool keep) {
+  return std::min<size_t>(2, (limit + kReserved) / (assign_bytes(p.dtype, p.features, keep) + kStaticShared + kReserved));
+}
+
 }  // namespace
 
 int usual_sm_count(int major, int minor) {
@@ -149,8 +154,10 @@ const char* path_name(CudaPath path) {
 
 CudaPlan plan_cuda(const CudaProblem& p) {
   CudaPlan plan;
+  CudaProblem chosen_for = p;
+  if (p.per_image_k) chosen_for.clusters = std::max(p.tokens, 1);
   const size_t limit = p.shared_limit != 0 ? p.shared_limit : shared_memory_limit(p.major, p.minor);
-  const double n = p.tokens, d = p.features, k = p.clusters, t = p.iterations;
+  const double n = p.tokens, d = p.features, k = chosen_for.clusters, t = p.iterations;
   const double parts = p.dtype == DType::kFloat32 ? 1 : 2;
   const double gram_cost = n * n * (d / 2 + t * addition_cost(p.dtype));
   const double direct_cost = t * n * k * d * parts;
@@ -160,12 +167,14 @@ CudaPlan plan_cuda(const CudaProblem& p) {
   const auto allowed = [&](CudaPath path) { return free || p.force_path == static_cast<int>(path); };
   const int sms = p.sm_count > 0 ? p.sm_count : usual_sm_count(p.major, p.minor);
   const bool few = free ? p.batch <= sms : p.force_path == static_cast<int>(CudaPath::kSpread);
-  if ((allowed(CudaPath::kResident) || few) && plan_resident(p, limit, &plan)) {
-    if (few) plan_spread(p, limit, &plan);
-  } else if (!(allowed(CudaPath::kGram) && plan_gram(p, limit, &plan) && (!free || gram_cost <= direct_cost))) {
+  if ((allowed(CudaPath::kResident) || few) && plan_resident(chosen_for, limit, &plan)) {
+    if (few) plan_spread(chosen_for, limit, &plan);
+  } else if (!(allowed(CudaPath::kGram) && plan_gram(chosen_for, limit, &plan) && (!free || gram_cost <= direct_cost))) {
     plan = streaming;
   }
   plan.shared_limit = limit;
+  // Tokens stay where that costs no block an SM: read and scaled once, not for every 64 centers.
+  plan.assign_keeps = assign_blocks(p, limit, true) > 0 && assign_blocks(p, limit, true) >= assign_blocks(p, limit, false);
   plan.sm_count = sms;
   plan.gram_cost = gram_cost;
   plan.direct_cost = direct_cost;
@@ -235,8 +244,9 @@ extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char*
   p.shared_limit = static_cast<size_t>(problem[11]);
   p.force_path = static_cast<int>(problem[12]);
   p.farthest = problem[13] != 0;
+  p.per_image_k = problem[14] != 0;
   const CudaPlan result = plan_cuda(p);
-  const int64_t numbers[13] = {static_cast<int64_t>(result.path),
+  const int64_t numbers[14] = {static_cast<int64_t>(result.path),
                                result.launches,
                                result.threads,
                                static_cast<int64_t>(result.shared_bytes),
@@ -248,8 +258,9 @@ extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char*
                                result.passes,
                                result.blocks,
                                static_cast<int64_t>(result.workspace_bytes),
-                               result.parts};
-  std::copy(numbers, numbers + 13, plan);
+                               result.parts,
+                               result.assign_keeps ? 1 : 0};
+  std::copy(numbers, numbers + 14, plan);
   if (text != nullptr && text_bytes > 0)
     std::snprintf(text, static_cast<size_t>(text_bytes), "%s", reason(p, result).c_str());
 }

@@ -1,9 +1,9 @@
 // Chooses how the CUDA backend clusters: a pure function of shape, dtype, algorithm and device limits. Plain C++17
 // with no torch and no CUDA, so its decisions are tested for any GPU on a machine without one.
 //
-// An image's result must not depend on its batch mates. So the batch size decides the number of blocks and of images
-// per pass, and whether a shape of the path "resident" is spread over more blocks when there are few images (path
-// "spread"): the two give the same bits. Nothing else.
+// An image's result must not depend on its batch mates. So with a K for each image the path is that of K = N, whatever the
+// largest K of the batch; and the batch size decides the number of blocks and of images per pass, and whether a shape of
+// the path "resident" is spread over more blocks when there are few images (path "spread"): the two give the same bits.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +20,7 @@ struct CudaProblem {
   int tokens = 0;
   int features = 0;
   int clusters = 1;
+  bool per_image_k = false;      // clusters is the batch's largest
   int iterations = 5;
   DType dtype = DType::kFloat32;
   bool with_medoids = false;
@@ -43,6 +44,7 @@ struct CudaPlan {
   int bucket_warps = 0;     // warps that sort tokens by cluster
   int parts = 1;            // groups of threads that share the clusters of one assignment
   bool bucket_in_global = false;
+  bool assign_keeps = false;  // `assign` keeps a block's tokens in shared memory over all centers
   int blocks_per_sm = 0;    // images an SM holds at once
   int64_t images_per_pass = 1;
   int64_t passes = 1;
@@ -72,8 +74,8 @@ std::string reason(const CudaProblem& problem, const CudaPlan& plan);  // why, i
 
 // The same through plain C, for ctypes and pybind11.
 //   problem: batch, tokens, features, clusters, iterations, dtype (0 float32, 1 float16, 2 bfloat16), with_medoids,
-//            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free), farthest  (14 numbers)
+//            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free), farthest, per_image_k  (15 numbers)
 //   plan:    path, launches, threads, shared_bytes, chunk, bucket_warps, bucket_in_global, blocks_per_sm,
-//            images_per_pass, passes, blocks, workspace_bytes, parts                                (13 numbers)
+//            images_per_pass, passes, blocks, workspace_bytes, parts, assign_keeps                  (14 numbers)
 //   text:    the reason, cut to text_bytes.
 extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* text, int text_bytes);

@@ -19,7 +19,7 @@ ARCHS = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 100: (10, 0), 120: (12,
 LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory a block may ask for
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 FIELDS = ("path", "launches", "threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global", "blocks_per_sm",
-          "images_per_pass", "passes", "blocks", "workspace_bytes", "parts")
+          "images_per_pass", "passes", "blocks", "workspace_bytes", "parts", "assign_keeps")
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}  # A100, A10-like, L40S, H100, B200, RTX 5090
 VIT_SUITE = [(196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288), (256, 1024, 64),
              (576, 1024, 64), (1030, 128, 343), (4096, 320, 1024), (75600, 128, 1000)]
@@ -33,11 +33,11 @@ def planner(tmp_path_factory):
     lib = ctypes.CDLL(str(library))
 
     def plan(n, d, k, *, arch=90, dtype="bfloat16", batch=256, iterations=5, medoids=False, centers=False, limit=0, force=None,
-             sms=None, farthest=False):
-        given = (ctypes.c_int64 * 14)(batch, n, d, k, iterations, DTYPES[dtype], medoids, centers, *ARCHS[arch],
+             sms=None, farthest=False, per_image_k=False):
+        given = (ctypes.c_int64 * 15)(batch, n, d, k, iterations, DTYPES[dtype], medoids, centers, *ARCHS[arch],
                                       SMS[arch] if sms is None else sms, limit,
-                                      -1 if force is None else simulator.PATHS.index(force), farthest)
-        out, reason = (ctypes.c_int64 * 13)(), ctypes.create_string_buffer(512)
+                                      -1 if force is None else simulator.PATHS.index(force), farthest, per_image_k)
+        out, reason = (ctypes.c_int64 * 14)(), ctypes.create_string_buffer(512)
         lib.tokenpool_plan_cuda(given, out, reason, 512)
         result = dict(zip(FIELDS, out))
         result["path"] = simulator.PATHS[result["path"]]
@@ -199,3 +199,23 @@ def test_given_centers_add_the_launches_that_assign_to_them(planner):
 def test_streaming_takes_three_launches_an_iteration(planner):
     few, many = planner(75600, 128, 1000, iterations=5), planner(75600, 128, 1000, iterations=6)
     assert many["launches"] - few["launches"] == 3
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_mates_k_changes_no_path(planner, arch, dtype):
+    """With a K for each image only the largest is known here, and it may be another image's."""
+    differ = 0
+    for n, d in ((196, 384), (260, 64), (300, 768), (576, 768), (1030, 128), (2048, 64), (4096, 320)):
+        paths = {planner(n, d, k, arch=arch, dtype=dtype, per_image_k=True)["path"] for k in (1, 4, n // 2, n)}
+        assert len(paths) == 1, (n, d, paths)
+        differ += len({planner(n, d, k, arch=arch, dtype=dtype)["path"] for k in (1, 4, n // 2, n)}) > 1
+    assert differ, "no shape here whose path depends on K"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assign_keeps_tokens_where_they_cost_no_block(planner, arch, dtype):
+    keeps = [planner(75600, d, 1000, arch=arch, dtype=dtype, batch=32)["assign_keeps"] for d in (64, 128, 256, 512, 1024, 4096)]
+    assert keeps == sorted(keeps, reverse=True) and not keeps[-1]
+    assert keeps[1] or dtype == "float32"

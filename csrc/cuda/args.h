@@ -165,7 +165,7 @@ struct GatherArgs {
   const int64_t* init;        // (B, K) indices, or null
   int64_t init_stride;
   const float* init_centers;  // (B, K, D), or null
-  float* centers;             // (B, K, D) in scaled, centred units
+  void* split;                // (B, K, parts, center_columns) in scaled, centred units
   float* norms;               // (B, K)
   int* medoids;               // (B, K) or null
   int* done;                  // (B,) cleared here
@@ -178,12 +178,13 @@ struct AssignArgs {
   const float* mean;
   const float* weights;
   const uint8_t* mask;
-  const float* centers;  // (B, K, D)
+  const void* split;     // (B, K, parts, center_columns) of the type of x
   const float* norms;    // (B, K)
   const int* medoids;    // (B, K) or null: a medoid belongs to its own cluster
   const int* done;       // (B,)
   int* label;            // (B, N)
   float* cost;           // (B, N)
+  int keep_tokens;       // 1: a block's tokens stay in shared memory over all centers
 };
 
 struct BucketArgs {
@@ -212,7 +213,8 @@ struct UpdateArgs {
   const int* segment_start;
   const int* segment_length;
   const int* done;
-  float* centers;
+  void* split;
+  float* means;  // (B, K, D) scratch of K-Medoids, else null
   float* norms;
   int* medoids;  // null for K-Means
 };
@@ -310,6 +312,21 @@ TOKENPOOL_BOTH constexpr int stage_chunk(DType dtype) { return dtype == DType::k
 TOKENPOOL_BOTH constexpr int stage_stride(DType dtype, int chunk) { return chunk + (dtype == DType::kFloat32 ? 4 : 8); }
 inline size_t stage_bytes(DType dtype, int rows, int chunk) {
   return static_cast<size_t>(rows) * stage_stride(dtype, chunk) * element_size(dtype);
+}
+
+// Centers as `assign` reads them: rows of one part (float32) or two (high and low halves), each filled up with zeros to
+// whole chunks, so that every 16-byte copy is aligned and whole.
+TOKENPOOL_BOTH constexpr int center_parts(DType dtype) { return dtype == DType::kFloat32 ? 1 : 2; }
+TOKENPOOL_BOTH constexpr int center_columns(DType dtype, int features) {
+  return features < 1 ? stage_chunk(dtype) : round_up(features, stage_chunk(dtype));
+}
+
+// Shared memory of `assign`: chunks of centers twice (one multiplies while the next arrives), and the tokens, whole
+// (keep) or in chunks beside the centers.
+inline size_t assign_bytes(DType dtype, int features, bool keep) {
+  const int chunk = stage_chunk(dtype);
+  const size_t centers = 2 * stage_bytes(dtype, center_parts(dtype) * kAssignClusters, chunk);
+  return centers + (keep ? stage_bytes(dtype, kBlockTile, center_columns(dtype, features)) : 2 * stage_bytes(dtype, kBlockTile, chunk));
 }
 
 // Words (4 bytes) of the state that one block keeps while it clusters one image from its Gram matrix.

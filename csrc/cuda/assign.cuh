@@ -1,8 +1,9 @@
 // Nearest center of every token without a matrix of size N x K: a tiled product with the arg-min kept in registers.
 //
 // Grid: one block of 256 threads per (image, 128 tokens). Eight warps, 4 x 2, each 32 tokens x 32 of the 64 centers
-// compared at a time. Half types multiply exact half tokens with centers split in two halves (high + low), so the
-// centers keep about twice the digits of the type; float32 uses multiply-adds.
+// compared at a time. Half types multiply exact half tokens with centers split in two halves (high + low, already so in
+// memory), so the centers keep about twice the digits of the type; float32 uses multiply-adds. While a chunk of features
+// multiplies, the next one's copies are on their way; with keep_tokens the tokens are read with the first centers only.
 #pragma once
 
 #include "tile.cuh"
@@ -17,16 +18,55 @@ struct AssignScratch {
   int owner[kBlockTile];
 };
 
+// acc += a b^T of one chunk for every part of the centers, one after the other: the tokens' fragments are loaded once.
+template <typename T>
+__device__ inline void assign_product(TileAccumulator& acc, const T* a, int a_stride, const T* b) {
+  constexpr int kChunk = stage_chunk(TypeTraits<T>::kType), kStride = stage_stride(TypeTraits<T>::kType, kChunk);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  uint32_t fa[kChunk / 16][2][4];
+#pragma unroll
+  for (int k = 0; k < kChunk / 16; ++k)
+#pragma unroll
+    for (int mi = 0; mi < 2; ++mi)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        fa[k][mi][e] =
+            *reinterpret_cast<const uint32_t*>(a + (16 * mi + g + 8 * (e % 2)) * a_stride + 16 * k + 2 * t + 8 * (e / 2));
+#pragma unroll
+  for (int part = 0; part < CenterSplit<T>::kParts; ++part)
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k)
+#pragma unroll
+      for (int ni = 0; ni < 4; ++ni) {
+        uint32_t fb[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          fb[e] = *reinterpret_cast<const uint32_t*>(b + (part * kAssignClusters + 8 * ni + g) * kStride + 16 * k + 2 * t +
+                                                     8 * e);
+#pragma unroll
+        for (int mi = 0; mi < 2; ++mi) mma_16x8x16(acc[mi][ni], fa[k][mi], fb, T{});
+      }
+}
+
+__device__ inline void assign_product(TileAccumulator& acc, const float* a, int a_stride, const float* b) {
+  constexpr int kChunk = stage_chunk(DType::kFloat32);
+  tile_product(acc, a, a_stride, b, stage_stride(DType::kFloat32, kChunk), kChunk);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ AssignScratch scratch;
   constexpr DType kType = TypeTraits<T>::kType;
   constexpr int kParts = CenterSplit<T>::kParts;
-  const int chunk = stage_chunk(kType), stride = stage_stride(kType, chunk);
-  T* rows = reinterpret_cast<T*>(memory);
-  T* columns = rows + kBlockTile * stride;
+  constexpr int kVector = RowVector<T>::kCount;
+  constexpr int kChunk = stage_chunk(kType), kStride = stage_stride(kType, kChunk);
+  constexpr int kColumns = kParts * kAssignClusters * kStride;  // elements of one chunk of 64 centers
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
+  const int width = center_columns(kType, features);
+  const int row_stride = a.keep_tokens ? stage_stride(kType, width) : kStride;
+  T* columns = reinterpret_cast<T*>(memory);
+  T* rows = columns + 2 * kColumns;
   const int panels = (n + kBlockTile - 1) / kBlockTile;
   const int64_t work_items = a.shape.batch * panels;
   const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
@@ -37,7 +77,7 @@ __global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
     const Image<T> image(a.x, b);
     const ImageStats stats = a.stats[b];
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
-    const float* centers = a.centers + b * k * features;
+    const T* centers = static_cast<const T*>(a.split) + b * k * kParts * width;
     const float* norms = a.norms + b * k;
     Candidate best[2][2];  // rows 16 mi + 8 h + lane / 4
 #pragma unroll
@@ -46,29 +86,42 @@ __global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
       for (int h = 0; h < 2; ++h) best[mi][h] = Candidate{infinity(), INT_MAX};
     float square = 0.0f;  // ||x||^2 of token row0 + threadIdx.x
 
+    // Where the tokens of chunk k0 are, and the copies of one step: 64 centers, and the tokens unless they stay.
+    const auto tokens_at = [&](int k0, int turn) { return a.keep_tokens ? rows + k0 : rows + turn * kBlockTile * kStride; };
+    const auto fetch = [&](int j0, int k0, int turn) {
+      T* to = columns + turn * kColumns;
+      for (int p = threadIdx.x; p < kColumns / kStride * (kChunk / kVector); p += blockDim.x) {
+        const int row = p / (kChunk / kVector), column = p % (kChunk / kVector) * kVector;
+        const int part = row / kAssignClusters;
+        const int j = min(j0 + row % kAssignClusters, k - 1);  // rows beyond the last are compared by none
+        copy_async(to + row * kStride + column, centers + (static_cast<int64_t>(j) * kParts + part) * width + k0 + column);
+      }
+      if (j0 == 0 || !a.keep_tokens)
+        begin_rows(tokens_at(k0, turn), row_stride, image, row0, kBlockTile, n, k0, kChunk, features);
+    };
+    int turn = 0;
+    fetch(0, 0, turn);
     for (int j0 = 0; j0 < max(1, stats.clusters); j0 += kAssignClusters) {
       TileAccumulator acc;
       clear(acc);
-      for (int k0 = 0; k0 < features; k0 += chunk) {
-        stage_rows(rows, image, row0, kBlockTile, n, k0, chunk, features, stats.scale, mean);
-        for (int e = threadIdx.x; e < kAssignClusters * chunk; e += blockDim.x) {
-          const int j = j0 + e / chunk, f = k0 + e % chunk;
-          const float c = j < stats.clusters && f < features ? centers[static_cast<int64_t>(j) * features + f] : 0.0f;
-#pragma unroll
-          for (int part = 0; part < kParts; ++part)
-            columns[(part * kAssignClusters + e / chunk) * stride + e % chunk] = CenterSplit<T>::part(c, part);
-        }
-        __syncthreads();
+      for (int k0 = 0; k0 < width; k0 += kChunk, turn ^= 1) {
+        const T* tokens = tokens_at(k0, turn);
+        wait_for_copies();
+        if ((j0 == 0 || !a.keep_tokens) && (stats.scale != 1.0f || mean != nullptr))
+          scale_rows(tokens_at(k0, turn), row_stride, row0, kBlockTile, n, k0, kChunk, features, stats.scale, mean);
+        __syncthreads();  // this step's rows are there, and nobody reads the last step's any more
+        if (k0 + kChunk < width)
+          fetch(j0, k0 + kChunk, turn ^ 1);
+        else if (j0 + kAssignClusters < stats.clusters)
+          fetch(j0 + kAssignClusters, 0, turn ^ 1);
         if (j0 == 0 && threadIdx.x < kBlockTile)
-          for (int f = 0; f < chunk; ++f) {
-            const float v = to_float(rows[threadIdx.x * stride + f]);
-            square = fmaf(v, v, square);
-          }
+#pragma unroll 1
+          for (int f = 0; f < kChunk; f += kVector) {
+            const RowVector<T> v = *reinterpret_cast<const RowVector<T>*>(tokens + threadIdx.x * row_stride + f);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part)
-          tile_product(acc, rows + warp_row * stride, columns + (part * kAssignClusters + half * kTile) * stride, stride,
-                       chunk);
-        __syncthreads();
+            for (int e = 0; e < kVector; ++e) square = fmaf(to_float(v.value[e]), to_float(v.value[e]), square);
+          }
+        assign_product(acc, tokens + warp_row * row_stride, row_stride, columns + turn * kColumns + half * kTile * kStride);
       }
 #pragma unroll
       for (int ni = 0; ni < 4; ++ni)

@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(128, 4) means_kernel(MeansArgs a) {
 // First centers of the streaming path, in scaled and centred units: given tokens or given centers. Clears `done`.
 template <typename T>
 __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
+  constexpr int kParts = CenterSplit<T>::kParts;
+  const int columns = center_columns(TypeTraits<T>::kType, a.shape.features);
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
@@ -56,11 +58,16 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
     int64_t token = 0;
     if (a.init != nullptr) token = max(int64_t{0}, min(a.init[b * a.init_stride + work % k], int64_t{n - 1}));
+    T* row = static_cast<T*>(a.split) + work * kParts * columns;
+    for (int f = features + lane_index(); f < columns; f += kWarp)
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) row[part * columns + f] = from_float<T>(0.0f);
     float norm = 0.0f;
     for (int f = lane_index(); f < features; f += kWarp) {
       const float value = a.init != nullptr ? image.at(static_cast<int>(token), f) : a.init_centers[work * features + f];
       const float c = CenterSplit<T>::representable(in_units(value, scale, mean, f));
-      a.centers[work * features + f] = c;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) row[part * columns + f] = CenterSplit<T>::part(c, part);
       norm = fmaf(c, c, norm);
     }
     norm = warp_sum(norm);
@@ -72,9 +79,25 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
   }
 }
 
+// Features f .. f+3 of a row of centers as `assign` reads them. f is a multiple of 4, within the row.
+template <typename T>
+__device__ inline void store_split4(T* row, int columns, int f, const float (&c)[4]) {
+  struct alignas(4 * sizeof(T)) Four {
+    T value[4];
+  };
+#pragma unroll
+  for (int part = 0; part < CenterSplit<T>::kParts; ++part) {
+    Four four;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) four.value[e] = CenterSplit<T>::part(c[e], part);
+    *reinterpret_cast<Four*>(row + part * columns + f) = four;
+  }
+}
+
 // Next centers of the streaming path: means, or the members nearest to them (K-Medoids).
 template <typename T>
 __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
+  const int columns = center_columns(TypeTraits<T>::kType, a.shape.features);
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
@@ -87,7 +110,8 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
     const int* members = a.order + b * n + a.segment_start[work];
     const float scale = a.stats[b].scale;
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
-    float* center = a.centers + work * features;
+    T* row = static_cast<T*>(a.split) + work * CenterSplit<T>::kParts * columns;
+    float* center = a.means == nullptr ? nullptr : a.means + work * features;
     const Shares shares(weights, members, length);
     float norm = 0.0f;
     for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
@@ -97,10 +121,15 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
       for (int e = 0; e < 4; ++e)
         if (f + e < features) {
           c[e] = in_units(c[e], scale, mean, f + e);
-          if (a.medoids == nullptr) c[e] = CenterSplit<T>::representable(c[e]);
-          center[f + e] = c[e];
+          if (a.medoids == nullptr)
+            c[e] = CenterSplit<T>::representable(c[e]);
+          else
+            center[f + e] = c[e];
           norm = fmaf(c[e], c[e], norm);
+        } else {
+          c[e] = 0.0f;
         }
+      if (a.medoids == nullptr) store_split4(row, columns, f, c);
     }
     norm = warp_sum(norm);
     if (a.medoids != nullptr) {
@@ -133,13 +162,16 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
         }
       }
       norm = 0.0f;
-      for (int f = 4 * lane_index(); f < features; f += 4 * kWarp)
+      for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
+        float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           if (f + e < features) {
-            center[f + e] = CenterSplit<T>::representable(in_units(image.at(chosen, f + e), scale, mean, f + e));
-            norm = fmaf(center[f + e], center[f + e], norm);
+            c[e] = CenterSplit<T>::representable(in_units(image.at(chosen, f + e), scale, mean, f + e));
+            norm = fmaf(c[e], c[e], norm);
           }
+        store_split4(row, columns, f, c);
+      }
       norm = warp_sum(norm);
       if (lane_index() == 0) a.medoids[work] = chosen;
     }

@@ -154,6 +154,7 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   problem.iterations = to_int(num_iters, op, "num_iters");
   problem.dtype = dtype_of(x, op);
   problem.with_medoids = with_medoids;
+  problem.per_image_k = counts.has_value();
   if (weights) check(*weights, x, {b, n}, ScalarType::Float, op, "weights");
   if (mask) check(*mask, x, {b, n}, ScalarType::Bool, op, "mask");
   if (counts) check(*counts, x, {b}, ScalarType::Long, op, "counts");

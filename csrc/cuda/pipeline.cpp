@@ -42,17 +42,16 @@ int launch_first_centers(const ClusterCall& call, const Workspace& w, void* stre
   const int64_t* chosen = call.init != nullptr ? call.init : w.chosen;
   const int64_t stride = call.init != nullptr ? call.init_stride : call.shape.clusters;
   const GatherArgs args{call.shape, call.x, w.stats, w.mean, call.init_centers != nullptr ? nullptr : chosen, stride,
-                        call.init_centers, w.centers, w.norms, w.medoids, w.done};
+                        call.init_centers, w.split, w.norms, w.medoids, w.done};
   return launch_gather(call.dtype, args, per_cluster(call.shape, stream));
 }
 
-int launch_nearest(const ClusterCall& call, const Workspace& w, void* stream) {
-  const AssignArgs args{call.shape, call.x,  w.stats, w.mean, call.weights, call.mask,
-                        w.centers,  w.norms, w.medoids, w.done, w.label,    w.cost};
-  const int rows = kBlockTile + (call.dtype == DType::kFloat32 ? 1 : 2) * kAssignClusters;
+int launch_nearest(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
+  const AssignArgs args{call.shape, call.x,    w.stats, w.mean,  call.weights, call.mask,        w.split,
+                        w.norms,    w.medoids, w.done,  w.label, w.cost,       plan.assign_keeps};
   return launch_assign(call.dtype, args,
                        Launch{call.shape.batch * divide_up(call.shape.tokens, kBlockTile), 256,
-                              stage_bytes(call.dtype, rows, stage_chunk(call.dtype)), stream});
+                              assign_bytes(call.dtype, call.shape.features, plan.assign_keeps), stream});
 }
 
 int launch_results(const ClusterCall& call, const Workspace& w, void* stream) {
@@ -63,9 +62,9 @@ int launch_results(const ClusterCall& call, const Workspace& w, void* stream) {
 }
 
 // First assignment to given centers, for the paths that otherwise start from tokens.
-int launch_first_assignment(const ClusterCall& call, const Workspace& w, void* stream) {
+int launch_first_assignment(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
   TOKENPOOL_TRY(launch_first_centers(call, w, stream));
-  return launch_nearest(call, w, stream);
+  return launch_nearest(plan, call, w, stream);
 }
 
 IterationArgs iterations_of(const CudaPlan& plan, const ClusterCall& call, const Workspace& w) {
@@ -78,7 +77,7 @@ IterationArgs iterations_of(const CudaPlan& plan, const ClusterCall& call, const
 int run_resident(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
   if (call.init_centers != nullptr) {
     TOKENPOOL_TRY(launch_stats(call, w, stream));
-    TOKENPOOL_TRY(launch_first_assignment(call, w, stream));
+    TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
   }
   const ResidentArgs args{iterations_of(plan, call, w), call.x, call.counts, call.centers, call.mass, call.inertia, plan.chunk,
                           use_scale(call.dtype)};
@@ -90,7 +89,7 @@ int run_resident(const CudaPlan& plan, const ClusterCall& call, const Workspace&
 int run_spread(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
   if (call.init_centers != nullptr) {
     TOKENPOOL_TRY(launch_stats(call, w, stream));
-    TOKENPOOL_TRY(launch_first_assignment(call, w, stream));
+    TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
   }
   if (w.mean != nullptr) {
     const TokenMeanArgs mean{call.shape, call.x, call.mask, w.mean};
@@ -109,7 +108,7 @@ int run_spread(const CudaPlan& plan, const ClusterCall& call, const Workspace& w
 
 int run_gram(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
   TOKENPOOL_TRY(launch_stats(call, w, stream));
-  if (call.init_centers != nullptr) TOKENPOOL_TRY(launch_first_assignment(call, w, stream));
+  if (call.init_centers != nullptr) TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
   const GramArgs gram{call.shape, call.x, w.stats, w.mean, w.gram, w.ld};
   const int64_t panels = divide_up(call.shape.tokens, kBlockTile);
   TOKENPOOL_TRY(launch_gram(call.dtype, gram,
@@ -135,13 +134,13 @@ int run_streaming(const CudaPlan& plan, const ClusterCall& call, const Workspace
   if (w.chosen != nullptr) TOKENPOOL_TRY(launch_farthest_first(call, w, stream));
   TOKENPOOL_TRY(launch_first_centers(call, w, stream));
   for (int t = 0; t < call.iterations; ++t) {
-    TOKENPOOL_TRY(launch_nearest(call, w, stream));
+    TOKENPOOL_TRY(launch_nearest(plan, call, w, stream));
     const BucketArgs bucket{call.shape, nullptr, w.stats,         w.label,          w.cost,   w.previous,        w.done,
                             w.order,    w.segment_start, w.segment_length, w.bucket, plan.bucket_warps, t == 0 ? 1 : 0};
     TOKENPOOL_TRY(launch_bucket(bucket, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
     if (call.medoids == nullptr && t + 1 == call.iterations) break;
     const UpdateArgs update{call.shape,      call.x,           w.stats, w.mean,    call.weights, w.order,
-                            w.segment_start, w.segment_length, w.done,  w.centers, w.norms,      w.medoids};
+                            w.segment_start, w.segment_length, w.done,  w.split, w.means, w.norms, w.medoids};
     TOKENPOOL_TRY(launch_update(call.dtype, update, per_cluster(call.shape, stream)));
   }
   const FinishArgs finish{call.shape, w.stats, w.label,         w.order,      w.segment_start, w.segment_length,

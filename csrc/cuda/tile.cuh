@@ -85,15 +85,15 @@ __device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const T* a
 }
 
 template <int kRows, int kColumns>
-__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, const float* b, int stride,
-                                    int chunk) {
+__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, int a_stride,
+                                    const float* b, int stride, int chunk) {
 #pragma unroll 2
   for (int k = 0; k < chunk; ++k) {
     float fa[kRows][2], fb[kColumns][2];
 #pragma unroll
     for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) fa[mi][h] = a[tile_row(mi, 2 * h) * stride + k];
+      for (int h = 0; h < 2; ++h) fa[mi][h] = a[tile_row(mi, 2 * h) * a_stride + k];
 #pragma unroll
     for (int ni = 0; ni < kColumns; ++ni)
 #pragma unroll
@@ -105,6 +105,11 @@ __device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const floa
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[mi][ni][e] = fmaf(fa[mi][e / 2], fb[ni][e % 2], acc[mi][ni][e]);
   }
+}
+
+template <int kRows, int kColumns>
+__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, const float* b, int stride, int chunk) {
+  tile_product(acc, a, stride, b, stride, chunk);
 }
 
 // 16 bytes of one row.
@@ -161,11 +166,11 @@ __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int 
   }
 }
 
-// The same for scale 1 and no mean: nothing to compute on the way, so that a thread waits for memory once.
+// Begins to copy the same rows as they are, `stride` elements apart: a thread waits for its copies later, all at once.
 template <typename T>
-__device__ inline void copy_rows(T* dst, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk, int features) {
+__device__ inline void begin_rows(T* dst, int stride, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk,
+                                  int features) {
   constexpr int kVector = RowVector<T>::kCount;
-  const int stride = stage_stride(TypeTraits<T>::kType, chunk);
   const int last = chunk / kVector - 1, shift = __popc(last);
 #pragma unroll 1
   for (int p = threadIdx.x; p < rows << shift; p += blockDim.x) {
@@ -176,6 +181,31 @@ __device__ inline void copy_rows(T* dst, const Image<T>& image, int first, int r
     else
       *reinterpret_cast<RowVector<T>*>(to) = load_vector(image, token, tokens, k0 + column, features);
   }
+}
+
+// Makes of them, once they are there, x * scale - mean: each thread what it copied itself, so that no barrier is needed.
+template <typename T>
+__device__ inline void scale_rows(T* dst, int stride, int first, int rows, int tokens, int k0, int chunk, int features, float scale,
+                                  const float* mean) {
+  constexpr int kVector = RowVector<T>::kCount;
+  const int last = chunk / kVector - 1, shift = __popc(last);
+#pragma unroll 1
+  for (int p = threadIdx.x; p < rows << shift; p += blockDim.x) {
+    if (first + (p >> shift) >= tokens) break;  // rows beyond the image stay 0
+    const int column = (p & last) * kVector;
+    RowVector<T>& v = *reinterpret_cast<RowVector<T>*>(dst + (p >> shift) * stride + column);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const float m = mean != nullptr && k0 + column + e < features ? mean[k0 + column + e] : 0.0f;
+      v.value[e] = from_float<T>(to_float(v.value[e]) * scale - m);
+    }
+  }
+}
+
+// The same as stage_rows for scale 1 and no mean: nothing to compute on the way, so that a thread waits for memory once.
+template <typename T>
+__device__ inline void copy_rows(T* dst, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk, int features) {
+  begin_rows(dst, stage_stride(TypeTraits<T>::kType, chunk), image, first, rows, tokens, k0, chunk, features);
   wait_for_copies();
 }
 

@@ -34,7 +34,8 @@ struct Workspace {
   float* mean = nullptr;
   float* gram = nullptr;
   int64_t ld = 0;
-  float* centers = nullptr;
+  void* split = nullptr;
+  float* means = nullptr;
   float* norms = nullptr;
   int* medoids = nullptr;
   int* done = nullptr;
@@ -70,7 +71,9 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
     if (p.dtype == DType::kFloat32) w.mean = carver.take<float>(images * d);
   }
   if (streaming || p.init_is_centers) {
-    w.centers = carver.take<float>(images * k * d);
+    const int64_t row = center_parts(p.dtype) * center_columns(p.dtype, p.features) * static_cast<int64_t>(element_size(p.dtype));
+    w.split = carver.take<char>(images * k * row);
+    if (p.with_medoids) w.means = carver.take<float>(images * k * d);
     w.norms = carver.take<float>(images * k);
     w.done = carver.take<int>(images);
     w.label = carver.take<int>(images * n);

@@ -410,10 +410,11 @@ inline float widen(uint16_t bits, __nv_bfloat16) { return __bfloat162float(__nv_
 
 }  // namespace cuda_sim
 
-// An asynchronous copy happens when its thread waits for it, and no earlier.
+// An asynchronous copy happens when its thread waits for it, and no earlier; until then nobody may count on what was there.
 inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) cuda_sim::fail("a misaligned 16-byte copy");
   cuda_sim::Machine& m = cuda_sim::machine();
+  std::memset(shared, 0xff, 16);
   m.fibers[m.current].copies.push_back({shared, global});
 }
 

@@ -114,6 +114,7 @@ int sim_cluster(const int64_t* n, const void* const* p) {
   problem.dtype = static_cast<DType>(n[4]);
   problem.iterations = static_cast<int>(n[9]);
   problem.with_medoids = n[11] != 0;
+  problem.per_image_k = p[3] != nullptr;
   problem.init_is_centers = p[5] != nullptr;
   problem.farthest = p[4] == nullptr && p[5] == nullptr;
   problem.major = static_cast<int>(n[12]);
