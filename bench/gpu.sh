@@ -25,10 +25,14 @@ PART=$(mktemp)
 COMMIT=$(git rev-parse HEAD 2>/dev/null || echo "${TOKENPOOL_EXT_COMMIT:-unknown}")
 SUMMARY=$OUT/gpu_summary.json
 CHECKS=$OUT/gpu_checks.json # of all its runs
-rm -f "$CHECKS"
 export PYTHONUNBUFFERED=1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-: >"$LOG"
+if [ -z "${STAGES:-}" ]; then # a second call adds to what the first one wrote
+  rm -f "$CHECKS"
+  : >"$LOG"
+else
+  SUMMARY=$OUT/gpu_summary_stages.json
+fi
 
 START=$SECONDS
 FAILED=0
@@ -53,7 +57,7 @@ stage() {
   if [ "$limit" -gt "$left" ]; then limit=$left; fi
   begin=$SECONDS
   say "== $name (at most $limit s): $*"
-  timeout --kill-after=10 "$limit" "$@" >"$PART" 2>&1
+  STAGE_LIMIT=$limit timeout --kill-after=10 "$limit" "$@" >"$PART" 2>&1
   status=$?
   if [ "$status" = 124 ] || [ "$status" = 137 ]; then LEFT="$LEFT $name"; fi
   cat "$PART" >>"$LOG"
@@ -138,7 +142,7 @@ if [ -n "$SANITIZER" ]; then
   elif grep -q -- --kernel-name <<<"$HELP"; then
     FILTER=(--kernel-name kns=tokenpool)
   fi
-  if ! "$SANITIZER" "${FILTER[@]}" true >>"$LOG" 2>&1; then FILTER=(); fi # another spelling: rather reports too many
+  if ! "$SANITIZER" --require-cuda-init no "${FILTER[@]}" true >>"$LOG" 2>&1; then FILTER=(); fi # another spelling: rather reports too many
 fi
 # The four tools side by side: most of their time is torch's start on one core.
 # shellcheck disable=SC2329 # called by inner shells
@@ -149,13 +153,13 @@ sanitize() {
   for tool in $tools; do
     local quiet=()
     if [ "$tool" = memcheck ]; then quiet=(--report-api-errors no); fi # torch asks what may fail
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 100 "$SANITIZER" --tool "$tool" --error-exitcode 9 "${quiet[@]}" "$@" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 $((STAGE_LIMIT > 25 ? STAGE_LIMIT - 15 : 10)) "$SANITIZER" --tool "$tool" --error-exitcode 9 "${quiet[@]}" "$@" \
       "$PYTHON" -m bench.gpu_checks small --backend "$backend" >"$where/$tool" 2>&1 &
     processes+=("$tool:$!")
   done
   for tool in "${processes[@]}"; do
     if wait "${tool#*:}"; then verdicts+="${tool%:*}: passed"; else verdicts+="${tool%:*}: FAILED, status $?"; status=9; fi
-    verdicts+=" $(grep "ERROR SUMMARY" "$where/${tool%:*}")"$'\n'
+    verdicts+=" $(grep " SUMMARY" "$where/${tool%:*}")"$'\n'
     echo "---- ${tool%:*}"
     tail -n 60 "$where/${tool%:*}"
   done

@@ -215,6 +215,14 @@ def test_weighted_export_with_any_batch():
     assert_identical(program.module()(*many), Model()(*many))
 
 
+def test_fake_tensors_outside_their_mode_have_no_labels_to_look_at():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    x, labels = mode.from_tensor(tokens(2, 8, 3)), mode.from_tensor(torch.zeros(2, 8, dtype=torch.int64))
+    assert tp.pool(x, labels, 4).shape == (2, 4, 3) and tp.unpool(x, labels).shape == (2, 8, 3)
+
+
 def test_other_dispatch_modes_keep_every_check():
     """A FLOP counter or selective checkpointing sees the ops, with their values."""
     x = tokens(2, 16, 4)

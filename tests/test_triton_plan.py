@@ -333,3 +333,13 @@ def test_explain_counts_what_would_be_launched():
         found = backend.explain(B, N, K, D, 5, torch.bfloat16)
         assert found["launches"] == len(recorded(B, N, D, K))
         assert found["flops"] > 0 and found["workspace_bytes"] > 0 and found["path"] in ("gram", "direct")
+
+
+def test_a_killed_compiler_is_not_a_kernel_that_cannot_compile():
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    assert launch._is_permanent(OutOfResources(1, 2, "shared memory"))
+    assert launch._is_permanent(PTXASError("`ptxas` failed with error code 255: unsupported instruction"))
+    assert not launch._is_permanent(PTXASError("`ptxas` failed with error code -9"))
+    assert not launch._is_permanent(PTXASError("`ptxas` failed with error code 1: No space left on device"))
+    assert not launch._is_permanent(OSError("No space left on device"))

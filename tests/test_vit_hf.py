@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch.nn.utils import prune
 
 from tokenpool_ext.modules import TokenPooling
 from tokenpool_ext.vit import patch, patched_blocks, tokens_per_layer, unpatch
@@ -462,6 +463,24 @@ def test_export_without_the_user_s_mask(family, images):
     unpatch(model)
     assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
     torch.testing.assert_close(torch.export.export(model, (images,)).module()(images).logits, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_base_model_alone_exports(images, strict):
+    base = patch(build("vit").base_model, keep_ratio=0.5, num_prefix_tokens=np.int64(1))
+    exported = torch.export.export(base, (images,), strict=strict).module()
+    torch.testing.assert_close(exported(images).last_hidden_state, base(images).last_hidden_state)
+
+
+@torch.no_grad()
+def test_weights_that_torch_s_own_hooks_make(images):
+    model = build("vit")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            prune.l1_unstructured(module, "weight", 0.3)
+    model.bfloat16()  # `weight` is stale until its hook runs
+    assert patch(model, keep_ratio=0.5)(images.bfloat16()).logits.dtype == torch.bfloat16
 
 
 @torch.no_grad()

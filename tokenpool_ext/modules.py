@@ -240,8 +240,8 @@ class TokenPooling(TokenReduction):
             )
         if init is not None:
             check_choice(name, "init", init, STRATEGIES)
-        if init == "bipartite" and keep_ratio is not None and keep_ratio < 0.5:
-            raise ValueError(f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {keep_ratio:g}; use another init")
+        if init == "bipartite" and self.keep_ratio is not None and self.keep_ratio < 0.5:
+            raise ValueError(f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {self.keep_ratio:g}; use another init")
         if emit is None:
             emit = "medoid" if algorithm == "kmedoids" else "mean"
         check_choice(name, "emit", emit, ("mean", "medoid"))

@@ -160,9 +160,13 @@ def _is_device_error(error: BaseException) -> bool:
 
 
 def _is_permanent(error: BaseException) -> bool:
-    """True for what the same plan will say again: it does not compile, or does not fit.  Not a full disk, say."""
+    """True for what the same plan will say again: it does not compile, or does not fit.  Not a full disk or a killed
+    ptxas, say."""
     from triton.errors import TritonError
+    from triton.runtime.errors import PTXASError
     said = str(error)
+    if isinstance(error, PTXASError) and ("error code -" in said or "no space left" in said.lower()):
+        return False
     return isinstance(error, TritonError) or "out of resource" in said or "PassManager::run failed" in said
 
 
@@ -210,7 +214,7 @@ def launch(kernel, x: torch.Tensor, configs: list[Config], make: Callable[[Confi
             cause = error
             permanent = permanent and _is_permanent(error)
             continue
-        if tried:
+        if tried and permanent:
             _first_working[_variant(kernel, x, configs, arguments)] = start + len(tried)
         return
     key = _variant(kernel, x, configs, arguments)

@@ -209,11 +209,20 @@ def unknown_block(model: nn.Module, block: nn.Module) -> TypeError:
     )
 
 
+def _of_torch(hooks: OrderedDict) -> OrderedDict:
+    """The hooks in which pruning, weight norms and sharding make or gather a module's weight."""
+    kept = OrderedDict()
+    for key, hook in hooks.items():
+        if (getattr(hook, "__module__", None) or "").startswith(("torch.nn.utils.", "torch.distributed.")):
+            kept[key] = hook
+    return kept
+
+
 def probe(view: Block, num_prefix_tokens: int) -> bool:
     """Check that the halves reproduce the class's own forward on made-up tokens; returns whether it gives a tuple.
 
     Runs the block once each way on one image of a few tokens, in evaluation mode, without touching the random state. Hooks
-    do not run: made-up tokens are not for them.
+    do not run, for made-up tokens are not for them, but those by which torch itself makes a module's weight.
 
     Raises:
         ValueError: they differ, naming the block's class.
@@ -229,7 +238,8 @@ def probe(view: Block, num_prefix_tokens: int) -> bool:
     try:
         for module, *_ in state:
             module.training = False
-            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+            module._forward_hooks = _of_torch(module._forward_hooks)
+            module._forward_pre_hooks = _of_torch(module._forward_pre_hooks)
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             own = type(block).forward(block, x)
             ours = view.feed_forward(view.attend(x, (), {})[0])

@@ -8,7 +8,7 @@ transformers itself is never imported.
 from __future__ import annotations
 
 import inspect
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, Optional
 
 import torch
@@ -89,6 +89,10 @@ class MaskFreeForward(Replacement):
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(MethodType(type(self.model).forward, self.model))
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export reads it of the model it is given
+        return type(self.model).forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and kwargs.get("attention_mask") is None:

@@ -109,7 +109,7 @@ class PooledForward(Replacement):
         if torch.jit.is_tracing():
             raise RuntimeError(
                 f"block {self.index} ({name}): a patched model cannot be traced by torch.jit.trace, which turns numbers of"
-                " tokens into tensors; use torch.export.export, or torch.onnx.export(..., dynamo=True)"
+                " tokens into tensors; use torch.export.export"
             )
         if x.shape[1] <= self.num_prefix_tokens:
             raise ValueError(
@@ -181,8 +181,7 @@ def apply_patch(
     check_bool("patch", "track_size", track_size)
     prefix = family.num_prefix_tokens
     if num_prefix_tokens is not None:
-        check_int("patch", "num_prefix_tokens", num_prefix_tokens, 0)
-        prefix = num_prefix_tokens
+        prefix = check_int("patch", "num_prefix_tokens", num_prefix_tokens, 0)
     make = pooling_factory(pooling, pooling_options)
 
     first = min(plan)
