@@ -187,6 +187,34 @@ def test_paths_agree_on_integers(library, algorithm):
         assert_identical(results[0].mass, other.mass)
 
 
+@pytest.mark.parametrize("kind", ["line", "ties", "weighted", "unusual"])
+@pytest.mark.parametrize("clusters", [5, 40])
+def test_comparing_only_what_moved_changes_no_bit(library, algorithm, kind, clusters):
+    """Built to compare every token with every center in every iteration, the kernels give the same bits."""
+    n, given = 100, {}
+    x = tokens(2, n, 6, torch.float32, seed=clusters)
+    if kind == "ties":
+        x = integer_tokens(2, n, 2, low=0, high=4)
+    else:
+        x = 0.2 * x.cumsum(1)  # a crooked line, on which centers move for long
+    if kind == "weighted":
+        given = dict(weights=positive_weights(2, n), mask=torch.rand(2, n, generator=torch.Generator().manual_seed(3)) > 0.2,
+                     counts=torch.tensor([clusters, clusters - 2]), sort=True)
+        given["weights"][:, ::7] = 0.0
+    if kind == "unusual":
+        x[0, 5, 2], x[1, 9], x[1, 17] = float("nan"), float("inf"), -2.0**60
+    starts = [spread_indices(2, n, clusters), torch.empty(2, 0, dtype=torch.int64), spread_indices(2, n, clusters)]
+    starts[2][:, 1::2] = starts[2][:, : clusters // 2 * 2 : 2]  # pairs that start alike
+    if algorithm == "kmeans":
+        starts.append(tokens(2, clusters, x.shape[2], seed=4))
+    everything = simulator.build("compare_all")
+    for path in ("resident", "gram", "spread"):
+        for init in starts:
+            some, each = (cluster(simulator.Simulator(built, path=path), algorithm, x, init, clusters, iters=6, **given)
+                          for built in (library, everything))
+            assert_identical(some, each)
+
+
 def few_or_many(library, algorithm, x, init, k, **given):
     """The same call on a device with many multiprocessors (path "spread") and on one with none to spare ("resident")."""
     results = []
@@ -378,7 +406,7 @@ def checks(tmp_path_factory):
         if not program.exists():
             units = [str(simulator.HERE / "check.cpp"), *[str(p) for p in simulator.sources() if p.suffix == ".cpp"]]
             done = subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-                                   f"-I{simulator.HERE}", *simulator.SANITIZERS[sanitizer], "-o", str(program), *units],
+                                   f"-I{simulator.HERE}", *simulator.VARIANTS[sanitizer], "-o", str(program), *units],
                                   capture_output=True, text=True)
             if done.returncode and "cannot find" in done.stderr:
                 pytest.skip(f"the {sanitizer} sanitizer's library is not installed")
@@ -407,7 +435,7 @@ def test_sanitizers_find_no_race_and_no_bad_index(checks, sanitizer):
 def test_the_simulator_finds_faults(tmp_path, sanitizer, fault, message):
     """A missing barrier, a bad index, a barrier or warp operation that some threads skip."""
     program = tmp_path / "faults"
-    done = subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-g", f"-I{simulator.HERE}", *simulator.SANITIZERS[sanitizer], "-o",
+    done = subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-g", f"-I{simulator.HERE}", *simulator.VARIANTS[sanitizer], "-o",
                            str(program), str(simulator.HERE / "faults.cpp")], capture_output=True, text=True)
     if done.returncode and "cannot find" in done.stderr:
         pytest.skip(f"the {sanitizer} sanitizer's library is not installed")

@@ -329,12 +329,17 @@ inline size_t assign_bytes(DType dtype, int features, bool keep) {
   return centers + (keep ? stage_bytes(dtype, kBlockTile, center_columns(dtype, features)) : 2 * stage_bytes(dtype, kBlockTile, chunk));
 }
 
-// Words (4 bytes) of the state that one block keeps while it clusters one image from its Gram matrix.
+// Words (4 bytes) of ClusterState::base: counters of the sort by cluster, and candidates of an assignment, in turn.
+TOKENPOOL_BOTH inline size_t base_words(int tokens, int clusters, int bucket_warps, int parts) {
+  const size_t counters = static_cast<size_t>(bucket_warps) * round_up(clusters + 1, 4);
+  const size_t candidates = parts > 1 ? 2 * static_cast<size_t>(parts) * tokens : 0;
+  return counters > candidates ? counters : candidates;
+}
+
+// Words of the state that one block keeps while it clusters one image from its Gram matrix.
 TOKENPOOL_BOTH inline size_t state_words(int tokens, int clusters, int bucket_warps, int parts) {
   const size_t n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
-  const size_t counters = static_cast<size_t>(bucket_warps) * k;                          // of the sort by cluster
-  const size_t candidates = parts > 1 ? 2 * static_cast<size_t>(parts) * tokens : 0;      // of an assignment, in turn
-  return 9 * n + 5 * k + (counters > candidates ? counters : candidates);
+  return 11 * n + 5 * k + base_words(tokens, clusters, bucket_warps, parts);
 }
 
 TOKENPOOL_BOTH inline size_t packed_words(int tokens) {

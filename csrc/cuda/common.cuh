@@ -178,7 +178,15 @@ __device__ inline Candidate shuffle_xor(Candidate c, int offset) {
 }
 
 // Room for one value per warp of a block (at most 32 warps).
+// The list of members (or medoids) that an assignment reads: those of centers that moved, then the others.
+struct Tally {
+  int moved;
+  int all;
+  int open;  // tokens that must be compared with the others, too
+};
+
 struct BlockScratch {
+  Tally tally;
   Candidate candidate[kWarp];
   int key[2][kWarp];
   int index[2][kWarp];

@@ -13,6 +13,17 @@ __device__ inline int rank_in_warp(int label, int* same) {
   return __popc(peers & ((1u << lane_index()) - 1u));
 }
 
+// Sum over the lanes below this one.
+__device__ inline int sum_below(int value) {
+  int sum = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, offset);
+    if (lane_index() >= offset) sum += other;
+  }
+  return sum - value;
+}
+
 // One warp visits tokens [begin, end) in ascending order, 32 at a time: place(token, j, p) for each token of a cluster j,
 // where p counts that cluster's tokens before it, from what count[j] held. count[j] then holds one more for each.
 template <typename Label, typename Place>
@@ -65,14 +76,9 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
     int carry = 0;
     for (int j0 = 0; j0 < clusters; j0 += kWarp) {
       const int count = j0 + lane < clusters ? start[j0 + lane] : 0;
-      int sum = count;
-#pragma unroll
-      for (int offset = 1; offset < kWarp; offset *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, offset);
-        if (lane >= offset) sum += other;
-      }
-      if (j0 + lane < clusters) start[j0 + lane] = carry + sum - count;
-      carry += __shfl_sync(kAllLanes, sum, kWarp - 1);
+      const int below = sum_below(count);
+      if (j0 + lane < clusters) start[j0 + lane] = carry + below;
+      carry += __shfl_sync(kAllLanes, below + count, kWarp - 1);
     }
     if (lane == 0) start[clusters] = carry;
   }
@@ -119,6 +125,7 @@ __device__ inline void repair_empty(int* label, const float* cost, int tokens, i
     }
     __syncthreads();
   }
+  __syncthreads();
 }
 
 // Ranks of the clusters by their first member when `sort` is set, else their own numbers. Cluster j's members are

@@ -32,6 +32,8 @@ struct alignas(16) Member {
   float norm;   // ||c_j||^2 in the last member of a cluster, infinite in the others
 };
 
+constexpr int kMoved = -1;
+
 // One block's state in shared memory: state_words(N, K, bucket_warps, parts) words.
 struct ClusterState {
   float* weight;   // [N] normalised; -1 for padding
@@ -39,12 +41,13 @@ struct ClusterState {
   int* previous;   // [N]
   int* order;      // [N] tokens by cluster
   Member* members; // [N] the same as an assignment reads them, or [K] medoids, each a cluster
-  float* cost;     // [N] w * squared distance, or c_{a_i} . x_i during an update
+  float* cost;     // [N] w * squared distance; c_{a_i} . x_i during an update; tokens left open by an assignment (int)
+  Candidate* nearest;  // [N] center that the last assignment found nearest, and its squared distance without ||x_i||^2
   int* start;      // [K + 1]
-  int* count;      // [K]
+  int* count;      // [K] members; kMoved once the cluster's members, then once its center, is known to have changed
   int* medoid;     // [K]
-  float* part;     // [K] of the inertia
-  int* rank;       // [K] row of the output that cluster j fills
+  float* part;     // [K] of the inertia; before, norms of the means
+  int* rank;       // [K] row of the output that cluster j fills; before, members of moved clusters before cluster j's
   int* base;       // [bucket_warps * K] of the sort by cluster, or [parts * N] candidates of an assignment
 
   __device__ ClusterState(float* weight_words, void* memory, int tokens, int clusters) {
@@ -56,7 +59,8 @@ struct ClusterState {
     order = previous + n;
     members = reinterpret_cast<Member*>(order + n);
     cost = reinterpret_cast<float*>(members + n);
-    start = reinterpret_cast<int*>(cost + n);
+    nearest = reinterpret_cast<Candidate*>(cost + n);
+    start = reinterpret_cast<int*>(nearest + n);
     count = start + k;
     medoid = count + k;
     part = reinterpret_cast<float*>(medoid + k);
@@ -65,6 +69,11 @@ struct ClusterState {
   }
 
   __device__ Candidate* candidates() const { return reinterpret_cast<Candidate*>(base); }
+  __device__ int* open() const { return reinterpret_cast<int*>(cost); }
+  __device__ float* norm() const { return part; }
+  // First place of cluster j in `members`, where clusters that moved come first, `moved` members together; before:
+  // members of all clusters below j.
+  __device__ int place(int j, int before, int moved) const { return count[j] == kMoved ? rank[j] : moved + before - rank[j]; }
 };
 
 struct ClusterProblem {
@@ -73,6 +82,7 @@ struct ClusterProblem {
   int iterations;
   int bucket_warps;
   int parts;
+  int candidates;           // that ClusterState::base holds
   bool with_medoids;
   bool sort;
   const int64_t* init;      // [K] of this image, or null
@@ -88,6 +98,7 @@ __device__ inline ClusterProblem problem_of(const IterationArgs& a, int64_t imag
   p.iterations = a.iterations;
   p.bucket_warps = a.bucket_warps;
   p.parts = a.parts;
+  p.candidates = static_cast<int>(base_words(n, a.shape.clusters, a.bucket_warps, a.parts) / 2);
   p.with_medoids = a.medoids != nullptr;
   p.sort = a.sort != 0;
   p.init = a.init == nullptr ? nullptr : a.init + image * a.init_stride;

@@ -22,7 +22,8 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 PATHS = ("resident", "gram", "streaming", "spread")  # in the order of CudaPath
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-SANITIZERS = {"": [], "thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]}
+VARIANTS = {"": [], "thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],
+            "compare_all": ["-DTOKENPOOL_COMPARE_ALL=1"]}
 
 
 def compiler() -> Optional[str]:
@@ -39,14 +40,14 @@ def cache_folder() -> Path:
     return Path(root)
 
 
-def build(sanitizer: str = "") -> Path:
+def build(variant: str = "") -> Path:
     """Compile the simulator (once per source text) and return the shared library."""
     flags = ["-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-             f"-I{HERE}", *SANITIZERS[sanitizer]]
+             f"-I{HERE}", *VARIANTS[variant]]
     digest = hashlib.sha256(" ".join(flags).encode())
     for path in sources():
         digest.update(path.name.encode() + path.read_bytes())
-    library = cache_folder() / f"sim{'_' + sanitizer if sanitizer else ''}_{digest.hexdigest()[:16]}.so"
+    library = cache_folder() / f"sim{'_' + variant if variant else ''}_{digest.hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}.tmp")
