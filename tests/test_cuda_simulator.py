@@ -215,6 +215,15 @@ def test_comparing_only_what_moved_changes_no_bit(library, algorithm, kind, clus
             assert_identical(some, each)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d)[6:])
+def test_a_tie_between_a_center_that_moved_and_one_that_stayed(library, path, dtype):
+    """Token 3 is 4 from centers 0 and 1; then 0 moves away and 2 comes to a distance of 4: the lowest is 1, which stayed."""
+    x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [0, 0], [-12, 0], [-12, 0], [0, 2]]], dtype=dtype)
+    sim = simulator.Simulator(library, path=path)
+    assert cluster(sim, "kmeans", x, torch.tensor([[0, 1, 2]]), 3, iters=1).assignment.tolist() == [[0, 1, 2, 0, 0, 0, 2]]
+    assert cluster(sim, "kmeans", x, torch.tensor([[0, 1, 2]]), 3, iters=2).assignment.tolist() == [[0, 1, 2, 1, 0, 0, 2]]
+
+
 def few_or_many(library, algorithm, x, init, k, **given):
     """The same call on a device with many multiprocessors (path "spread") and on one with none to spare ("resident")."""
     results = []

@@ -85,6 +85,7 @@ template <int kColumns, bool kSplit, typename Gram>
 __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, BlockScratch& scratch, bool first,
                                         bool from_starts) {
   const int moved = scratch.tally.moved, all = scratch.tally.all;
+  first |= TOKENPOOL_COMPARE_ALL != 0;
   const auto cluster_of = [&](int m) { return m < 0 ? 0 : from_starts ? m : s.previous[s.members[m].token]; };
   // What the moved centers mean for token i, by all lanes of a warp (i < 0: no token).
   const auto settle = [&](int i, const Candidate& found) {
@@ -265,11 +266,10 @@ __device__ inline int nearest_member(const Gram& gram, const ClusterState& s, in
   return chosen;
 }
 
-// Norms of the means, or new medoids, of the clusters whose members changed, and the list for the next assignment. As
-// medoids move less often than members do, s.count is set anew for them; known: they have one already.
+// Norms of the means, or new medoids, of the clusters whose members changed, and the list for the next assignment. Medoids
+// move less often than members do: s.count is set anew for them. (K-Medoids starts from tokens: there always is an old one.)
 template <typename Gram>
-__device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, BlockScratch& scratch,
-                                        bool known) {
+__device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, BlockScratch& scratch) {
   float* product = s.cost;  // c_{a_i} . x_i
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
@@ -290,7 +290,7 @@ __device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const
     if (s.count[j] != kMoved) continue;
     if (p.with_medoids) {
       const int chosen = nearest_member(gram, s, j, product);
-      if (known && chosen == s.medoid[j]) s.count[j] = 0;
+      if (chosen == s.medoid[j]) s.count[j] = 0;
       s.medoid[j] = chosen;
     } else {
       const int begin = s.rank[j], end = begin + s.start[j + 1] - s.start[j];
@@ -370,7 +370,7 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
       place_lists(s, scratch, p.clusters, s.start[p.clusters], length,
                   [&](int j) { return t == 0 ? !as_started(j) : s.count[j] == kMoved; });
       list_members(gram, s, p, scratch.tally.moved);
-      update_from_gram(gram, s, p, scratch, t > 0 || from_tokens);
+      update_from_gram(gram, s, p, scratch);
     }
   }
   rank_clusters(s.order, s.start, p.clusters, p.sort, s.rank);

@@ -118,19 +118,40 @@ __device__ inline float in_units(float value, float scale, const float* mean, in
   return value * scale - (mean == nullptr ? 0.0f : mean[feature]);
 }
 
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T value[4];
+};
+
 // Features f .. f+3 of one token, 0 beyond D. f is a multiple of 4.
 template <typename T>
 __device__ inline void load4(const Image<T>& image, int token, int f, int features, float (&v)[4]) {
   if (image.vectorised && f + 4 <= features) {
-    struct alignas(4 * sizeof(T)) Four {
-      T value[4];
-    };
-    const Four four = *reinterpret_cast<const Four*>(image.data + token * image.stride_token + f);
+    const Four<T> four = *reinterpret_cast<const Four<T>*>(image.data + token * image.stride_token + f);
 #pragma unroll
     for (int e = 0; e < 4; ++e) v[e] = to_float(four.value[e]);
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) v[e] = f + e < features ? image.at(token, f + e) : 0.0f;
+  }
+}
+
+// The same for f, f + 128, ..., by a warp whose lanes own four features each: all loads are on their way before any is used.
+template <int kChunks, typename T>
+__device__ inline void load_chunks(const Image<T>& image, int token, int f, int features, float (&v)[kChunks][4]) {
+  if (image.vectorised && features % 4 == 0) {
+    Four<T> four[kChunks] = {};
+    const T* row = image.data + token * image.stride_token + f;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (f + 4 * kWarp * c < features) four[c] = *reinterpret_cast<const Four<T>*>(row + 4 * kWarp * c);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) v[c][e] = to_float(four[c].value[e]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) load4(image, token, f + 4 * kWarp * c, features, v[c]);
   }
 }
 

@@ -9,7 +9,7 @@ namespace tokenpool {
 namespace cuda {
 
 template <typename T>
-__global__ void __launch_bounds__(128, 4) means_kernel(MeansArgs a) {
+__global__ void __launch_bounds__(128, 5) means_kernel(MeansArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
