@@ -82,8 +82,8 @@ __device__ inline void take_if_nearer(ClusterState& s, int i, const Candidate& f
 // With kSplit the block's threads form p.parts groups, each comparing a range of the clusters for all tokens: the same
 // distances, and the same nearest center, by more threads. Candidates meet in shared memory. Ends with a barrier.
 template <int kColumns, bool kSplit, typename Gram>
-__device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, BlockScratch& scratch, bool first,
-                                        bool from_starts) {
+__device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, BlockScratch& scratch,
+                                        bool first, bool from_starts) {
   const int moved = scratch.tally.moved, all = scratch.tally.all;
   first |= TOKENPOOL_COMPARE_ALL != 0;
   const auto cluster_of = [&](int m) { return m < 0 ? 0 : from_starts ? m : s.previous[s.members[m].token]; };
@@ -208,18 +208,15 @@ template <typename Length, typename Moved>
 __device__ inline void place_lists(ClusterState& s, BlockScratch& scratch, int clusters, int all, Length length,
                                    Moved moved) {
   if (warp_index() == 0) {
-    int carry = 0;
-    for (int j0 = 0; j0 < clusters; j0 += kWarp) {
-      const int j = j0 + lane_index();
-      const bool moves = j < clusters && (TOKENPOOL_COMPARE_ALL || moved(j));
-      const int count = moves ? length(j) : 0, below = sum_below(count);
-      if (j < clusters) {
-        s.count[j] = moves ? kMoved : 0;
-        s.rank[j] = carry + below;
-      }
-      carry += __shfl_sync(kAllLanes, below + count, kWarp - 1);
-    }
-    if (lane_index() == 0) scratch.tally = Tally{carry, all, 0};
+    const int total = sum_below(
+        clusters,
+        [&](int j) {
+          const bool moves = TOKENPOOL_COMPARE_ALL || moved(j);
+          s.count[j] = moves ? kMoved : 0;
+          return moves ? length(j) : 0;
+        },
+        [&](int j, int below) { s.rank[j] = below; });
+    if (lane_index() == 0) scratch.tally = Tally{total, all, 0};
   }
   __syncthreads();
 }

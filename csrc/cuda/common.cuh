@@ -198,7 +198,6 @@ __device__ inline Candidate shuffle_xor(Candidate c, int offset) {
   return other;
 }
 
-// Room for one value per warp of a block (at most 32 warps).
 // The list of members (or medoids) that an assignment reads: those of centers that moved, then the others.
 struct Tally {
   int moved;
@@ -206,6 +205,7 @@ struct Tally {
   int open;  // tokens that must be compared with the others, too
 };
 
+// Room for one value per warp of a block (at most 32 warps), and the block's tally.
 struct BlockScratch {
   Tally tally;
   Candidate candidate[kWarp];

@@ -82,15 +82,12 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
 // Features f .. f+3 of a row of centers as `assign` reads them. f is a multiple of 4, within the row.
 template <typename T>
 __device__ inline void store_split4(T* row, int columns, int f, const float (&c)[4]) {
-  struct alignas(4 * sizeof(T)) Four {
-    T value[4];
-  };
 #pragma unroll
   for (int part = 0; part < CenterSplit<T>::kParts; ++part) {
-    Four four;
+    Four<T> four;
 #pragma unroll
     for (int e = 0; e < 4; ++e) four.value[e] = CenterSplit<T>::part(c[e], part);
-    *reinterpret_cast<Four*>(row + part * columns + f) = four;
+    *reinterpret_cast<Four<T>*>(row + part * columns + f) = four;
   }
 }
 

@@ -13,15 +13,22 @@ __device__ inline int rank_in_warp(int label, int* same) {
   return __popc(peers & ((1u << lane_index()) - 1u));
 }
 
-// Sum over the lanes below this one.
-__device__ inline int sum_below(int value) {
-  int sum = value;
+// One warp sums count(j) over the clusters: store(j, sum over all below j). Returns the sum over all.
+template <typename Count, typename Store>
+__device__ inline int sum_below(int clusters, Count count, Store store) {
+  int carry = 0;
+  for (int j0 = 0; j0 < clusters; j0 += kWarp) {
+    const int j = j0 + lane_index(), mine = j < clusters ? count(j) : 0;
+    int sum = mine;
 #pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, offset);
-    if (lane_index() >= offset) sum += other;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, sum, offset);
+      if (lane_index() >= offset) sum += other;
+    }
+    if (j < clusters) store(j, carry + sum - mine);
+    carry += __shfl_sync(kAllLanes, sum, kWarp - 1);
   }
-  return sum - value;
+  return carry;
 }
 
 // One warp visits tokens [begin, end) in ascending order, 32 at a time: place(token, j, p) for each token of a cluster j,
@@ -50,7 +57,7 @@ __device__ inline void count_in_order(const Label* label, int begin, int end, in
 template <typename Label>
 __device__ inline void bucket_tokens(const Label* label, int tokens, int clusters, int warps, int* base, int* start,
                                      int* order) {
-  const int warp = warp_index(), lane = lane_index();
+  const int warp = warp_index();
   const int per_warp = round_up((tokens + warps - 1) / warps, kWarp);
   const int begin = min(warp * per_warp, tokens), end = min(begin + per_warp, tokens);
 #pragma unroll 1
@@ -72,15 +79,9 @@ __device__ inline void bucket_tokens(const Label* label, int tokens, int cluster
     start[j] = running;
   }
   __syncthreads();
-  if (warp == 0) {  // exclusive prefix sum of the counts
-    int carry = 0;
-    for (int j0 = 0; j0 < clusters; j0 += kWarp) {
-      const int count = j0 + lane < clusters ? start[j0 + lane] : 0;
-      const int below = sum_below(count);
-      if (j0 + lane < clusters) start[j0 + lane] = carry + below;
-      carry += __shfl_sync(kAllLanes, below + count, kWarp - 1);
-    }
-    if (lane == 0) start[clusters] = carry;
+  if (warp == 0) {
+    const int all = sum_below(clusters, [&](int j) { return start[j]; }, [&](int j, int below) { start[j] = below; });
+    if (lane_index() == 0) start[clusters] = all;
   }
   __syncthreads();
   if (warp < warps)

@@ -73,7 +73,9 @@ struct ClusterState {
   __device__ float* norm() const { return part; }
   // First place of cluster j in `members`, where clusters that moved come first, `moved` members together; before:
   // members of all clusters below j.
-  __device__ int place(int j, int before, int moved) const { return count[j] == kMoved ? rank[j] : moved + before - rank[j]; }
+  __device__ int place(int j, int before, int moved) const {
+    return count[j] == kMoved ? rank[j] : moved + before - rank[j];
+  }
 };
 
 struct ClusterProblem {

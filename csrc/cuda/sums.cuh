@@ -57,8 +57,8 @@ __device__ inline void weighted_mean4(const Image<T>& image, const int* members,
 
 constexpr int kCenterChunks = 3;  // of 128 features that a warp sums at a time: 384 features in one go
 
-// Writes one row of the centers, aligned as rows of features are. Returns sum_i w_i ||(x_i - c) * scale||^2 over the members,
-// w in units of stats.weight_scale, to every lane (0 without stats). medoid: token to copy in kMedoid mode.
+// Writes one row of the centers, aligned as rows of features are. Returns sum_i w_i ||(x_i - c) * scale||^2 over the
+// members, w in units of stats.weight_scale, to every lane (0 without stats). medoid: token to copy in kMedoid mode.
 template <typename T>
 __device__ inline float emit_center(const Image<T>& image, const int* members, const Shares& shares, MeansMode mode,
                                     int medoid, const ImageStats* stats, const float* image_weights, int features,
@@ -85,7 +85,8 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
       Four<T> row;
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        row.value[e] = mode == MeansMode::kMedoid && at + e < features ? image.raw(medoid, at + e) : from_float<T>(center[c][e]);
+        row.value[e] =
+            mode == MeansMode::kMedoid && at + e < features ? image.raw(medoid, at + e) : from_float<T>(center[c][e]);
       if (features % 4 == 0) {
         if (at < features) *reinterpret_cast<Four<T>*>(out + at) = row;
       } else {
