@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import (call_cost, crossover, floor, machine, peers, plot, profile_cpu, report, runner, timing, tokens,
-                   triton_first_call)
+                   triton_first_call, what_moves)
 from bench.__main__ import main
 from bench.problem import Problem, parse_shapes, problems
 
@@ -391,6 +391,12 @@ def test_what_a_call_costs_is_measured():
     found = call_cost.measure("cpu", rounds=2, count=2)
     assert {"kmeans, strided", "TokenPooling", "torch.empty"} < set(found)
     assert all(0 < us["p20"] <= us["p50"] <= us["p80"] for us in found.values())
+
+
+def test_what_moves_is_counted():
+    """Clusters 0 and 2 move, 1 stays; tokens 0, 2 and 3 are farther from all that moved than from their centers before."""
+    x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [0, 0], [-12, 0], [-12, 0], [0, 3]]])
+    assert what_moves.shares(x, torch.tensor([[0, 1, 2]]), 2) == [(pytest.approx(6 / 7), pytest.approx(3 / 7))]
 
 
 def test_first_calls_of_triton_are_measured():
