@@ -395,7 +395,7 @@ def test_what_a_call_costs_is_measured():
 
 def test_what_moves_is_counted():
     """Clusters 0 and 2 move, 1 stays; tokens 0, 2 and 3 are farther from all that moved than from their centers before."""
-    x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [0, 0], [-12, 0], [-12, 0], [0, 3]]])
+    x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [-1, 0], [-12, 0], [-12, 0], [0, 3]]])
     assert what_moves.shares(x, torch.tensor([[0, 1, 2]]), 2) == [(pytest.approx(6 / 7), pytest.approx(3 / 7))]
 
 
