@@ -6,11 +6,9 @@ The bodies that every backend shares run on the simulator too (the last test, on
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from tokenpool_ext.functional import Clusters  # noqa: E402
 from tokenpool_ext.init import initial  # noqa: E402
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
+of_the_source = pytest.mark.skipif(simulator.default_variant() == "ptx", reason="only of the kernels compiled as C++")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -187,6 +186,7 @@ def test_paths_agree_on_integers(library, algorithm):
         assert_identical(results[0].mass, other.mass)
 
 
+@of_the_source
 @pytest.mark.parametrize("kind", ["line", "ties", "weighted", "unusual"])
 @pytest.mark.parametrize("clusters", [5, 40])
 def test_comparing_only_what_moved_changes_no_bit(library, algorithm, kind, clusters):
@@ -429,15 +429,18 @@ def checks(tmp_path_factory):
     return run
 
 
+@of_the_source
 def test_the_order_of_threads_and_blocks_changes_nothing(checks):
     assert checks("") == checks("", "reverse")
 
 
+@of_the_source
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_sanitizers_find_no_race_and_no_bad_index(checks, sanitizer):
     assert checks(sanitizer) == checks("")
 
 
+@of_the_source
 @pytest.mark.parametrize("sanitizer,fault,message", [
     ("", "fine", None), ("thread", "fine", None), ("address", "fine", None), ("", "deadlock", "left the kernel while others wait"),
     ("", "divergent", "deadlock"), ("thread", "race", "data race"), ("address", "bounds", "heap-buffer-overflow")])
@@ -456,17 +459,6 @@ def test_the_simulator_finds_faults(tmp_path, sanitizer, fault, message):
         assert done.returncode != 0 and message in done.stderr, done.stderr
 
 
+@of_the_source
 def test_the_bodies_every_backend_shares_pass_on_the_simulator(library, tmp_path):
-    """In a process of its own, on all four paths: as many cases as it takes for every value of every parameter to occur."""
-    here, report = Path(__file__).parent, tmp_path / "report.xml"
-    bodies = [str(here / f"test_{name}.py") for name in ("clustering", "pool", "attention_received")]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TOKENPOOL_EXT_REQUIRE_")}
-    environment.update(PYTHONPATH=str(simulator.HERE), TOKENPOOL_EXT_TEST_COVER="1", OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "sim_plugin", f"--junitxml={report}", *bodies],
-                          env=environment, cwd=here.parent, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-8000:]
-    passed = [case.get("name") for case in ElementTree.parse(report).iter("testcase")
-              if not any(child.tag in ("skipped", "failure", "error") for child in case)]
-    assert len(passed) >= 200, len(passed)
-    for path in simulator.PATHS:
-        assert sum(f"cuda_sim_{path}" in name for name in passed) >= 40, path
+    simulator.shared_bodies_pass(tmp_path, "")

@@ -93,6 +93,7 @@ struct Machine {
   bool reverse = false;  // order in which threads run between barriers
   Dim block_index{0, 0, 0}, block_dim{1, 1, 1}, grid_dim{1, 1, 1};
   std::unique_ptr<unsigned char[]> shared;
+  size_t shared_bytes = 0;
   char start_slot = 0, end_slot = 0, fence_slot = 0;
 };
 
@@ -252,6 +253,7 @@ SIM_HIDDEN inline void run_block(int threads, size_t shared_bytes) {
     f.tsan = __tsan_create_fiber(0);
 #endif
   }
+  m.shared_bytes = shared_bytes;
   m.shared.reset(new unsigned char[shared_bytes + 1]);
   std::memset(m.shared.get(), 0xff, shared_bytes);  // NaN, -1
   m.threads = threads;
@@ -267,14 +269,13 @@ SIM_HIDDEN inline void run_block(int threads, size_t shared_bytes) {
   SIM_ACQUIRE(&m.end_slot);
 }
 
-// A whole launch. Blocks run in ascending order, or descending with `reverse`.
-template <typename Args>
-int launch(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, size_t shared_bytes) {
+// A whole launch; body() is one thread. Blocks run in ascending order, or descending with `reverse`.
+inline int launch(std::function<void()> body, int64_t blocks, int threads, size_t shared_bytes) {
   Machine& m = machine();
   // A short grid also exercises the kernels' loops over the work that does not fit it.
   const int64_t grid = std::min<int64_t>(blocks, 3);
   if (grid <= 0) return 0;
-  m.body = [kernel, args] { kernel(args); };
+  m.body = std::move(body);
   m.block_dim = Dim{static_cast<unsigned>(threads), 1, 1};
   m.grid_dim = Dim{static_cast<unsigned>(grid), 1, 1};
   for (int64_t i = 0; i < grid; ++i) {
@@ -283,6 +284,11 @@ int launch(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, 
   }
   m.body = nullptr;
   return 0;
+}
+
+template <typename Args>
+int launch(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, size_t shared_bytes) {
+  return launch([kernel, args] { kernel(args); }, blocks, threads, shared_bytes);
 }
 
 }  // namespace cuda_sim
