@@ -17,6 +17,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
+import count  # noqa: E402
 import ptx  # noqa: E402
 import simulator  # noqa: E402
 from helpers import assert_identical, positive_weights, spread_indices  # noqa: E402
@@ -150,6 +151,76 @@ def test_faults_are_found(run, body, message):
     assert isinstance(said, str) and message in said, said
 
 
+COUNTED = """
+.loc 1 10 1
+	setp.lt.s32 %p1, %r1, 40;
+	@%p1 bra $L__BB0_2;
+.loc 1 3 1, function_name $L__info_string0, inlined_at 1 20 5
+	add.s32 %r0, %r0, 1;
+	add.s32 %r0, %r0, 2;
+$L__BB0_2:
+.loc 1 30 1
+	shl.b32 %r2, %r1, 7;
+	and.b32 %r2, %r2, 4095;
+	mov.u32 %r3, _ZN9tokenpool4cuda6memoryE;
+	add.s32 %r4, %r3, %r2;
+.loc 1 31 1
+	st.shared.u32 [%r4], %r1;
+.loc 1 32 1
+	shl.b32 %r5, %r1, 4;
+	and.b32 %r5, %r5, 511;
+	add.s32 %r4, %r3, %r5;
+.loc 1 33 1
+	ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r4];
+.loc 1 34 1
+	ld.shared.u32 %r5, [%r3];
+.loc 1 35 1
+	ld.global.u32 %r5, [%rd2];
+.loc 1 36 1
+	mul.wide.s32 %rd5, %r1, 32;
+	add.s64 %rd6, %rd2, %rd5;
+.loc 1 37 1
+	ld.global.u32 %r5, [%rd6];
+.loc 1 38 1
+"""
+
+
+def test_counts(tmp_path):
+    listing = ptx.Listing()
+    kernel, = ptx.kernels('.file 1 "some.cuh"\n' + ENTRY.replace("BODY", COUNTED), listing)
+    source, program = tmp_path / "some.cpp", tmp_path / "some"
+    source.write_text(f"""
+#include "ptx_ops.h"
+#include "count.h"
+using namespace ptx;
+{kernel.text}
+int main() {{
+  alignas(64) static unsigned out[512];
+  static int64_t blocks[{listing.blocks}], accesses[{len(listing.instructions)}][3];
+  const unsigned* data = out;
+  cuda_sim::launch([&] {{ some.run(&data); }}, 1, 64, some.static_shared + 4096);
+  fold_counts();
+  take_counts(blocks, accesses);
+  for (int64_t v : blocks) std::printf("%ld ", static_cast<long>(v));
+  for (auto& a : accesses) std::printf("%ld %ld %ld ", static_cast<long>(a[0]), static_cast<long>(a[1]), static_cast<long>(a[2]));
+}}""")
+    subprocess.run([simulator.compiler(), "-std=c++17", f"-I{simulator.HERE}", str(source), "-o", str(program)], check=True)
+    numbers = np.array([int(v) for v in subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.split()])
+    lines = count.by_place(listing.instructions, numbers[:listing.blocks], numbers[listing.blocks:].reshape(-1, 3))
+    at = {place[-1]: line for place, line in lines.items()}
+    assert at["some.cuh:10"].instructions == 2 * 2  # two warps
+    assert at["some.cuh:20"].instructions == at["some.cuh:3"].instructions == 2  # only the second warp's upper lanes
+    assert ("some", "some.cuh:20", "some.cuh:3") in lines
+    passes = {number: (at[f"some.cuh:{number}"].passes, at[f"some.cuh:{number}"].conflicts) for number in (31, 33, 34)}
+    assert passes == {31: (64, 62), 33: (8, 0), 34: (2, 0)}  # one bank; 16 bytes a lane; one word for all
+    sectors = {number: (at[f"some.cuh:{number}"].sectors, at[f"some.cuh:{number}"].wasted) for number in (35, 37, 38)}
+    assert sectors == {35: (2, 0), 37: (64, 56), 38: (8, 0)}
+    assert at["some"].kinds["shared"] == 3 * 2 and at["some"].kinds["global"] == 3 * 2
+    assert at["some"].instructions == sum(line.instructions for place, line in lines.items() if len(place) == 2) + 6 * 2
+    shown = "\n".join(count.table(lines, 0.0))
+    assert "some.cuh:31" in shown and "some" in shown
+
+
 @pytest.mark.parametrize("body", ["ld.shared.s8 %r0, [%r1];", "mov.u32 %r0, %clock;", "mov.u32 %r0, unknown;"])
 def test_what_is_not_translated_is_said(body):
     with pytest.raises(NotImplementedError):
@@ -182,6 +253,13 @@ def test_float32_has_the_bits_of_the_source(compiled, path, algorithm):
             want = getattr(source, algorithm)(x, w, None, None, init, k, 5, False)
             got = getattr(simulator.Simulator(compiled, path=path), algorithm)(x, w, None, None, init, k, 5, False)
             assert_identical(want, got)
+
+
+def test_a_call_is_counted(compiled, capsys):
+    """3 tiles of 32 x 32 of the triangle, 8 steps of a tensor core for every 16 of 64 features."""
+    count.main(["--shape", "1x64x64", "--clusters", "16", "--path", "resident"])
+    kernel = next(line.split() for line in capsys.readouterr().out.splitlines() if "resident___nv_bfloat16" in line)
+    assert int(kernel[2]) == 3 * 8 * 4 and int(kernel[0]) > 5000
 
 
 def test_the_simulators_tests_pass_on_the_compiled_kernels(compiled, tmp_path):

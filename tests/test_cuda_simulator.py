@@ -128,7 +128,7 @@ def test_constant_tokens_are_repaired_to_k_clusters(library, path, algorithm, va
 
 @pytest.mark.parametrize("power", [-100, -40, 30, 125])
 def test_scaling_by_a_power_of_two_changes_no_bit(library, path, algorithm, power):
-    """Also the resident kernel's second product, when the first leaves the safe range."""
+    """Also the second product of an image, when the first leaves the safe range."""
     sim = simulator.Simulator(library, path=path)
     for dtype in (torch.float32, torch.bfloat16):
         x = tokens(1, 20, 6, dtype, groups=4).clamp(-3.9, 3.9)
@@ -139,6 +139,10 @@ def test_scaling_by_a_power_of_two_changes_no_bit(library, path, algorithm, powe
         assert_identical(plain.assignment, scaled.assignment)
         assert_identical(plain.centers, torch.ldexp(scaled.centers.double(), torch.tensor(-power)).to(dtype))
         assert bool(torch.isfinite(scaled.inertia).all())
+        mixed = torch.cat([x, torch.ldexp(x, torch.tensor(power)).to(dtype), x])  # images that need it beside others
+        together = cluster(sim, algorithm, mixed, init.expand(3, -1), 4)
+        for i, alone in enumerate((plain, scaled, plain)):
+            assert_identical(alone, Clusters(*[None if t is None else t[i : i + 1] for t in together]))
 
 
 def test_numbers_that_are_not_finite_stay_in_their_image(library, path, algorithm):

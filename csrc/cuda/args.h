@@ -63,13 +63,18 @@ struct StatsArgs {
   int use_scale;             // 0: scale stays 1 (float16 cannot overflow a float32 product)
 };
 
+// Half types need not know an image before its products are formed: scaling is needed so rarely that they are formed
+// without it (kUnscaled), measured, and formed again for the images that need it (kScaledOnly).
+enum class GramPass : int { kAll = 0, kUnscaled = 1, kScaledOnly = 2 };
+
 struct GramArgs {
   Shape shape;
   Tokens x;
-  const ImageStats* stats;
-  const float* mean;  // (B, D) or null
-  float* gram;        // (B, N, ld)
+  const ImageStats* stats;  // not read in kUnscaled
+  const float* mean;        // (B, D) or null
+  float* gram;              // (B, N, ld)
   int64_t ld;
+  GramPass pass;
 };
 
 // What every kernel that runs the iterations of whole images is told.
@@ -95,6 +100,16 @@ struct ListArgs {
   int* segment_start;   // (B, K)
   int* segment_length;  // (B, K)
   int* arrived;         // (B,) cleared for the means kernel
+};
+
+// Stats of images whose products have been formed without scaling.
+struct MeasureArgs {
+  IterationArgs run;
+  Tokens x;
+  const int64_t* counts;
+  const float* gram;  // (B, N, ld)
+  int64_t ld;
+  ImageStats* stats;  // (B,) written
 };
 
 struct IterateArgs {

@@ -18,34 +18,21 @@ struct AssignScratch {
   int owner[kBlockTile];
 };
 
-// acc += a b^T of one chunk for every part of the centers, one after the other: the tokens' fragments are loaded once.
+// acc += a b^T of one chunk for every part of the centers: the tokens' fragments are loaded once.
 template <typename T>
 __device__ inline void assign_product(TileAccumulator& acc, const T* a, int a_stride, const T* b) {
   constexpr int kChunk = stage_chunk(TypeTraits<T>::kType), kStride = stage_stride(TypeTraits<T>::kType, kChunk);
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  uint32_t fa[kChunk / 16][2][4];
+  constexpr int kBytes = sizeof(T);
+  const SharedAddress left = left_matrices(a, a_stride), right = right_matrices(b, kStride);
 #pragma unroll
-  for (int k = 0; k < kChunk / 16; ++k)
+  for (int k = 0; k < kChunk; k += 16) {
+    uint32_t fa[2][4];
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi)
+    for (int mi = 0; mi < 2; ++mi) load_matrices(fa[mi], left + kBytes * (16 * mi * a_stride + k));
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        fa[k][mi][e] =
-            *reinterpret_cast<const uint32_t*>(a + (16 * mi + g + 8 * (e % 2)) * a_stride + 16 * k + 2 * t + 8 * (e / 2));
-#pragma unroll
-  for (int part = 0; part < CenterSplit<T>::kParts; ++part)
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k)
-#pragma unroll
-      for (int ni = 0; ni < 4; ++ni) {
-        uint32_t fb[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          fb[e] = *reinterpret_cast<const uint32_t*>(b + (part * kAssignClusters + 8 * ni + g) * kStride + 16 * k + 2 * t +
-                                                     8 * e);
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi) mma_16x8x16(acc[mi][ni], fa[k][mi], fb, T{});
-      }
+    for (int part = 0; part < CenterSplit<T>::kParts; ++part)
+      multiply_fragments<T>(acc, fa, right + kBytes * (part * kAssignClusters * kStride + k), kBytes * kStride);
+  }
 }
 
 __device__ inline void assign_product(TileAccumulator& acc, const float* a, int a_stride, const float* b) {
@@ -89,12 +76,16 @@ __global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
     // Where the tokens of chunk k0 are, and the copies of one step: 64 centers, and the tokens unless they stay.
     const auto tokens_at = [&](int k0, int turn) { return a.keep_tokens ? rows + k0 : rows + turn * kBlockTile * kStride; };
     const auto fetch = [&](int j0, int k0, int turn) {
-      T* to = columns + turn * kColumns;
-      for (int p = threadIdx.x; p < kColumns / kStride * (kChunk / kVector); p += blockDim.x) {
-        const int row = p / (kChunk / kVector), column = p % (kChunk / kVector) * kVector;
-        const int part = row / kAssignClusters;
-        const int j = min(j0 + row % kAssignClusters, k - 1);  // rows beyond the last are compared by none
-        copy_async(to + row * kStride + column, centers + (static_cast<int64_t>(j) * kParts + part) * width + k0 + column);
+      constexpr int kVectors = kChunk / kVector;  // of a row; a thread keeps its column
+      const unsigned thread = thread_index_anew(), column = thread % kVectors * kVector;
+#pragma unroll
+      for (int row = 0; row < kAssignClusters; row += 256 / kVectors) {
+        const int r = row + static_cast<int>(thread / kVectors), j = min(j0 + r, k - 1);  // rows beyond the last are compared by none
+        const SharedAddress to = shared_address(columns + turn * kColumns + r * kStride + column);
+        const T* from = centers + static_cast<int64_t>(j) * kParts * width + k0 + column;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          copy_async(to + sizeof(T) * part * kAssignClusters * kStride, from + part * width);
       }
       if (j0 == 0 || !a.keep_tokens)
         begin_rows(tokens_at(k0, turn), row_stride, image, row0, kBlockTile, n, k0, kChunk, features);
@@ -133,8 +124,10 @@ __global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
 #pragma unroll
           for (int mi = 0; mi < 2; ++mi)
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-              best[mi][h] = smaller(best[mi][h], Candidate{norm - 2.0f * acc[mi][ni][2 * h + c], j});
+            for (int h = 0; h < 2; ++h) {  // j ascends here: a tie stays with the lowest
+              const float distance = norm - 2.0f * acc[mi][ni][2 * h + c];
+              if (distance < best[mi][h].value) best[mi][h] = Candidate{distance, j};
+            }
         }
     }
 #pragma unroll

@@ -22,6 +22,10 @@ int launch_gram(DType dtype, const GramArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(gram_kernel, dtype, args, launch);
 }
 
+int launch_measure(DType dtype, const MeasureArgs& args, const Launch& launch) {
+  TOKENPOOL_LAUNCH_TYPED(measure_kernel, dtype, args, launch);
+}
+
 int launch_iterate(const IterateArgs& args, const Launch& launch) { return launch_kernel(iterate_kernel, args, launch); }
 
 int launch_farthest(DType dtype, const FarthestArgs& args, const Launch& launch) {

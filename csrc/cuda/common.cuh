@@ -59,6 +59,9 @@ __device__ inline T from_float(float v) {
 
 __device__ inline float infinity() { return __uint_as_float(0x7f800000u); }
 
+// Whether products of tokens whose largest square is this one neither overflow nor underflow, summed over all features.
+__device__ inline bool is_safe(float square) { return square >= 0x1p-40f && square <= 0x1p80f; }
+
 // The power of two s for which `largest` * s lies in [1, 2), and its reciprocal; 1 where `largest` is 0 or not finite.
 __device__ inline void power_of_two_scale(float largest, float* scale, float* inverse) {
   const unsigned biased = (__float_as_uint(largest) >> 23) & 255u;

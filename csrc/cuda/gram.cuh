@@ -6,6 +6,7 @@
 // after the first touch) and writes 2 * 64 KB.
 #pragma once
 
+#include "measure.cuh"
 #include "tile.cuh"
 
 namespace tokenpool {
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
     triangle_position(static_cast<int>(work % tiles), &panel_row, &panel_column);
     const int row0 = panel_row * kBlockTile, column0 = panel_column * kBlockTile;
     const Image<T> image(a.x, b);
-    const float scale = a.stats[b].scale;
+    const float scale = a.pass == GramPass::kUnscaled ? 1.0f : a.stats[b].scale;
+    if (a.pass == GramPass::kScaledOnly && scale == 1.0f) continue;
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
     const int warp_row = warp_index() / 2 * kTile, warp_column = warp_index() % 2 * kWarpColumns;
     const int first_row = row0 + warp_row, first_column = column0 + warp_column;
@@ -42,8 +44,14 @@ __global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
     for (int h = 0; h < kParts; ++h) clear(acc[h]);
     const T* other = row0 == column0 ? rows : columns;
     for (int k0 = 0; k0 < features; k0 += chunk) {
-      stage_rows(rows, image, row0, kBlockTile, n, k0, chunk, features, scale, mean);
-      if (row0 != column0) stage_rows(columns, image, column0, kBlockTile, n, k0, chunk, features, scale, mean);
+      if (scale == 1.0f && mean == nullptr) {
+        begin_rows(rows, stride, image, row0, kBlockTile, n, k0, chunk, features);
+        if (row0 != column0) begin_rows(columns, stride, image, column0, kBlockTile, n, k0, chunk, features);
+        wait_for_copies();
+      } else {
+        stage_rows(rows, image, row0, kBlockTile, n, k0, chunk, features, scale, mean);
+        if (row0 != column0) stage_rows(columns, image, column0, kBlockTile, n, k0, chunk, features, scale, mean);
+      }
       __syncthreads();
       if (multiplies)
 #pragma unroll
@@ -64,6 +72,22 @@ __global__ void __launch_bounds__(256, 2) gram_kernel(GramArgs a) {
             const int i = first_row + tile_row(mi, e), l = first_column + h * kPart + tile_column(ni, e);
             if (i < n && l <= i) g[i * a.ld + l] = g[l * a.ld + i] = acc[h][mi][ni][e];
           }
+  }
+}
+
+// One block per image: what is to be known about it, from the diagonal of its products where that says enough.
+template <typename T>
+__global__ void __launch_bounds__(256, 2) measure_kernel(MeasureArgs a) {
+  TOKENPOOL_DYNAMIC_SHARED(memory);
+  __shared__ BlockScratch scratch;
+  const int n = a.run.shape.tokens;
+  float* weight = reinterpret_cast<float*>(memory);
+  for (int64_t b = blockIdx.x; b < a.run.shape.batch; b += gridDim.x) {
+    const FullGram gram = {a.gram + b * n * a.ld, static_cast<int>(a.ld)};
+    ImageStats stats = measure_image(a.run, a.counts, b, weight, scratch);
+    must_scale(gram, Image<T>(a.x, b), weight, n, a.run.shape.features, stats, scratch);
+    if (threadIdx.x == 0) a.stats[b] = stats;
+    __syncthreads();
   }
 }
 

@@ -17,6 +17,7 @@ struct Launch {
 int launch_absmax(DType dtype, const StatsArgs& args, const Launch& launch);
 int launch_center(DType dtype, const StatsArgs& args, const Launch& launch);
 int launch_gram(DType dtype, const GramArgs& args, const Launch& launch);
+int launch_measure(DType dtype, const MeasureArgs& args, const Launch& launch);
 int launch_iterate(const IterateArgs& args, const Launch& launch);
 int launch_resident(DType dtype, const ResidentArgs& args, const Launch& launch);
 int launch_token_mean(const TokenMeanArgs& args, const Launch& launch);

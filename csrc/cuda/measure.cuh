@@ -1,10 +1,11 @@
 // How one block prepares an image on the paths "resident" and "spread". Both follow one rule, so that an image's result
 // does not depend on which of the two ran: the product is formed without scaling first, and only if its diagonal leaves
-// the safe range [2^-40, 2^80] is it redone with the image scaled by a power of two. Scaling by powers of two changes no
+// the safe range (is_safe) is it redone with the image scaled by a power of two. Scaling by powers of two changes no
 // rounding, so the rule is invisible.
 #pragma once
 
 #include "state.cuh"
+#include "tile.cuh"
 
 namespace tokenpool {
 namespace cuda {
@@ -33,10 +34,28 @@ __device__ inline ImageStats measure_image(const IterationArgs& a, const int64_t
   return stats;
 }
 
+// A warp's products, rows and columns from (row0, column0), into the packed triangle: what lies in it.
+template <int kRows, int kColumns>
+__device__ inline void store_tile(float* gram, const float (&acc)[kRows][kColumns][4], int row0, int column0, int tokens) {
+  const int lane = thread_index_anew() % kWarp, column = column0 + tile_column(0, 0, lane);
+#pragma unroll
+  for (int mi = 0; mi < kRows; ++mi)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = row0 + tile_row(mi, 2 * r, lane), last = i < tokens ? i - column : -1;
+      float* to = gram + PackedGram::row(i) + column;
+#pragma unroll
+      for (int ni = 0; ni < kColumns; ++ni)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          if (8 * ni + c <= last) to[8 * ni + c] = acc[mi][ni][2 * r + c];
+    }
+}
+
 // Whether G, formed without scaling, must be formed again; sets the scale. The same for the whole block. Ends with a
 // barrier when it says yes.
-template <typename T>
-__device__ inline bool must_scale(const PackedGram& gram, const Image<T>& image, const float* weight, int tokens,
+template <typename Gram, typename T>
+__device__ inline bool must_scale(const Gram& gram, const Image<T>& image, const float* weight, int tokens,
                                   int features, ImageStats& stats, BlockScratch& scratch) {
   float largest = 0.0f;
 #pragma unroll 1
@@ -45,7 +64,7 @@ __device__ inline bool must_scale(const PackedGram& gram, const Image<T>& image,
     if (weight[i] >= 0.0f) largest = fmaxf(largest, square == square ? square : infinity());
   }
   largest = block_max(largest, scratch);
-  if (largest >= 0x1p-40f && largest <= 0x1p80f) return false;
+  if (is_safe(largest)) return false;
   float absolute = 0.0f;
 #pragma unroll 1
   for (int i = warp_index(); i < tokens; i += warps_in_block())

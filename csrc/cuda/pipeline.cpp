@@ -106,14 +106,25 @@ int run_spread(const CudaPlan& plan, const ClusterCall& call, const Workspace& w
   return launch_results(call, w, stream);
 }
 
-int run_gram(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
-  TOKENPOOL_TRY(launch_stats(call, w, stream));
-  if (call.init_centers != nullptr) TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
-  const GramArgs gram{call.shape, call.x, w.stats, w.mean, w.gram, w.ld};
+int launch_products(const ClusterCall& call, const Workspace& w, GramPass pass, void* stream) {
+  const GramArgs gram{call.shape, call.x, w.stats, w.mean, w.gram, w.ld, pass};
   const int64_t panels = divide_up(call.shape.tokens, kBlockTile);
-  TOKENPOOL_TRY(launch_gram(call.dtype, gram,
-                            Launch{call.shape.batch * panels * (panels + 1) / 2, 256,
-                                   stage_bytes(call.dtype, 2 * kBlockTile, stage_chunk(call.dtype)), stream}));
+  return launch_gram(call.dtype, gram,
+                     Launch{call.shape.batch * panels * (panels + 1) / 2, 256,
+                            stage_bytes(call.dtype, 2 * kBlockTile, stage_chunk(call.dtype)), stream});
+}
+
+int run_gram(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
+  if (call.init_centers != nullptr || w.mean != nullptr || !use_scale(call.dtype)) {
+    TOKENPOOL_TRY(launch_stats(call, w, stream));
+    if (call.init_centers != nullptr) TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
+    TOKENPOOL_TRY(launch_products(call, w, GramPass::kAll, stream));
+  } else {  // bfloat16: a reading of all tokens less
+    TOKENPOOL_TRY(launch_products(call, w, GramPass::kUnscaled, stream));
+    const MeasureArgs measure{iterations_of(plan, call, w), call.x, call.counts, w.gram, w.ld, w.stats};
+    TOKENPOOL_TRY(launch_measure(call.dtype, measure, Launch{call.shape.batch, 256, sizeof(float) * call.shape.tokens, stream}));
+    TOKENPOOL_TRY(launch_products(call, w, GramPass::kScaledOnly, stream));
+  }
   const IterateArgs iterate{iterations_of(plan, call, w), lists_of(w), w.gram, w.ld, w.stats};
   TOKENPOOL_TRY(launch_iterate(iterate, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
   return launch_results(call, w, stream);

@@ -65,15 +65,7 @@ __device__ inline void build_gram(float* gram, const Image<T>& image, T* staged,
     }
 #pragma unroll
     for (int h = 0; h < kTilesPerWarp; ++h)
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi)
-#pragma unroll
-        for (int ni = 0; ni < 4; ++ni)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int i = row[h] * kTile + tile_row(mi, e), l = column[h] * kTile + tile_column(ni, e);
-            if (active[h] && i < tokens && l <= i) gram[PackedGram::row(i) + l] = acc[h][mi][ni][e];
-          }
+      if (active[h]) store_tile(gram, acc[h], row[h] * kTile, column[h] * kTile, tokens);
   }
   __syncthreads();
 }
@@ -82,6 +74,7 @@ template <typename T>
 __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ BlockScratch scratch;
+  __shared__ ImageStats stats;  // here, because the products need the registers
   const int n = a.run.shape.tokens, k = a.run.shape.clusters, features = a.run.shape.features;
   const PackedGram gram = {reinterpret_cast<float*>(memory)};
   float* weight = gram.g + packed_words(n);
@@ -89,11 +82,17 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
   ClusterState s(weight, rest, n, k);
   for (int64_t b = blockIdx.x; b < a.run.shape.batch; b += gridDim.x) {
     const Image<T> image(a.x, b);
-    ImageStats stats = measure_image(a.run, a.counts, b, weight, scratch);
+    ImageStats measured = measure_image(a.run, a.counts, b, weight, scratch);
+    if (threadIdx.x == 0) stats = measured;
     for (bool again = true; again;) {
-      build_gram(gram.g, image, static_cast<T*>(rest), weight, n, features, a.chunk, stats.valid, stats.scale);
-      again = a.use_scale && stats.scale == 1.0f && must_scale(gram, image, weight, n, features, stats, scratch);
+      build_gram(gram.g, image, static_cast<T*>(rest), weight, n, features, a.chunk, measured.valid, measured.scale);
+      again = a.use_scale && measured.scale == 1.0f && must_scale(gram, image, weight, n, features, measured, scratch);
     }
+    if (threadIdx.x == 0) {
+      stats.scale = measured.scale;
+      stats.inv_scale = measured.inv_scale;
+    }
+    __syncthreads();
     const ClusterProblem p = problem_of(a.run, b, stats.clusters);
     cluster_from_gram<1, false>(gram, s, p, scratch);
     write_assignment(a.run, b, s);

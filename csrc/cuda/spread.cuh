@@ -44,11 +44,13 @@ __device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged
                                    int features, int chunk, float scale, const float* mean) {
   const int stride = stage_stride(TypeTraits<T>::kType, chunk);
   const int row0 = row_tile * kTile, column0 = column_tile * kTile;
-  const int row = 16 * (warp_index() / 2), column = 16 * (warp_index() % 2);
+  const unsigned warp = thread_index_anew() / kWarp;
+  const int row = 16 * (warp / 2), column = 16 * (warp % 2);
   T* other = row_tile == column_tile ? staged : staged + kTile * stride;
   const bool multiplies = warp_index() < 4;
   float acc[1][2][4];
   clear(acc);
+#pragma unroll 1
   for (int k0 = 0; k0 < features; k0 += chunk) {
     const auto stage = [&](T* dst, int first) {
       if constexpr (kInFlight == 0)
@@ -62,13 +64,7 @@ __device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged
     if (multiplies) tile_product(acc, staged + row * stride, other + column * stride, stride, chunk);
     __syncthreads();
   }
-#pragma unroll
-  for (int ni = 0; ni < 2; ++ni)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int i = row0 + row + tile_row(0, e), l = column0 + column + tile_column(ni, e);
-      if (multiplies && i < tokens && l <= i) gram[PackedGram::row(i) + l] = acc[0][ni][e];
-    }
+  if (multiplies) store_tile(gram, acc, row0 + row, column0 + column, tokens);
 }
 
 // One block per (image, tile of the lower triangle).
@@ -112,7 +108,9 @@ __device__ inline void rebuild_gram(float* gram, const Image<T>& image, void* me
       if (warp_index() == 0 && f < features) mean[f] = value;
       __syncthreads();
     }
+#pragma unroll 1
   for (int row = 0; row * kTile < tokens; ++row)
+#pragma unroll 1
     for (int column = 0; column <= row; ++column)
       spread_tile<1>(gram, image, static_cast<T*>(memory), row, column, tokens, features,
                      stage_chunk(TypeTraits<T>::kType), stats.scale, mean);

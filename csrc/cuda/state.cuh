@@ -20,7 +20,8 @@ struct FullGram {
 struct PackedGram {
   float* g;
   __device__ static int row(int l) { return l * (l + 1) / 2; }
-  __device__ float at(int row_of_l, int l, int i) const { return g[l >= i ? row_of_l + i : row(i) + l]; }
+  // Element (max, min) of l and i: for l > i, row(l) - row(i) >= l - i, so that it is the larger of the two offsets.
+  __device__ float at(int row_of_l, int l, int i) const { return g[max(row_of_l + i, row(i) + l)]; }
   __device__ float operator()(int l, int i) const { return at(row(l), l, i); }
 };
 

@@ -1,5 +1,5 @@
-// What must be known about an image before products are formed: the power of two that brings max |x| into [1, 2), the
-// same for the weights, the number of valid tokens, and (float32) the mean token, which is subtracted because
+// What must be known about an image before products are formed: the power of two that brings max |x| into [1, 2), or 1
+// where its square is safe as it is; the same for the weights, the number of valid tokens, and (float32) the mean token, which is subtracted because
 // distances between tokens that share a large mean would cancel.
 #pragma once
 
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(256, 2) center_kernel(StatsArgs a) {
       valid = warp_sum(valid);
       if (lane_index() == 0) {
         ImageStats s;
-        power_of_two_scale(largest, &s.scale, &s.inv_scale);
+        s.scale = s.inv_scale = 1.0f;
+        if (!is_safe(largest * largest)) power_of_two_scale(largest, &s.scale, &s.inv_scale);
         power_of_two_scale(heaviest, &s.weight_scale, &s.inv_weight_scale);
         s.valid = valid;
         s.clusters = min(a.shape.clusters, valid);

@@ -13,30 +13,28 @@ struct Shares {
   float scale;           // power of two
   float total;           // of the scaled weights
   float mass;            // of the weights themselves
+  float equal;           // p of every member where all weigh the same: without weights, or where all are 0
   int length;
 
   __device__ Shares(const float* image_weights, const int* members, int count) : weights(image_weights), length(count) {
-    float heaviest = weights == nullptr ? 1.0f : 0.0f;
-    if (weights != nullptr)
+    scale = 1.0f;
+    total = mass = static_cast<float>(length);
+    equal = 1.0f / total;
+    if (weights == nullptr) return;
+    float heaviest = 0.0f;
 #pragma unroll 1
-      for (int m = lane_index(); m < length; m += kWarp) heaviest = fmaxf(heaviest, weights[members[m]]);
-    heaviest = warp_max(heaviest);
+    for (int m = lane_index(); m < length; m += kWarp) heaviest = fmaxf(heaviest, weights[members[m]]);
     float inverse;
-    power_of_two_scale(heaviest, &scale, &inverse);
+    power_of_two_scale(warp_max(heaviest), &scale, &inverse);
     total = 0.0f;
-    if (weights == nullptr)
-      total = static_cast<float>(length);
-    else
 #pragma unroll 1
-      for (int m = 0; m < length; ++m) total += normal_weight(weights, members[m], scale);
+    for (int m = 0; m < length; ++m) total += normal_weight(weights, members[m], scale);
     const float sum = total * inverse;
     mass = sum > FLT_MAX ? FLT_MAX : sum;
   }
 
   __device__ float weight(int token) const { return weights == nullptr ? 1.0f : normal_weight(weights, token, scale); }
-  __device__ float of(int token) const {
-    return total > 0.0f ? weight(token) / total : 1.0f / static_cast<float>(length);
-  }
+  __device__ float of(int token) const { return weights != nullptr && total > 0.0f ? weight(token) / total : equal; }
 };
 
 template <typename T>
@@ -57,6 +55,20 @@ __device__ inline void weighted_mean4(const Image<T>& image, const int* members,
 
 constexpr int kCenterChunks = 3;  // of 128 features that a warp sums at a time: 384 features in one go
 
+// Sum of ((v - c) * scale)^2, without overflow on the way. kScaled: scale is not 1.
+template <bool kScaled>
+__device__ inline float squared_distance(const float (&v)[kCenterChunks][4], const float (&center)[kCenterChunks][4], float scale) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kCenterChunks; ++c)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float difference = kScaled ? v[c][e] * scale - center[c][e] * scale : v[c][e] - center[c][e];
+      sum = fmaf(difference, difference, sum);
+    }
+  return sum;
+}
+
 // Writes one row of the centers, aligned as rows of features are. Returns sum_i w_i ||(x_i - c) * scale||^2 over the
 // members, w in units of stats.weight_scale, to every lane (0 without stats). medoid: token to copy in kMedoid mode.
 template <typename T>
@@ -67,26 +79,31 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
 #pragma unroll 1
   for (int f = 4 * lane_index(); f < features; f += 4 * kWarp * kCenterChunks) {
     float center[kCenterChunks][4] = {};
-    const int terms = mode == MeansMode::kMedoid ? 1 : shares.length;
+    if (mode == MeansMode::kMedoid) {
+      load_chunks(image, medoid, f, features, center);
+    } else {
 #pragma unroll 2
-    for (int m = 0; m < terms; ++m) {
-      const int token = mode == MeansMode::kMedoid ? medoid : members[m];
-      const float share = mode == MeansMode::kMean ? shares.of(token) : 1.0f;
-      float v[kCenterChunks][4];
-      load_chunks(image, token, f, features, v);
+      for (int m = 0; m < shares.length; ++m) {
+        const float share = mode == MeansMode::kMean ? shares.of(members[m]) : 1.0f;
+        float v[kCenterChunks][4];
+        load_chunks(image, members[m], f, features, v);
 #pragma unroll
-      for (int c = 0; c < kCenterChunks; ++c)
+        for (int c = 0; c < kCenterChunks; ++c)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) center[c][e] = fmaf(share, v[c][e], center[c][e]);
+          for (int e = 0; e < 4; ++e) center[c][e] = fmaf(share, v[c][e], center[c][e]);
+      }
     }
 #pragma unroll
     for (int c = 0; c < kCenterChunks; ++c) {
       const int at = f + 4 * kWarp * c;
       Four<T> row;
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        row.value[e] =
-            mode == MeansMode::kMedoid && at + e < features ? image.raw(medoid, at + e) : from_float<T>(center[c][e]);
+      for (int e = 0; e < 4; ++e) row.value[e] = from_float<T>(center[c][e]);
+      if (mode == MeansMode::kMedoid) {  // as it is, to the bit
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (at + e < features) row.value[e] = image.raw(medoid, at + e);
+      }
       if (features % 4 == 0) {
         if (at < features) *reinterpret_cast<Four<T>*>(out + at) = row;
       } else {
@@ -102,13 +119,9 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
       const float w = normal_weight(image_weights, token, stats->weight_scale);
       float v[kCenterChunks][4];
       load_chunks(image, token, f, features, v);
-#pragma unroll
-      for (int c = 0; c < kCenterChunks; ++c)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float difference = v[c][e] * stats->scale - center[c][e] * stats->scale;
-          error = fmaf(w * difference, difference, error);
-        }
+      const float squares = stats->scale == 1.0f ? squared_distance<false>(v, center, 1.0f)
+                                                 : squared_distance<true>(v, center, stats->scale);
+      error = fmaf(w, squares, error);
     }
   }
   return stats == nullptr ? 0.0f : warp_sum(error);

@@ -13,8 +13,8 @@ namespace cuda {
 
 typedef float TileAccumulator[2][4][4];
 
-__device__ inline int tile_row(int mi, int e) { return 16 * mi + lane_index() / 4 + 8 * (e / 2); }
-__device__ inline int tile_column(int ni, int e) { return 8 * ni + 2 * (lane_index() % 4) + e % 2; }
+__device__ inline int tile_row(int mi, int e, int lane = lane_index()) { return 16 * mi + lane / 4 + 8 * (e / 2); }
+__device__ inline int tile_column(int ni, int e, int lane = lane_index()) { return 8 * ni + 2 * (lane % 4) + e % 2; }
 
 // Row and column of element t of a lower triangle counted by rows.
 __device__ inline void triangle_position(int t, int* row, int* column) {
@@ -41,11 +41,31 @@ __device__ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes from global to shared memory, past the registers: all of a thread's copies wait for memory together.
-__device__ inline void copy_async(void* shared, const void* global) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+// threadIdx.x, read anew: what is computed from it is not kept in registers across a loop that computes it again.
+__device__ inline unsigned thread_index_anew() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
+
+// Shared memory as instructions name it, in bytes.
+typedef uint32_t SharedAddress;
+__device__ inline SharedAddress shared_address(const void* p) { return static_cast<SharedAddress>(__cvta_generic_to_shared(p)); }
+
+// Four 8 x 8 matrices from shared memory for one warp: lane l points at row l % 8 of matrix l / 8 (16 bytes, aligned), and
+// gets of each matrix the elements 2 (l % 4) and the next of row l / 4, which is what mma wants.
+__device__ inline void load_matrices(uint32_t (&d)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(row)
+               : "memory");
+}
+
+// 16 bytes from global to shared memory, past the registers: all of a thread's copies wait for memory together.
+__device__ inline void copy_async(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ inline void copy_async(void* shared, const void* global) { copy_async(shared_address(shared), global); }
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
@@ -60,44 +80,73 @@ __device__ inline void clear(float (&acc)[kRows][kColumns][4]) {
       for (int e = 0; e < 4; ++e) acc[mi][ni][e] = 0.0f;
 }
 
-// acc += a b^T over `chunk` features. a and b are 16 kRows and 8 kColumns staged rows, `stride` elements apart in
-// shared memory (a TileAccumulator is 2 x 4). An element's sum is the same whatever the tile's size.
+// Where this lane points for load_matrices, so that register e holds what mma wants: of 16 rows on the left (rows g, g + 8,
+// g, g + 8; features 2t, 2t, 2t + 8, 2t + 8), or of 16 rows on the right, two steps (0, 1 of rows 0 to 7; 2, 3 of the others).
+template <typename T>
+__device__ inline SharedAddress left_matrices(const T* rows, int stride) {
+  const unsigned lane = thread_index_anew() % kWarp;
+  return shared_address(rows + lane % 16 * stride + lane / 16 * 8);
+}
+template <typename T>
+__device__ inline SharedAddress right_matrices(const T* rows, int stride) {
+  const unsigned lane = thread_index_anew() % kWarp;
+  return shared_address(rows + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8);
+}
+
+// acc += a b^T over 16 features: fragments of a, and staged rows of b at right_matrices, `row_bytes` apart.
 template <typename T, int kRows, int kColumns>
-__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const T* a, const T* b, int stride, int chunk) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll 1
-  for (int k = 0; k < chunk; k += 16) {
-    uint32_t fa[kRows][4];
+__device__ inline void multiply_fragments(float (&acc)[kRows][kColumns][4], const uint32_t (&a)[kRows][4], SharedAddress right,
+                                          int row_bytes) {
+  static_assert(kColumns % 2 == 0, "the right side is loaded by 16 rows");
 #pragma unroll
-    for (int mi = 0; mi < kRows; ++mi)
+  for (int ni = 0; ni < kColumns; ni += 2) {
+    uint32_t b[4];
+    load_matrices(b, right + 8 * ni * row_bytes);
 #pragma unroll
-      for (int e = 0; e < 4; ++e)  // registers: rows g, g+8, g, g+8; features 2t, 2t, 2t+8, 2t+8
-        fa[mi][e] = *reinterpret_cast<const uint32_t*>(a + (16 * mi + g + 8 * (e % 2)) * stride + k + 2 * t + 8 * (e / 2));
+    for (int u = 0; u < 2; ++u) {
+      const uint32_t fb[2] = {b[2 * u], b[2 * u + 1]};
 #pragma unroll
-    for (int ni = 0; ni < kColumns; ++ni) {
-      uint32_t fb[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) fb[e] = *reinterpret_cast<const uint32_t*>(b + (8 * ni + g) * stride + k + 2 * t + 8 * e);
-#pragma unroll
-      for (int mi = 0; mi < kRows; ++mi) mma_16x8x16(acc[mi][ni], fa[mi], fb, T{});
+      for (int mi = 0; mi < kRows; ++mi) mma_16x8x16(acc[mi][ni + u], a[mi], fb, T{});
     }
   }
+}
+
+// acc += a b^T over `chunk` features, a multiple of 32. a and b are 16 kRows and 8 kColumns staged rows, `stride` elements
+// apart in shared memory (a TileAccumulator is 2 x 4). An element's sum is the same whatever the tile's size.
+template <typename T, int kRows, int kColumns>
+__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const T* a, const T* b, int stride, int chunk) {
+  constexpr int kSteps = 2, kStep = 16 * sizeof(T);
+  const int row_bytes = stride * sizeof(T);
+  SharedAddress left = left_matrices(a, stride), right = right_matrices(b, stride);
+  const SharedAddress end = left + chunk / 16 * kStep;
+#pragma unroll 1
+  for (; left != end; left += kSteps * kStep, right += kSteps * kStep)
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t fa[kRows][4];
+#pragma unroll
+      for (int mi = 0; mi < kRows; ++mi) load_matrices(fa[mi], left + k * kStep + 16 * mi * row_bytes);
+      multiply_fragments<T>(acc, fa, right + k * kStep, row_bytes);
+    }
 }
 
 template <int kRows, int kColumns>
 __device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, int a_stride,
                                     const float* b, int stride, int chunk) {
+  const unsigned lane = thread_index_anew() % kWarp;
+  a += lane / 4 * a_stride;
+  b += 2 * (lane % 4) * stride;
 #pragma unroll 2
   for (int k = 0; k < chunk; ++k) {
     float fa[kRows][2], fb[kColumns][2];
 #pragma unroll
     for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) fa[mi][h] = a[tile_row(mi, 2 * h) * a_stride + k];
+      for (int h = 0; h < 2; ++h) fa[mi][h] = a[(16 * mi + 8 * h) * a_stride + k];
 #pragma unroll
     for (int ni = 0; ni < kColumns; ++ni)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) fb[ni][e] = b[tile_column(ni, e) * stride + k];
+      for (int e = 0; e < 2; ++e) fb[ni][e] = b[(8 * ni + e) * stride + k];
 #pragma unroll
     for (int mi = 0; mi < kRows; ++mi)
 #pragma unroll
@@ -142,7 +191,7 @@ __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int 
   const int stride = stage_stride(TypeTraits<T>::kType, chunk);
   const int last = chunk / kVector - 1, shift = __popc(last), total = rows << shift;
 #pragma unroll 1
-  for (int p0 = threadIdx.x; p0 < total; p0 += kInFlight * blockDim.x) {
+  for (int p0 = thread_index_anew(); p0 < total; p0 += kInFlight * blockDim.x) {
     RowVector<T> v[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
@@ -166,21 +215,26 @@ __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int 
   }
 }
 
-// Begins to copy the same rows as they are, `stride` elements apart: a thread waits for its copies later, all at once.
+// Begins to copy the same rows as they are, `stride` elements apart: a thread waits for its copies later, all at once. The
+// block has a power of two threads, at least as many as 16-byte vectors in a row of the chunk: a thread keeps its column.
 template <typename T>
 __device__ inline void begin_rows(T* dst, int stride, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk,
                                   int features) {
   constexpr int kVector = RowVector<T>::kCount;
-  const int last = chunk / kVector - 1, shift = __popc(last);
+  const int last = chunk / kVector - 1, shift = __popc(last), step = blockDim.x >> shift;
+  const int thread = static_cast<int>(thread_index_anew());
+  const int column = (thread & last) * kVector, present = min(rows, tokens - first);
+  int row = thread >> shift;
+  if (image.vectorised && k0 + column + kVector <= features) {
+    SharedAddress to = shared_address(dst + row * stride + column);
+    const T* from = image.data + (first + row) * image.stride_token + k0 + column;
 #pragma unroll 1
-  for (int p = threadIdx.x; p < rows << shift; p += blockDim.x) {
-    const int token = first + (p >> shift), column = (p & last) * kVector;
-    T* to = dst + (p >> shift) * stride + column;
-    if (image.vectorised && token < tokens && k0 + column + kVector <= features)
-      copy_async(to, image.data + token * image.stride_token + k0 + column);
-    else
-      *reinterpret_cast<RowVector<T>*>(to) = load_vector(image, token, tokens, k0 + column, features);
+    for (; row < present; row += step, to += step * stride * sizeof(T), from += step * image.stride_token) copy_async(to, from);
   }
+#pragma unroll 1
+  for (; row < rows; row += step)
+    *reinterpret_cast<RowVector<T>*>(dst + row * stride + column) =
+        row < present ? load_vector(image, first + row, tokens, k0 + column, features) : RowVector<T>{};
 }
 
 // Makes of them, once they are there, x * scale - mean: each thread what it copied itself, so that no barrier is needed.

@@ -74,6 +74,7 @@ struct WarpState {
   uint64_t value[kLanes];
   uint32_t a[kLanes][4];
   uint32_t b[kLanes][2];
+  uint32_t row[kLanes][4];
 };
 
 // All of the simulator's state. One host thread, so plain members do.
@@ -428,6 +429,22 @@ inline void wait_for_copies() {
   cuda_sim::Machine& m = cuda_sim::machine();
   for (const cuda_sim::Copy& copy : m.fibers[m.current].copies) std::memcpy(copy.to, copy.from, 16);
   m.fibers[m.current].copies.clear();
+}
+
+inline unsigned thread_index_anew() { return threadIdx.x; }
+
+typedef unsigned char* SharedAddress;
+inline SharedAddress shared_address(const void* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
+
+// Rows of four 8 x 8 matrices, one address a lane; every lane gets two elements of each.
+inline void load_matrices(uint32_t (&d)[4], const unsigned char* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) cuda_sim::fail("a misaligned row of a matrix");
+  cuda_sim::WarpState& warp = cuda_sim::my_warp();
+  const int lane = cuda_sim::my_lane();
+  std::memcpy(warp.row[lane], row, 16);
+  cuda_sim::warp_barrier(0xffffffffu);
+  for (int m = 0; m < 4; ++m) d[m] = warp.row[8 * m + lane / 4][lane % 4];
+  cuda_sim::warp_barrier(0xffffffffu);
 }
 
 // The tensor-core step, from the register layout of PTX's mma.m16n8k16: products exact, summed in feature order.

@@ -7,7 +7,7 @@ label. A kernel's shared variables lie before its dynamic shared memory, as on t
 from __future__ import annotations
 
 import re
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 REGISTER = {"pred": "bool", "b16": "b16", "b32": "b32", "f32": "b32", "b64": "b64", "f64": "b64"}
 SPECIAL = {"%tid.x": "threadIdx.x", "%ctaid.x": "blockIdx.x", "%ntid.x": "blockDim.x", "%nctaid.x": "gridDim.x"}
@@ -18,14 +18,23 @@ NAME = re.compile(r"_ZN9tokenpool4cuda\d+(\w+?)_kernel(?:I(f|6__half|13__nv_bflo
 TYPES = {"f": "float", "6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16", "t": "uint16_t", "j": "uint32_t"}
 
 
-def kernels(text: str, counted: bool = False) -> Iterator["Kernel"]:
-    """Every kernel of a PTX file. With `counted` each also counts what it executes (count.py; from nvcc -lineinfo)."""
+class Listing:
+    """Of kernels that count what they execute (count.h): every instruction's kernel, basic block, opcode and place, which
+    is the "file:line" of each call that was inlined on the way to it and its own."""
+
+    def __init__(self) -> None:
+        self.instructions: List[Tuple[str, int, str, List[str]]] = []
+        self.blocks = 0
+
+
+def kernels(text: str, listing: Optional[Listing] = None) -> Iterator["Kernel"]:
+    """Every kernel of a PTX file. With a `listing` (filled here) each counts what it executes; lines: nvcc -lineinfo."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"]*)"', text, re.M))
     text = re.sub(r"//[^\n]*", "", text)
-    text = re.sub(r"^\s*\.loc\s+(\d+) (\d+) [^\n]*", r".loc \1 \2;", text, flags=re.M)
+    text = re.sub(r"^\s*(\.loc\s[^\n]*)", r"\1;", text, flags=re.M)
     for symbol, parameter, _, body in ENTRY.findall(text):
         found = NAME.match(symbol)
-        yield Kernel(found[1] + (f"_{TYPES[found[2]]}" if found[2] else ""), parameter, body, files, counted)
+        yield Kernel(found[1] + (f"_{TYPES[found[2]]}" if found[2] else ""), parameter, body, files, listing)
 
 
 def _split(operands: str) -> List[str]:
@@ -34,13 +43,13 @@ def _split(operands: str) -> List[str]:
 
 
 class Kernel:
-    """`name` (gram_kernel<float>: gram_float), `text` (its definition in C++) and `sites`: of each instruction (basic
-    block, file, line, opcode)."""
+    """`name` (gram_kernel<float>: gram_float) and `text` (its definition in C++)."""
 
-    def __init__(self, name: str, parameter: str, body: str, files: Dict[str, str], counted: bool):
+    def __init__(self, name: str, parameter: str, body: str, files: Dict[str, str], listing: Optional[Listing]):
         self.name, self.parameter, self.symbols, self.registers, self.lines = name, parameter, {}, set(), []
-        self.sites: List[Tuple[int, str, int, str]] = []
-        self.files, self.counted, self.block, self.fresh, self.where = files, counted, -1, True, ("", 0)
+        self.files, self.listing, self.starts_block = files, listing, True
+        self.place: List[str] = []
+        self.calls: Dict[str, List[str]] = {}  # where a line that calls lies, by its .loc
         shared = 0
         for align, kind, symbol, count in re.findall(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(?:\[(\d+)\])?;", body):
             shared = -(-shared // int(align)) * int(align)
@@ -50,7 +59,7 @@ class Kernel:
         body = re.sub(r"\.shared [^;]*;", "", body)
         for label, statement in re.findall(r"\s*(?:(\$\w+):|([{}]|[^;{}]*(?:\{[^;{}]*\}[^;{}]*)*;))", body):
             self.lines.append(f"{label.replace('$', '_')}:;" if label else self.statement(statement))
-            self.fresh |= bool(label)
+            self.starts_block |= bool(label)
         lines = "\n  ".join(line for line in self.lines if line)
         self.text = (f"static void run_{name}(const void* parameters) {{\n  {lines}\n}}\n"
                      f"extern const Kernel {name}{{run_{name}, {self.dynamic}}};\n")
@@ -65,23 +74,32 @@ class Kernel:
             self.registers.update(names)
             return f"{REGISTER[kind]} {', '.join(names)};"
         if text.startswith(".loc"):
-            _, file, line = text.split()
-            self.where = (self.files[file].rsplit("/", 1)[-1], int(line))
+            at, _, caller = text.removeprefix(".loc ").partition(", function_name")
+            caller = caller.rpartition("inlined_at ")[2]
+            calls = self.calls.get(caller, [self.line(caller)]) if caller else []
+            self.place = self.calls[at] = [*calls, self.line(at)]
             return ""
         if text.startswith(".pragma") or not text:
             return ""
         guard, opcode, operands = re.fullmatch(r"(@!?%\w+ )?([\w.:]+)(?: (.*))?", text).groups()
-        start = ""
-        if self.counted:
-            if self.fresh:
-                self.block += 1
-                start = f"count_block({self.block}); "
-            self.fresh = opcode.startswith(("bra", "ret"))
-        self.sites.append((self.block, *self.where, opcode))
+        start = self.counted(opcode) if self.listing else ""
         done = self.instruction(opcode, _split(operands or ""))
         if guard:
             done = f"if ({guard.strip()[1:].replace('%', '')}) {{ {done} }}"
         return start + done
+
+    def line(self, at: str) -> str:
+        file, line, _ = at.split()
+        return f"{self.files[file].rsplit('/', 1)[-1]}:{line}"
+
+    def counted(self, opcode: str) -> str:
+        start = ""
+        if self.starts_block:
+            start = f"count_block({self.listing.blocks}); "
+            self.listing.blocks += 1
+        self.starts_block = opcode.startswith(("bra", "ret"))
+        self.listing.instructions.append((self.name, self.listing.blocks - 1, opcode, self.place))
+        return start
 
     def instruction(self, opcode: str, operands: List[str]) -> str:
         parts = opcode.split(".")
@@ -93,10 +111,14 @@ class Kernel:
             return self.memory(parts, operands)
         call = opcode.replace(".", "_").replace("::", "_")
         if opcode in NO_RESULT:
-            return f"{call}({', '.join(self.value(o) for o in operands)});"
-        if parts[0] == "mma":
+            seen = ""
+            if self.listing and opcode.startswith("cp.async.cg"):
+                seen = self.seen(f"global_at({self.value(operands[1])}, 16)", 16, False) + "; "
+            return f"{seen}{call}({', '.join(self.value(o) for o in operands)});"
+        if parts[0] in ("mma", "ldmatrix"):
             results = operands[0].strip("{}").split(",")
-            return (f"{{ const auto out = {call}({', '.join(self.vector(o) for o in operands[1:])}); "
+            given = [self.vector(o) if o.startswith("{") else self.value(o) for o in operands[1:]]
+            return (f"{{ const auto out = {call}({', '.join(given)}); "
                     + " ".join(f"{self.value(r.strip())} = out[{i}];" for i, r in enumerate(results)) + " }")
         target = operands[0]
         if opcode == "mov.b32" and operands[1].startswith("{"):
@@ -119,8 +141,8 @@ class Kernel:
         names = [r.strip() for r in registers.strip("{}").split(",")]
         where, size = self.value(address), BYTES[kind]
         memory = {"param": "parameter_at", "shared": "shared_at"}.get(space, "global_at") + f"({where}, {size * count})"
-        if self.counted and space == "shared":
-            memory = f"count_shared({len(self.sites) - 1}, {memory}, {size * count})"
+        if space != "param":
+            memory = self.seen(memory, size * count, space == "shared")
         width = {1: "uint8_t", 2: "b16", 4: "b32", 8: "b64"}[size]
         if kind in ("s8", "s16"):
             raise NotImplementedError(f"{'.'.join(parts)}: sign extension")
@@ -129,6 +151,10 @@ class Kernel:
             return f"{{ const unsigned char* at = {memory}; {moves} }}"
         moves = " ".join(f"store(at + {size * i}, static_cast<{width}>({self.value(n)}));" for i, n in enumerate(names))
         return f"{{ unsigned char* at = {memory}; {moves} }}"
+
+    def seen(self, memory: str, size: int, shared: bool) -> str:
+        """An access, counted if this kernel counts."""
+        return f"count_access({len(self.listing.instructions) - 1}, {memory}, {size}, {int(shared)})" if self.listing else memory
 
     def vector(self, operand: str) -> str:
         return "{" + ", ".join(self.value(o.strip()) for o in operand.strip("{}").split(",")) + "}"

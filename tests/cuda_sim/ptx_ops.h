@@ -171,6 +171,10 @@ inline bool xor_pred(bool a, bool b) { return a != b; }
 inline bool not_pred(bool a) { return !a; }
 inline b64 mul_wide_s32(b32 a, b32 b) { return static_cast<b64>(static_cast<s64>(static_cast<s32>(a)) * static_cast<s32>(b)); }
 inline b64 mul_wide_u32(b32 a, b32 b) { return static_cast<b64>(a) * b; }
+inline b32 bfi_b32(b32 a, b32 b, b32 at, b32 length) {
+  const b32 mask = at > 31 ? 0 : ((length > 31 ? 0 : 1u << length) - 1u) << at;
+  return (b & ~mask) | ((at > 31 ? 0 : a << at) & mask);
+}
 inline b32 popc_b32(b32 a) { return static_cast<b32>(__builtin_popcount(a)); }
 
 // ---------------------------------------------------------------- floating point
@@ -314,6 +318,12 @@ inline Four mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(const Four& a, con
 }
 inline Four mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(const Four& a, const Two& b, const Four& c) {
   return mma(a, b, c, __nv_bfloat16{});
+}
+
+inline Four ldmatrix_sync_aligned_m8n8_x4_shared_b16(b32 address) {
+  uint32_t out[4];
+  load_matrices(out, shared_at(address, 16));
+  return Four{out[0], out[1], out[2], out[3]};
 }
 
 }  // namespace ptx

@@ -19,6 +19,9 @@
 #ifdef TOKENPOOL_SIM_PTX
 #include "ptx_ops.h"
 #endif
+#ifdef TOKENPOOL_SIM_COUNT
+#include "count.h"
+#endif
 
 namespace tokenpool {
 namespace cuda {
@@ -43,8 +46,12 @@ int simulate(void (*kernel)(Args), const Args& args, const Launch& launch) {
 #ifdef TOKENPOOL_SIM_PTX
 template <typename Args>
 int simulate(const ptx::Kernel& kernel, const Args& args, const Launch& launch) {
-  return cuda_sim::launch([&kernel, args] { kernel.run(&args); }, launch.blocks, launch.threads,
-                          kernel.static_shared + launch.shared_bytes);
+  const int failed = cuda_sim::launch([&kernel, args] { kernel.run(&args); }, launch.blocks, launch.threads,
+                                      kernel.static_shared + launch.shared_bytes);
+#ifdef TOKENPOOL_SIM_COUNT
+  ptx::fold_counts();
+#endif
+  return failed;
 }
 #endif
 
@@ -70,6 +77,7 @@ int simulate(const ptx::Kernel& kernel, const Args& args, const Launch& launch) 
 SIM_TYPED(absmax, StatsArgs)
 SIM_TYPED(center, StatsArgs)
 SIM_TYPED(gram, GramArgs)
+SIM_TYPED(measure, MeasureArgs)
 SIM_PLAIN(iterate, IterateArgs)
 SIM_TYPED(resident, ResidentArgs)
 SIM_PLAIN(token_mean, TokenMeanArgs)
@@ -229,4 +237,8 @@ int sim_attention_received(const int64_t* n, float scale, const void* const* p) 
   const auto memory = garbage(attention_workspace_bytes(args));
   return run_attention_received(static_cast<DType>(n[5]), args, memory.get(), nullptr);
 }
+
+#ifdef TOKENPOOL_SIM_COUNT
+void sim_counts(int64_t* blocks, int64_t (*instructions)[3]) { ptx::take_counts(blocks, instructions); }
+#endif
 }

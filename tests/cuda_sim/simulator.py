@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -30,7 +31,8 @@ CSRC = HERE.parent.parent / "csrc"
 PATHS = ("resident", "gram", "streaming", "spread")  # in the order of CudaPath
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 VARIANTS = {"": [], "thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],
-            "compare_all": ["-DTOKENPOOL_COMPARE_ALL=1"], "ptx": ["-DTOKENPOOL_SIM_PTX"]}
+            "compare_all": ["-DTOKENPOOL_COMPARE_ALL=1"], "ptx": ["-DTOKENPOOL_SIM_PTX"], "count": ["-DTOKENPOOL_SIM_PTX", "-DTOKENPOOL_SIM_COUNT"]}
+COMPILED = ("ptx", "count")  # by nvcc first
 CHECKED = ["-g", "-Wall", "-Wextra", "-Werror"]
 PTX_ARCHITECTURE = "compute_90a"  # an H100's; ptxas makes its machine code from this text
 
@@ -64,13 +66,13 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"the simulator does not compile: {' '.join(command)}\n{done.stderr}")
 
 
-def _compiled_kernels(folder: Path) -> Path:
+def _compiled_kernels(folder: Path, listing: Optional[ptx.Listing]) -> Path:
     """Every kernel as nvcc compiles it, as one C++ file."""
-    text = ['#include "ptx_ops.h"', "namespace tokenpool {", "namespace cuda {", "using namespace ptx;"]
+    text = ['#include "ptx_ops.h"', '#include "count.h"', "namespace tokenpool {", "namespace cuda {", "using namespace ptx;"]
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         output = folder / f"{source.stem}.ptx"
-        _run([nvcc(), "-std=c++17", "-O3", "-ptx", f"-arch={PTX_ARCHITECTURE}", str(source), "-o", str(output)])
-        text += [kernel.text for kernel in ptx.kernels(output.read_text())]
+        _run([nvcc(), "-std=c++17", "-O3", "-ptx", "-lineinfo", f"-arch={PTX_ARCHITECTURE}", str(source), "-o", str(output)])
+        text += [kernel.text for kernel in ptx.kernels(output.read_text(), listing)]
     written = folder / "kernels.cpp"
     written.write_text("\n".join([*text, "}", "}", ""]))
     return written
@@ -83,7 +85,7 @@ def _flags(variant: str) -> list[str]:
 def built(variant: str) -> Path:
     """Where the simulator of the present source text lies, or will."""
     digest = hashlib.sha256(" ".join([*_flags(variant), *CHECKED, PTX_ARCHITECTURE]).encode())
-    for path in sources() + ([*sorted((CSRC / "cuda").glob("*.cu")), HERE / "ptx.py"] if variant == "ptx" else []):
+    for path in sources() + ([*sorted((CSRC / "cuda").glob("*.cu")), HERE / "ptx.py"] if variant in COMPILED else []):
         digest.update(path.name.encode() + path.read_bytes())
     return cache_folder() / f"sim{'_' + variant if variant else ''}_{digest.hexdigest()[:16]}.so"
 
@@ -98,9 +100,12 @@ def build(variant: Optional[str] = None) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         units = [str(path) for path in sources() if path.suffix == ".cpp"]
         fresh = Path(folder) / library.name
-        if variant == "ptx":
+        if variant in COMPILED:
+            listing = ptx.Listing() if variant == "count" else None
             units.append(str(Path(folder) / "kernels.o"))
-            _run([compiler(), *_flags(variant), "-c", str(_compiled_kernels(Path(folder))), "-o", units[-1]])
+            _run([compiler(), *_flags(variant), "-c", str(_compiled_kernels(Path(folder), listing)), "-o", units[-1]])
+            if listing is not None:
+                library.with_suffix(".json").write_text(json.dumps({"blocks": listing.blocks, "instructions": listing.instructions}))
         _run([compiler(), *_flags(variant), *CHECKED, "-o", str(fresh), *units])
         os.replace(fresh, library)
     return library
