@@ -172,6 +172,7 @@ $L__BB0_2:
 	add.s32 %r4, %r3, %r5;
 .loc 1 33 1
 	ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r4];
+	ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5, %r6, %r7, %r8}, [%r4];
 .loc 1 34 1
 	ld.shared.u32 %r5, [%r3];
 .loc 1 35 1
@@ -212,10 +213,10 @@ int main() {{
     assert at["some.cuh:20"].instructions == at["some.cuh:3"].instructions == 2  # only the second warp's upper lanes
     assert ("some", "some.cuh:20", "some.cuh:3") in lines
     passes = {number: (at[f"some.cuh:{number}"].passes, at[f"some.cuh:{number}"].conflicts) for number in (31, 33, 34)}
-    assert passes == {31: (64, 62), 33: (8, 0), 34: (2, 0)}  # one bank; 16 bytes a lane; one word for all
+    assert passes == {31: (64, 62), 33: (16, 0), 34: (2, 0)}  # one bank; 16 bytes a lane, twice; one word for all
     sectors = {number: (at[f"some.cuh:{number}"].sectors, at[f"some.cuh:{number}"].wasted) for number in (35, 37, 38)}
     assert sectors == {35: (2, 0), 37: (64, 56), 38: (8, 0)}
-    assert at["some"].kinds["shared"] == 3 * 2 and at["some"].kinds["global"] == 3 * 2
+    assert at["some"].kinds["shared"] == 4 * 2 and at["some"].kinds["global"] == 3 * 2
     assert at["some"].instructions == sum(line.instructions for place, line in lines.items() if len(place) == 2) + 6 * 2
     shown = "\n".join(count.table(lines, 0.0))
     assert "some.cuh:31" in shown and "some" in shown

@@ -61,7 +61,8 @@ __device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged
     stage(staged, row0);
     if (other != staged) stage(other, column0);
     __syncthreads();
-    if (multiplies) tile_product(acc, staged + row * stride, other + column * stride, stride, chunk);
+    const int width = min(chunk, round_up(features - k0, 32));  // zeros beyond it change no sum
+    if (multiplies) tile_product(acc, staged + row * stride, other + column * stride, stride, width);
     __syncthreads();
   }
   if (multiplies) store_tile(gram, acc, row0 + row, column0 + column, tokens);

@@ -234,7 +234,7 @@ __device__ inline void begin_rows(T* dst, int stride, const Image<T>& image, int
 #pragma unroll 1
   for (; row < rows; row += step)
     *reinterpret_cast<RowVector<T>*>(dst + row * stride + column) =
-        row < present ? load_vector(image, first + row, tokens, k0 + column, features) : RowVector<T>{};
+        row < present && k0 + column < features ? load_vector(image, first + row, tokens, k0 + column, features) : RowVector<T>{};
 }
 
 // Makes of them, once they are there, x * scale - mean: each thread what it copied itself, so that no barrier is needed.

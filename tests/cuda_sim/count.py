@@ -1,6 +1,7 @@
 """What the CUDA kernels execute in one call, counted on the CPU from their compiled code (PTX, sm_90a).
 
     python tests/cuda_sim/count.py --shape 1x196x384 --clusters 98 [--dtype bfloat16] [--path resident] [--medoids]
+    python tests/cuda_sim/count.py --suite bench/results/cuda-counts.json
 
 Per kernel and source line, a call with what it calls: instructions of a warp, passes of its shared-memory accesses (and
 how many of them bank conflicts add), 32-byte sectors of its global ones (and how many more than the bytes it asks for
@@ -25,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import simulator  # noqa: E402
 
-KINDS = {"mma": "tensor", "ld.shared": "shared", "st.shared": "shared", "atom.shared": "shared", "ld.global": "global",
+KINDS = {"mma": "tensor", "ld.shared": "shared", "st.shared": "shared", "atom.shared": "shared", "ldmatrix": "shared", "ld.global": "global",
          "st.global": "global", "cp.async.cg": "global", "atom.global": "global", "bar.sync": "barrier", "bar.red": "barrier"}
 
 
@@ -102,6 +103,32 @@ def table(lines: Dict[Tuple[str, ...], Line], least: float) -> List[str]:
     return out
 
 
+SUITE = (("196x192", 98, "resident"), ("196x384", 98, "resident"), ("256x384", 128, "resident"), ("196x768", 49, "resident"),
+         ("256x1024", 64, "resident"), ("196x384", 98, "spread"), ("576x768", 288, "gram"), ("576x1024", 64, "gram"),
+         ("1024x128", 256, "streaming"))
+
+
+def made(tokens: str, b: int, n: int, d: int) -> torch.Tensor:
+    """(b, n, d) float32 tokens: real ones by the recipe of bench/tokens.py, or normal numbers."""
+    if tokens == "random":
+        return torch.randn(b, n, d, generator=torch.Generator().manual_seed(0))
+    sys.path.insert(0, str(simulator.HERE.parent.parent))
+    from bench.tokens import derive, real_base
+
+    base, words = real_base()
+    if base is None:
+        raise SystemExit(f"no real tokens: {words}")
+    return derive(base, b, n, d)[0]
+
+
+def run(sim: simulator.Simulator, x: torch.Tensor, k: int, iterations: int, medoids: bool = False, farthest: bool = False):
+    """Counts of one call, by place (by_place)."""
+    b, n, _ = x.shape
+    start = torch.empty(b, 0, dtype=torch.int64) if farthest else (torch.arange(k) * n // k).expand(b, k)
+    (sim.kmedoids if medoids else sim.kmeans)(x, None, None, None, start, k, iterations, False)
+    return counted(sim)
+
+
 def main(arguments: List[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="1x196x384", help="images x tokens x features")
@@ -111,21 +138,28 @@ def main(arguments: List[str]) -> None:
     parser.add_argument("--path", choices=simulator.PATHS)
     parser.add_argument("--medoids", action="store_true")
     parser.add_argument("--farthest", action="store_true", help="farthest-first start instead of a strided one")
-    parser.add_argument("--tokens", help=".npy of tokens to take (images, tokens, features); default: normal numbers")
+    parser.add_argument("--tokens", default="random", choices=["random", "real"])
     parser.add_argument("--least", type=float, default=0.01, help="share of its kernel below which a line is left out")
+    parser.add_argument("--suite", metavar="FILE", help="instead: one image of each shape of the suite, real tokens; totals as JSON")
     options = parser.parse_args(arguments)
-    b, n, d = map(int, options.shape.split("x"))
-    if options.tokens:
-        x = torch.from_numpy(np.load(options.tokens)).float()[:b, :n, :d].contiguous()
-    else:
-        x = torch.randn(b, n, d, generator=torch.Generator().manual_seed(0))
-    x = x.to(getattr(torch, options.dtype))
-    k = options.clusters
-    start = torch.empty(b, 0, dtype=torch.int64) if options.farthest else (torch.arange(k) * n // k).expand(b, k)
-    sim = simulator.Simulator(simulator.build("count"), path=options.path)
-    getattr(sim, "kmedoids" if options.medoids else "kmeans")(x, None, None, None, start, k, options.iterations, False)
-    print(f"{options.shape}->{k} {options.dtype}, {options.iterations} iterations, path {sim.taken}")
-    print("\n".join(table(counted(sim), options.least)))
+    dtype, library = getattr(torch, options.dtype), simulator.build("count")
+    if options.suite:
+        records = []
+        for shape, k, path in SUITE:
+            lines = run(simulator.Simulator(library, path=path), made("real", 1, *map(int, shape.split("x"))).to(dtype), k, options.iterations)
+            kernels = {place[0]: {**vars(line), "kinds": dict(line.kinds)} for place, line in lines.items() if len(place) == 1}
+            records.append({"shape": shape, "clusters": k, "path": path, "kernels": kernels})
+            print(f"{shape}->{k} {path}: {sum(kernel['instructions'] for kernel in kernels.values())}")
+        record = {"what": "warp instructions (PTX, sm_90a) and memory transactions of one image; counts, not times; no GPU ran",
+                  "command": "python tests/cuda_sim/count.py " + " ".join(arguments), "dtype": options.dtype,
+                  "iterations": options.iterations, "records": records}
+        Path(options.suite).write_text(json.dumps(record, indent=1) + "\n")
+        return
+    x = made(options.tokens, *map(int, options.shape.split("x"))).to(dtype)
+    sim = simulator.Simulator(library, path=options.path)
+    lines = run(sim, x, options.clusters, options.iterations, options.medoids, options.farthest)
+    print(f"{options.shape}->{options.clusters} {options.dtype}, {options.iterations} iterations, path {sim.taken}")
+    print("\n".join(table(lines, options.least)))
 
 
 if __name__ == "__main__":

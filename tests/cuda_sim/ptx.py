@@ -118,7 +118,10 @@ class Kernel:
         if parts[0] in ("mma", "ldmatrix"):
             results = operands[0].strip("{}").split(",")
             given = [self.vector(o) if o.startswith("{") else self.value(o) for o in operands[1:]]
-            return (f"{{ const auto out = {call}({', '.join(given)}); "
+            seen = ""
+            if self.listing and parts[0] == "ldmatrix":
+                seen = self.seen(f"shared_at({given[0]}, 16)", 16, True) + "; "
+            return (f"{{ {seen}const auto out = {call}({', '.join(given)}); "
                     + " ".join(f"{self.value(r.strip())} = out[{i}];" for i, r in enumerate(results)) + " }")
         target = operands[0]
         if opcode == "mov.b32" and operands[1].startswith("{"):
