@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/* tokenpool_ext/_build_cuda.py)
 
-.PHONY: build demo test bench clean
+.PHONY: build demo test lint bench clean
 
 build: $(VENV)/built
 
@@ -32,6 +32,17 @@ demo: $(VENV)/built $(VENV)/demo
 
 test: $(VENV)/built $(VENV)/test
 	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest
+
+# Versions are pinned: a formatter's next release must not change what passes.
+$(VENV)/lint:
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
+lint: $(VENV)/lint
+	$(VENV)/tools/bin/ruff check
+	$(VENV)/tools/bin/ruff format --check
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/tools/bin/clang-format --dry-run --Werror
 
 bench: $(VENV)/built $(VENV)/test
 	$(PY) -m bench --quick

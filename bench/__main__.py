@@ -30,34 +30,60 @@ def _ints(text: str) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--suite", default="vit", choices=["vit", "long", "retrieval", "all"], help="shapes of real models")
-    p.add_argument("--shapes", help="instead of a suite: NxD:K[,...]; for attention_received tokens x head size : heads")
+    p.add_argument(
+        "--shapes", help="instead of a suite: NxD:K[,...]; for attention_received tokens x head size : heads"
+    )
     p.add_argument("--batch", type=_ints, default=[64], metavar="B,...", help="images a call (default 64)")
     p.add_argument("--dtype", type=_list, default=["float32"], metavar="T,...", help="float32,bfloat16,float16,float64")
-    p.add_argument("--op", type=_list, default=["kmeans"], metavar="OP,...",
-                   help="kmeans,kmedoids,pool_backward,attention_received")
+    p.add_argument(
+        "--op",
+        type=_list,
+        default=["kmeans"],
+        metavar="OP,...",
+        help="kmeans,kmedoids,pool_backward,attention_received",
+    )
     p.add_argument("--iters", type=_ints, default=[5], metavar="T,...", help="iterations (default 5)")
     p.add_argument("--mode", default="forward", choices=["forward", "forward+backward"])
     p.add_argument("--peers", default="all", help="all, none, or names (see bench/peers)")
-    p.add_argument("--backend", type=_list, default=[], metavar="NAME,...",
-                   help="time these backends of ours instead of the one the library chooses")
+    p.add_argument(
+        "--backend",
+        type=_list,
+        default=[],
+        metavar="NAME,...",
+        help="time these backends of ours instead of the one the library chooses",
+    )
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--threads", type=int, default=2, help="CPU threads for everyone (default 2)")
     p.add_argument("--tokens", default="real", choices=["real", "random"])
     p.add_argument("--json", metavar="OUT", help="write the records there (after every problem)")
     p.add_argument("--floor", action="store_true", help="measure peak rates first and print time over floor")
     p.add_argument("--repeats", type=int, default=11, help="timed rounds (default 11)")
-    p.add_argument("--wait-idle", type=float, default=0, metavar="S",
-                   help="wait up to S seconds for other processes to leave the cores alone (CPU only)")
-    p.add_argument("--clock", default="wall", choices=["wall", "cpu"],
-                   help="cpu: CPU time of the process instead of elapsed time; for --threads 1 on a busy machine")
+    p.add_argument(
+        "--wait-idle",
+        type=float,
+        default=0,
+        metavar="S",
+        help="wait up to S seconds for other processes to leave the cores alone (CPU only)",
+    )
+    p.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: CPU time of the process instead of elapsed time; for --threads 1 on a busy machine",
+    )
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    p.add_argument("--quick", action="store_true",
-                   help="under a minute: one shape, batch 8, 5 rounds, no torch.compile and none of the slowest")
-    p.add_argument("--break-even", action="store_true",
-                   help="name the problems where ours is not the fastest, at the end")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="under a minute: one shape, batch 8, 5 rounds, no torch.compile and none of the slowest",
+    )
+    p.add_argument(
+        "--break-even", action="store_true", help="name the problems where ours is not the fastest, at the end"
+    )
     return p
 
 
@@ -86,8 +112,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         settings = runner.Settings(repeats=5, sample_s=0.15, problem_s=8.0, memory=not args.no_memory, clock=args.clock)
         batches = [8] if args.batch == [64] else args.batch
-    todo, left_out = problems(suite="quick" if args.quick else args.suite, shapes=shapes, batches=batches, dtypes=args.dtype, ops=args.op,
-                              iters=args.iters, mode=args.mode, device=args.device, tokens=args.tokens)
+    todo, left_out = problems(
+        suite="quick" if args.quick else args.suite,
+        shapes=shapes,
+        batches=batches,
+        dtypes=args.dtype,
+        ops=args.op,
+        iters=args.iters,
+        mode=args.mode,
+        device=args.device,
+        tokens=args.tokens,
+    )
     for message in left_out:
         print(f"left out: {message}")
     context = {**machine.stamp(device=args.device), "threads": args.threads, "nice": os.nice(0)}
@@ -134,15 +169,23 @@ def break_even(records: list[dict], report) -> str:
     for group in report.by_problem(records).values():
         peer = report.best_peer(group)
         if peer and peer.get("time_over_ours", {"p50": 2})["p50"] < 1:
-            lines.append(f"  {peer['op']} {peer['shape']} batch {peer['B']} T={peer['iters']} {peer['dtype']}: "
-                         f"{peer['provider']} takes {peer['time_over_ours']['p50']:.2f} of our time")
+            lines.append(
+                f"  {peer['op']} {peer['shape']} batch {peer['B']} T={peer['iters']} {peer['dtype']}: "
+                f"{peer['provider']} takes {peer['time_over_ours']['p50']:.2f} of our time"
+            )
     return "\n".join(["Problems where a peer is faster than ours:", *(lines or ["  none"])])
 
 
 def write(path: Path, context: dict, settings, rates, records: list[dict], left_out: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": 1, **context, "settings": vars(settings), "rates": rates, "left_out": left_out,
-               "records": records}
+    content = {
+        "schema": 1,
+        **context,
+        "settings": vars(settings),
+        "rates": rates,
+        "left_out": left_out,
+        "records": records,
+    }
     temporary = path.with_suffix(path.suffix + ".part")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)

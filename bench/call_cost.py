@@ -2,8 +2,9 @@
 
     python -m bench.call_cost [--device cpu|cuda] [--json OUT]
 
-One image of 8 tokens of 4 features into 4 clusters, two iterations: next to no arithmetic. Microseconds a call, the median
-of 60 rounds of 200 calls that take turns. On a GPU the clock is the host's, and the device is waited for between rounds only:
+One image of 8 tokens of 4 features into 4 clusters, two iterations: next to no arithmetic. Microseconds a call, the
+median of 60 rounds of 200 calls that take turns. On a GPU the clock is the host's, and the device is waited for between
+rounds only:
 launches are counted, kernels are not.
 """
 
@@ -63,7 +64,9 @@ def measure(device: str, rounds: int = ROUNDS, count: int = CALLS) -> dict:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.call_cost", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.call_cost", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json")
     args = parser.parse_args(argv)

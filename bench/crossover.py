@@ -6,12 +6,16 @@ on one thread, in CPU time (so a busy machine does little harm; with more thread
 The planner's model (csrc/planner.cpp), nanoseconds an image on one core:
     gram   = m_g N^2 D / 2 + t_g N D         + r P N^2
     direct = m_d M K D     + t_d N D (P + 1) + b N K   + (v N + d K D) (P - 1)
-with P = min(T, 3), since later few clusters change; M = N, or N - K/2 for 48 and more starting tokens, whose products with each
-other are made once. It is fitted by non-negative least squares of relative errors. d, only for K-Medoids, whose centers move
+with P = min(T, 3), since later few clusters change; M = N, or N - K/2 for 48 and more starting tokens, whose products
+with each
+other are made once. It is fitted by non-negative least squares of relative errors. d, only for K-Medoids, whose
+centers move
 farther, is then chosen so that its picks lose least. Then: how often the fitted planner picks the slower path, and how
 much time its picks lose against the best; and the same for random tokens (normal), on which bounds spare less.
---fit RECORD... measures nothing, but makes one fit to what these records hold; how fast each machine is as a whole is fitted, too.
-T is the number of iterations asked for, which is what the planner knows; an image stops early when nothing changes ("done").
+--fit RECORD... measures nothing, but makes one fit to what these records hold; how fast each machine is as a whole is
+fitted, too.
+T is the number of iterations asked for, which is what the planner knows; an image stops early when nothing changes
+("done").
 """
 
 from __future__ import annotations
@@ -32,7 +36,16 @@ PATHS = ("gram", "direct")
 PASSES, STARTS_ONCE = 3, 48  # kPasses and kStartsOnce of the planner
 REAL, MEDOIDS, RANDOM = "real tokens", "real tokens, K-Medoids", "random tokens"
 KINDS = {REAL: "kmeans", MEDOIDS: "kmedoids", RANDOM: "kmeans"}
-NAMES = ("kGramMultiplyAdd", "kGramToken", "kRowAdd", "kDirectMultiplyAdd", "kDirectToken", "kCompare", "kVisit", "kMedoidCenter")
+NAMES = (
+    "kGramMultiplyAdd",
+    "kGramToken",
+    "kRowAdd",
+    "kDirectMultiplyAdd",
+    "kDirectToken",
+    "kCompare",
+    "kVisit",
+    "kMedoidCenter",
+)
 
 
 def grid(quick: bool):
@@ -87,8 +100,16 @@ def measure(op: str, N: int, D: int, K: int, T: int, repeats: int, budget_s: flo
     samples, errors = timing.interleave(calls, repeats=repeats, clock=clock, pause=0, deadline_s=budget_s)
     if errors:
         raise next(iter(errors.values()))
-    return {"op": op, "N": N, "D": D, "K": K, "T": T, "B": B, "iterations_done": done,
-            **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 20) / B * 1e9 for p in PATHS}}
+    return {
+        "op": op,
+        "N": N,
+        "D": D,
+        "K": K,
+        "T": T,
+        "B": B,
+        "iterations_done": done,
+        **{f"{p}_ns": timing.percentile([s for s in samples[p] if s], 20) / B * 1e9 for p in PATHS},
+    }
 
 
 def features(path: str, row: dict) -> list[float]:
@@ -130,8 +151,12 @@ def judge(rows: list[dict], constants: list[float]) -> dict:
         wrong += row[f"{pick}_ns"] > 1.05 * row[f"{fastest}_ns"]
         lost += row[f"{pick}_ns"] / row[f"{fastest}_ns"] - 1
         errors += [abs(told[p] / row[f"{p}_ns"] - 1) for p in PATHS]
-    return {"shapes": len(rows), "picks_over_5_percent_slower": wrong, "mean_time_lost": lost / len(rows),
-            "median_error_of_times": timing.percentile(errors, 50)}
+    return {
+        "shapes": len(rows),
+        "picks_over_5_percent_slower": wrong,
+        "mean_time_lost": lost / len(rows),
+        "median_error_of_times": timing.percentile(errors, 50),
+    }
 
 
 def tell(constants: list[float], judged: dict) -> None:
@@ -139,9 +164,11 @@ def tell(constants: list[float], judged: dict) -> None:
     for name, value in zip(NAMES, constants):
         print(f"  constexpr double {name} = {value:.4g};  // ns")
     for kind, found in judged.items():
-        print(f"  {kind}: picks more than 5% slower than the best: {found['picks_over_5_percent_slower']} of "
-              f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
-              f"{found['median_error_of_times']:.0%}")
+        print(
+            f"  {kind}: picks more than 5% slower than the best: {found['picks_over_5_percent_slower']} of "
+            f"{found['shapes']}; mean time lost {found['mean_time_lost']:.1%}; median error of a predicted time "
+            f"{found['median_error_of_times']:.0%}"
+        )
 
 
 def fit_records(paths: list[str]) -> None:
@@ -149,18 +176,27 @@ def fit_records(paths: list[str]) -> None:
     records = {Path(path).stem: json.loads(Path(path).read_text())["rows"] for path in paths}
     slower = dict.fromkeys(records, 1.0)  # than the machine of the constants
     for _ in range(20):
-        even = {name: {kind: faster(found, slower[name]) for kind, found in rows.items()} for name, rows in records.items()}
-        constants = fit([row for rows in even.values() for row in rows[REAL]], [row for rows in even.values() for row in rows[MEDOIDS]])
+        even = {
+            name: {kind: faster(found, slower[name]) for kind, found in rows.items()} for name, rows in records.items()
+        }
+        constants = fit(
+            [row for rows in even.values() for row in rows[REAL]],
+            [row for rows in even.values() for row in rows[MEDOIDS]],
+        )
         for name, rows in records.items():  # the factor with the least sum of squared relative errors
             told = [tell_time(constants, p, row) / row[f"{p}_ns"] for row in rows[REAL] for p in PATHS]
             slower[name] = sum(told) / sum(t * t for t in told)
     print("\nslower than the machine of these constants: " + ", ".join(f"{name} {s:.2f}" for name, s in slower.items()))
-    tell(constants, {f"{name}, {kind}": judge(found, constants) for name, rows in even.items() for kind, found in rows.items()})
+    tell(
+        constants,
+        {f"{name}, {kind}": judge(found, constants) for name, rows in even.items() for kind, found in rows.items()},
+    )
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.crossover", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a coarse grid")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
@@ -182,14 +218,23 @@ def main(argv=None) -> int:
         for N, D, K, T in grid(args.quick or random):
             row = measure(op, N, D, K, T, args.repeats, args.budget, None if random else base)
             rows.append(row)
-            print(f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
-                  f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}", flush=True)
+            print(
+                f"{N:6d} {D:5d} {K:5d} {T:3d} {row['iterations_done']:5.1f} {row['gram_ns'] / 1e3:10.1f} "
+                f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}",
+                flush=True,
+            )
     constants = fit(measured[REAL], measured[MEDOIDS])
     judged = {kind: judge(rows, constants) for kind, rows in measured.items()}
     tell(constants, judged)
     if args.json:
-        content = {"schema": 3, **machine.stamp("bench.crossover"), "threads": args.threads, "rows": measured,
-                   "constants_ns": dict(zip(NAMES, constants)), "judged": judged}
+        content = {
+            "schema": 3,
+            **machine.stamp("bench.crossover"),
+            "threads": args.threads,
+            "rows": measured,
+            "constants_ns": dict(zip(NAMES, constants)),
+            "judged": judged,
+        }
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0

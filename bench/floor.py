@@ -1,6 +1,7 @@
 """How fast could it be: this machine's peak rates, measured in the same run, and the work a problem needs at least.
 
-CPU rates: a register-only multiply-add loop and a copy (bench/native/rates.cpp, compiled with g++ at first use; CPU time of
+CPU rates: a register-only multiply-add loop and a copy (bench/native/rates.cpp, compiled with g++ at first use; CPU
+time of
 each thread), and the library's GEMM. GPU rates: a large GEMM and a large copy by events (there is no register loop).
 bfloat16 and float16 on a CPU without their own dot products run at the float32 multiply-add rate, and are floored so.
 
@@ -55,8 +56,9 @@ def _best(call, flops: float, clock, repeats: int = 7) -> float:
 def cpu_rates(threads: int, seconds: float = 0.1, runs: int = 4) -> dict:
     """GFLOP/s and GB/s of this CPU with `threads` threads: the best of a few short runs, since a peak is wanted."""
     command = [str(build()), str(threads), str(seconds), "256"]
-    found = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-             for _ in range(runs)]
+    found = [
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(runs)
+    ]
     rates = {key: max(f[key] for f in found) for key in found[0]}
     clock = timing.CpuClock() if threads == 1 else timing.WallClock()
     for name, n in (("gemm_float32", 1536), ("gemm_bfloat16", 256), ("gemm_float64", 1024)):
@@ -97,14 +99,19 @@ def work(problem) -> dict:
     """Least flops and bytes an image, and the path they belong to."""
     p, size = problem, problem.itemsize
     if p.op == "attention_received":
-        return {"path": "two passes over q k^T", "flops": 4.0 * p.K * p.N**2 * p.D,
-                "bytes": 2 * p.K * p.N * p.D * size + 4 * p.N}
+        return {
+            "path": "two passes over q k^T",
+            "flops": 4.0 * p.K * p.N**2 * p.D,
+            "bytes": 2 * p.K * p.N * p.D * size + 4 * p.N,
+        }
     if p.op == "pool_backward":
         return {"path": "copy", "flops": 0.0, "bytes": (p.N + p.K) * p.D * size + 8 * p.N}
-    gram, direct = float(p.N) ** 2 * p.D, 2.0 * p.N * p.K * p.D  # direct: one product with the centers; bounds may spare the rest
+    gram, direct = (
+        float(p.N) ** 2 * p.D,
+        2.0 * p.N * p.K * p.D,
+    )  # direct: one product with the centers; bounds may spare the rest
     path = "gram" if gram <= direct else "direct"
-    return {"path": path, "flops": gram if path == "gram" else direct,
-            "bytes": (p.N + p.K) * p.D * size + 8 * p.N}
+    return {"path": path, "flops": gram if path == "gram" else direct, "bytes": (p.N + p.K) * p.D * size + 8 * p.N}
 
 
 def over(problem, rates: dict, ms_per_image: dict) -> dict:
@@ -113,9 +120,15 @@ def over(problem, rates: dict, ms_per_image: dict) -> dict:
     peak, source = peak_gflops(rates, problem.dtype)
     compute, memory = need["flops"] / peak * 1e-6, need["bytes"] / rates["copy_gbytes"] * 1e-6
     floor_ms = max(compute, memory)
-    return {"floor_ms_per_image": floor_ms, "floor_path": need["path"], "floor_flops": need["flops"],
-            "floor_bytes": need["bytes"], "floor_bound_by": "flops" if compute >= memory else "bytes",
-            "floor_rate": source, "time_over_floor": {k: v / floor_ms for k, v in ms_per_image.items()}}
+    return {
+        "floor_ms_per_image": floor_ms,
+        "floor_path": need["path"],
+        "floor_flops": need["flops"],
+        "floor_bytes": need["bytes"],
+        "floor_bound_by": "flops" if compute >= memory else "bytes",
+        "floor_rate": source,
+        "time_over_floor": {k: v / floor_ms for k, v in ms_per_image.items()},
+    }
 
 
 def describe(rates: dict) -> str:

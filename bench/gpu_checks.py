@@ -6,8 +6,8 @@
 
 A FILE that is there keeps its runs; this one is added.
 
-The exit status is 1 when a check fails; every check is printed with its outcome. Real tokens come from bench/.cache (see
-bench/tokens.py); without it they are random, and the check says so.
+The exit status is 1 when a check fails; every check is printed with its outcome. Real tokens come from bench/.cache
+(see bench/tokens.py); without it they are random, and the check says so.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
 
 import torch
 
@@ -44,7 +44,7 @@ class Target:
     """A backend, and the path it is made to take (None: its planner's choice)."""
 
     backend: str
-    path: Optional[str] = None
+    path: str | None = None
 
     def __str__(self):
         return f"{self.backend}/{self.path or 'planned'}"
@@ -72,7 +72,7 @@ class Place:
 
     device = "cuda"
     rehearsal = False
-    backend: Optional[str] = None  # only this one
+    backend: str | None = None  # only this one
 
 
 def on_device(tensor):
@@ -96,7 +96,7 @@ def starts(b, n, k):
     return on_device((torch.arange(k) * n // k).expand(b, k).contiguous())
 
 
-def targets() -> List[Target]:
+def targets() -> list[Target]:
     """Every path of every backend of this device that can run here."""
     present = tp.backends()
     if Place.device == "cpu":
@@ -107,13 +107,13 @@ def targets() -> List[Target]:
     return [target for target in found if Place.backend in (None, target.backend)]
 
 
-def backends() -> List[str]:
+def backends() -> list[str]:
     return sorted({target.backend for target in targets()})
 
 
 class Report:
     def __init__(self):
-        self.records: List[Dict] = []
+        self.records: list[dict] = []
 
     def check(self, name: str, body: Callable[[], object]) -> None:
         try:
@@ -127,9 +127,16 @@ class Report:
         failed = sum(not r["ok"] for r in self.records)
         if path:
             device = torch.cuda.get_device_name() if Place.device == "cuda" else "CPU (rehearsal)"
-            record = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "commit": machine.commit(),
-                      "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": " ".join(sys.argv),
-                      "failed": failed, "checks": self.records}
+            record = {
+                "device": device,
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "commit": machine.commit(),
+                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "command": " ".join(sys.argv),
+                "failed": failed,
+                "checks": self.records,
+            }
             file = Path(path)
             runs = json.loads(file.read_text())["runs"] if file.exists() else []
             file.write_text(json.dumps({"runs": [*runs, record]}, indent=1) + "\n")
@@ -145,7 +152,9 @@ def require(condition, message):
 def compare(target, algorithm, x, k, iters, **given):
     """Inertia and consistency of one call against the reference in float64 on the same device."""
     got = target.run(algorithm, x, k, num_iters=iters, **given)
-    wide = {name: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for name, v in given.items()}
+    wide = {
+        name: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for name, v in given.items()
+    }
     want = getattr(tp, algorithm)(x.double(), k, num_iters=iters, backend="reference", **wide)
     require(bool(torch.isfinite(got.inertia).all() & torch.isfinite(got.mass).all()), "inertia or mass is not finite")
     scale = x.double().square().sum((1, 2)) * 1e-8 + 1e-300  # an image without any error has no ratio
@@ -155,12 +164,22 @@ def compare(target, algorithm, x, k, iters, **given):
     if algorithm == "kmeans":
         means = tp.pool(x.double(), got.assignment, k, weights=wide.get("weights"), backend="reference")
         error = (got.centers.double() - means).abs().max().item() / max(x.double().abs().max().item(), 1e-300)
-        require(error <= {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[x.dtype], f"centers off by {error:.3g}")
+        require(
+            error <= {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[x.dtype],
+            f"centers off by {error:.3g}",
+        )
     return f"inertia {ratio:+.2e}, labels {flips:.3%}"
 
 
 def parity(report: Report) -> None:
-    shapes = [(8, 196, 384, 98), (4, 197, 65, 49), (2, 256, 384, 128), (2, 577, 96, 100), (1, 1030, 128, 343), (3, 33, 7, 33)]
+    shapes = [
+        (8, 196, 384, 98),
+        (4, 197, 65, 49),
+        (2, 256, 384, 128),
+        (2, 577, 96, 100),
+        (1, 1030, 128, 343),
+        (3, 33, 7, 33),
+    ]
     if Place.rehearsal:
         shapes = [(2, 66, 33, 20), (3, 33, 7, 33)]
     for target in targets():
@@ -182,7 +201,8 @@ def parity(report: Report) -> None:
 
 
 def farthest(target, algorithm, x, k):
-    """The start made in the kernel against the same start made by the reference: the loss, for ties may fall otherwise."""
+    """The start made in the kernel against the same start made by the reference: the loss, for ties may fall
+    otherwise."""
     got = target.run(algorithm, x, k, init="farthest")
     want = getattr(tp, algorithm)(x.double(), k, init="farthest", backend="reference")
     ratio = (got.inertia.double().sum() / want.inertia.sum().clamp(min=1e-300)).item() - 1
@@ -199,7 +219,11 @@ def farthest(target, algorithm, x, k):
 def real_tokens(target):
     n, d, k = (256, 384, 128) if not Place.rehearsal else (64, 48, 16)
     data = make(Problem("kmeans", 4, n, d, k, tokens="random" if Place.rehearsal else "real", device=Place.device))
-    words = [compare(target, algorithm, data.x.to(dtype), k, 5, init=data.init) for dtype in DTYPES for algorithm in ALGORITHMS]
+    words = [
+        compare(target, algorithm, data.x.to(dtype), k, 5, init=data.init)
+        for dtype in DTYPES
+        for algorithm in ALGORITHMS
+    ]
     return f"{data.tokens}: {'; '.join(words)}"
 
 
@@ -228,8 +252,11 @@ def unusual_inputs(report, target):
                     require(bool(((got.assignment >= 0) & (got.assignment < 20)).all()), "labels out of range")
                     if not isinstance(init, str):
                         for i in (0, 2, 3):
-                            identical([t[i] if t is not None else None for t in clean[algorithm]],
-                                      [t[i] if t is not None else None for t in got], f"image {i} is touched by {value} in image 1")
+                            identical(
+                                [t[i] if t is not None else None for t in clean[algorithm]],
+                                [t[i] if t is not None else None for t in got],
+                                f"image {i} is touched by {value} in image 1",
+                            )
 
     def powers_of_two():
         for dtype in (torch.float32, torch.bfloat16):
@@ -242,17 +269,36 @@ def unusual_inputs(report, target):
                 require(bool(torch.isfinite(scaled.centers).all()), f"not finite under 2^{power}")
 
     check = report.check
-    check(f"{target} weights, mask, sort", lambda: compare(target, "kmeans", x, 20, 4, init=first, weights=w, mask=mask, sort=True))
-    check(f"{target} zero weights", lambda: compare(target, "kmeans", x, 20, 4, init=starts(4, 100, 20), weights=(w > 0.6) * w))
+    check(
+        f"{target} weights, mask, sort",
+        lambda: compare(target, "kmeans", x, 20, 4, init=first, weights=w, mask=mask, sort=True),
+    )
+    check(
+        f"{target} zero weights",
+        lambda: compare(target, "kmeans", x, 20, 4, init=starts(4, 100, 20), weights=(w > 0.6) * w),
+    )
     check(f"{target} per-image K", lambda: compare_counts(target, x, counts))
-    check(f"{target} common offset 100",
-          lambda: compare(target, "kmeans", blobs(4, 100, 48, torch.float32, offset=100.0), 20, 3, init=starts(4, 100, 20)))
-    check(f"{target} given centers",
-          lambda: compare(target, "kmeans", x, 20, 3, init=on_device(torch.randn(4, 20, 48, generator=seeded(2)))))
-    check(f"{target} features not adjacent", lambda: compare(target, "kmeans", x.transpose(1, 2).contiguous().transpose(1, 2), 20, 3,
-                                                            init=starts(4, 100, 20)))
+    check(
+        f"{target} common offset 100",
+        lambda: compare(
+            target, "kmeans", blobs(4, 100, 48, torch.float32, offset=100.0), 20, 3, init=starts(4, 100, 20)
+        ),
+    )
+    check(
+        f"{target} given centers",
+        lambda: compare(target, "kmeans", x, 20, 3, init=on_device(torch.randn(4, 20, 48, generator=seeded(2)))),
+    )
+    check(
+        f"{target} features not adjacent",
+        lambda: compare(
+            target, "kmeans", x.transpose(1, 2).contiguous().transpose(1, 2), 20, 3, init=starts(4, 100, 20)
+        ),
+    )
     for algorithm in ALGORITHMS:
-        check(f"{target} {algorithm} constant images", lambda: compare(target, algorithm, torch.full_like(x, 3.7), 20, 3, init=zeros))
+        check(
+            f"{target} {algorithm} constant images",
+            lambda: compare(target, algorithm, torch.full_like(x, 3.7), 20, 3, init=zeros),
+        )
         check(f"{target} {algorithm} zeros", lambda: compare(target, algorithm, torch.zeros_like(x), 20, 3, init=zeros))
         check(f"{target} {algorithm} duplicates", lambda: compare(target, algorithm, repeated, 20, 1, init=zeros))
     check(f"{target} padding of NaN", padding)
@@ -274,10 +320,15 @@ def pooling(backend, dtype):
     labels = on_device(torch.randint(-1, 30, (3, 150), generator=seeded(1)))
     results = []
     for name, kind in ((backend, dtype), ("reference", torch.float64)):
-        a, v = x.detach().to(kind).requires_grad_(), w.detach().to(torch.float64 if kind == torch.float64 else torch.float32).requires_grad_()
+        a, v = (
+            x.detach().to(kind).requires_grad_(),
+            w.detach().to(torch.float64 if kind == torch.float64 else torch.float32).requires_grad_(),
+        )
         c = tp.pool(a, labels, 30, weights=v, backend=name)
         back = tp.unpool(c, labels, backend=name)
-        (back.double() * torch.linspace(-1, 1, back.numel(), device=Place.device, dtype=torch.float64).view_as(back)).sum().backward()
+        (
+            back.double() * torch.linspace(-1, 1, back.numel(), device=Place.device, dtype=torch.float64).view_as(back)
+        ).sum().backward()
         results.append([t.double() for t in (c, back, a.grad, v.grad)])
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for got, want in zip(*results):
@@ -296,7 +347,10 @@ def attention(backend, dtype):
 def identical(a, b, what):
     for p, q in zip(a, b):
         if p is not None:
-            require(torch.equal(p, q) or torch.equal(p.isnan(), q.isnan()) and torch.equal(p.nan_to_num(), q.nan_to_num()), what)
+            require(
+                torch.equal(p, q) or torch.equal(p.isnan(), q.isnan()) and torch.equal(p.nan_to_num(), q.nan_to_num()),
+                what,
+            )
 
 
 def invariants(report: Report) -> None:
@@ -307,7 +361,7 @@ def invariants(report: Report) -> None:
             for init in (starts(16, n, k), "farthest"):
                 name = f"{target} {algorithm} {'farthest' if isinstance(init, str) else 'indices'}"
                 x = blobs(16, n, d, torch.bfloat16)
-                some = min(16, many)
+                min(16, many)
 
                 def call(images=16):
                     return target.run(algorithm, x[:images], k, init=init if isinstance(init, str) else init[:images])
@@ -322,14 +376,18 @@ def invariants(report: Report) -> None:
                     report.check(f"{name}: CUDA graph, 100 replays", lambda: graph(call))
                     report.check(f"{name}: two streams", lambda: two_streams(call, lambda: call(3)))
             for dtype in DTYPES:
-                report.check(f"{target} {algorithm} {str(dtype)[6:]}: the same bits alone and in a batch of {many}",
-                             lambda: batch(target, algorithm, dtype, many, n, d, k))
+                report.check(
+                    f"{target} {algorithm} {str(dtype)[6:]}: the same bits alone and in a batch of {many}",
+                    lambda: batch(target, algorithm, dtype, many, n, d, k),
+                )
         report.check(f"{target} very many images", lambda: many_images(target))
     if any(target.path == "spread" for target in targets()):
         for algorithm in ALGORITHMS:
             for dtype in DTYPES:
-                report.check(f"resident and spread give the same bits: {algorithm} {str(dtype)[6:]}",
-                             lambda: same_bits(algorithm, dtype, n, d, k))
+                report.check(
+                    f"resident and spread give the same bits: {algorithm} {str(dtype)[6:]}",
+                    lambda: same_bits(algorithm, dtype, n, d, k),
+                )
 
 
 def repeat(call, times):
@@ -348,14 +406,26 @@ def batch(target, algorithm, dtype, many, n, d, k):
             alone = target.run(algorithm, x[i : i + 1], k, **mine)
             identical([None if t is None else t[i : i + 1] for t in whole], alone, f"image {i} depends on its batch")
         few = {name: v[:8] if isinstance(v, torch.Tensor) else v for name, v in given.items()}
-        identical([None if t is None else t[:8] for t in whole], target.run(algorithm, x[:8], k, **few), "8 images differ from 256")
+        identical(
+            [None if t is None else t[:8] for t in whole],
+            target.run(algorithm, x[:8], k, **few),
+            "8 images differ from 256",
+        )
 
 
 def same_bits(algorithm, dtype, n, d, k):
-    for x in (blobs(8, n, d, dtype), blobs(8, 41, 19, dtype), blobs(8, n, d, dtype) * 2.0**-30, torch.zeros(2, n, d, dtype=dtype, device=Place.device)):
+    for x in (
+        blobs(8, n, d, dtype),
+        blobs(8, 41, 19, dtype),
+        blobs(8, n, d, dtype) * 2.0**-30,
+        torch.zeros(2, n, d, dtype=dtype, device=Place.device),
+    ):
         clusters = min(k, x.shape[1])
         for init in (starts(x.shape[0], x.shape[1], clusters), "farthest"):
-            one, other = (Target("cuda", path).run(algorithm, x, clusters, init=init, sort=True) for path in ("resident", "spread"))
+            one, other = (
+                Target("cuda", path).run(algorithm, x, clusters, init=init, sort=True)
+                for path in ("resident", "spread")
+            )
             identical(one, other, f"{tuple(x.shape)} differs")
 
 
@@ -421,27 +491,46 @@ def small(report: Report) -> None:
             x, name = blobs(2, 70, 40, dtype), f"{target} {str(dtype)[6:]}"
             for algorithm in ALGORITHMS:
                 for init in (starts(2, 70, 24), "farthest"):
-                    report.check(f"{name} {algorithm}", lambda: done(target.run(algorithm, x, 24, init=init, num_iters=2)))
+                    report.check(
+                        f"{name} {algorithm}", lambda: done(target.run(algorithm, x, 24, init=init, num_iters=2))
+                    )
             ones, tiny = on_device(torch.ones(2, 40, 9, dtype=dtype)), blobs(2, 70, 40, dtype, scale=2.0**-24)
-            report.check(f"{name} repair", lambda: done(target.run("kmeans", ones, 8, init=starts(2, 40, 8), num_iters=2, sort=True)))
-            report.check(f"{name} scaled twice", lambda: done(target.run("kmeans", tiny, 8, init=starts(2, 70, 8), num_iters=2)))
-            report.check(f"{name} centers", lambda: done(target.run("kmeans", x, 8, init=on_device(torch.randn(2, 8, 40)), num_iters=2)))
+            report.check(
+                f"{name} repair",
+                lambda: done(target.run("kmeans", ones, 8, init=starts(2, 40, 8), num_iters=2, sort=True)),
+            )
+            report.check(
+                f"{name} scaled twice", lambda: done(target.run("kmeans", tiny, 8, init=starts(2, 70, 8), num_iters=2))
+            )
+            report.check(
+                f"{name} centers",
+                lambda: done(target.run("kmeans", x, 8, init=on_device(torch.randn(2, 8, 40)), num_iters=2)),
+            )
     for backend in {target.backend for target in paths}:
         for dtype in DTYPES:
             report.check(f"{backend} pool and gradients {str(dtype)[6:]}", lambda: done(operators(backend, dtype)))
-    if any(target == Target("cuda", "gram") for target in paths):  # more tokens than threads for two columns: no groups of threads
+    if any(
+        target == Target("cuda", "gram") for target in paths
+    ):  # more tokens than threads for two columns: no groups of threads
         x = blobs(1, 1154, 8, torch.bfloat16)
-        report.check("cuda/gram 1154 tokens", lambda: done(Target("cuda", "gram").run("kmeans", x, 100, init=starts(1, 1154, 100), num_iters=2)))
+        report.check(
+            "cuda/gram 1154 tokens",
+            lambda: done(Target("cuda", "gram").run("kmeans", x, 100, init=starts(1, 1154, 100), num_iters=2)),
+        )
     done(None)
 
 
 def operators(backend, dtype):
     """All operators but clustering, from tensors that were copied to the device."""
+
     def made(*shape, seed):
         return on_device(torch.randn(shape, generator=seeded(seed)).to(dtype))
 
     x, grad, back = made(2, 70, 40, seed=1), made(2, 24, 40, seed=2), made(2, 70, 40, seed=3)
-    w, labels = on_device(torch.rand(2, 70, generator=seeded(4))), on_device(torch.randint(-1, 24, (2, 70), generator=seeded(5)))
+    w, labels = (
+        on_device(torch.rand(2, 70, generator=seeded(4))),
+        on_device(torch.randint(-1, 24, (2, 70), generator=seeded(5))),
+    )
     chain = (backend,)
     centers, mass = registry.call(chain, "pool", x, labels, w, 24)
     registry.call(chain, "pool_backward", grad, x, centers, labels, w, mass)
@@ -456,30 +545,46 @@ def done(_):
 
 
 def speed(report: Report) -> None:
-    """Microseconds a call of our own paths (peers: python -m bench): wall with Python, and the device alone (graph replays)."""
-    shapes = [(196, 384, 98), (196, 192, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288)]  # what matters most first
+    """Microseconds a call of our own paths (peers: python -m bench): wall with Python, and the device alone (graph
+    replays)."""
+    shapes = [
+        (196, 384, 98),
+        (196, 192, 98),
+        (256, 384, 128),
+        (196, 768, 49),
+        (576, 768, 288),
+    ]  # what matters most first
     batches, dtypes = (1, 256, 8, 64), (torch.bfloat16, torch.float32)
     if Place.rehearsal:
         shapes, batches, dtypes = [(64, 32, 16)], (1, 4), (torch.float32,)
     for dtype in dtypes:
         for n, d, k in shapes:
             for b in batches:
-                data = make(Problem("kmeans", b, n, d, k, tokens="random" if Place.rehearsal else "real", device=Place.device))
+                data = make(
+                    Problem("kmeans", b, n, d, k, tokens="random" if Place.rehearsal else "real", device=Place.device)
+                )
                 x = data.x.to(dtype)
                 if x.numel() * x.element_size() > 1 << 30:
                     continue
                 for target in targets():
-                    if target.path and (n, d) not in ((196, 384), (64, 32)) or target.path in ("resident", "spread") and n > 300:
+                    if (
+                        target.path
+                        and (n, d) not in ((196, 384), (64, 32))
+                        or target.path in ("resident", "spread")
+                        and n > 300
+                    ):
                         continue  # forced paths at one shape only
                     for algorithm, init in (("kmeans", data.init), ("kmeans", "farthest"), ("kmedoids", data.init)):
                         if target.path in ("streaming", "direct") and isinstance(init, str):
                             continue
                         start = init if isinstance(init, str) else "indices"
-                        report.check(f"{target} {algorithm} {b}x{n}x{d}->{k} {str(dtype)[6:]} {start}",
-                                     lambda: measured(target, algorithm, x, k, init, data.tokens))
+                        report.check(
+                            f"{target} {algorithm} {b}x{n}x{d}->{k} {str(dtype)[6:]} {start}",
+                            lambda: measured(target, algorithm, x, k, init, data.tokens),
+                        )
 
 
-def measured(target, algorithm, x, k, init, tokens) -> Dict:
+def measured(target, algorithm, x, k, init, tokens) -> dict:
     def call():
         return target.run(algorithm, x, k, init=init)
 
@@ -493,7 +598,7 @@ def measured(target, algorithm, x, k, init, tokens) -> Dict:
 def median_us(call, rounds: int = 9, calls: int = 20) -> float:
     """Median over rounds of the mean time of `calls` calls in a row."""
     times = []
-    for round_index in range(rounds + 2):
+    for _round_index in range(rounds + 2):
         if Place.device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -517,7 +622,7 @@ def profile(report: Report) -> None:
     done(None)
 
 
-def tests(arguments: List[str]) -> int:
+def tests(arguments: list[str]) -> int:
     """pytest, with an interrupt instead of an end when its time is up: it then prints the failures it has seen."""
     import pytest
 

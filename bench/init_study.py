@@ -36,7 +36,8 @@ def sklearn_losses(x, weights, K: int) -> dict[str, torch.Tensor]:
 
 
 def start_cost_ms(call, given, clock, repeats: int) -> tuple[float, float]:
-    """Milliseconds of a call that makes its own start, and of that start alone: the call, less the same with the start given."""
+    """Milliseconds of a call that makes its own start, and of that start alone: the call, less the same with the start
+    given."""
     samples, errors = timing.interleave({"named": call, "given": given}, repeats=repeats, clock=clock, pause=0)
     if errors:
         raise next(iter(errors.values()))
@@ -53,8 +54,10 @@ def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
     for K in clusters:
         for weights, word in ((None, "unweighted"), (scores, "weighted")):
             base = sklearn_losses(x, weights, K)
-            say(f"\n{word}, {x.shape[1]}x{x.shape[2]} -> {K}, {x.shape[0]} images; loss after T iterations over "
-                f"scikit-learn's converged k-means++: mean (worst image)")
+            say(
+                f"\n{word}, {x.shape[1]}x{x.shape[2]} -> {K}, {x.shape[0]} images; loss after T iterations over "
+                f"scikit-learn's converged k-means++: mean (worst image)"
+            )
             say(f"  {'start':10s} {'T':>3s} {'/ one run':>16s} {'/ best of 10':>16s} {'start ms':>9s} {'all ms':>8s}")
             for start in STARTS:
                 for T in iters:
@@ -63,6 +66,7 @@ def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
 
                     def call(init=start, generator=generator, T=T, weights=weights, K=K):
                         return tp.kmeans(x, K, weights=weights, init=init, num_iters=T, generator=generator)
+
                     try:
                         loss = call().inertia.double()
                     except ValueError as error:
@@ -73,18 +77,25 @@ def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
                     one, ten = loss / base["one"], loss / base["ten"]
                     made = initial(start, x, K, weights, None, None, generator, False)
                     total, cost = (ms / x.shape[0] for ms in start_cost_ms(call, lambda: call(made), clock, repeats))
-                    record.update(status="ok", over_one_run={"mean": one.mean().item(), "worst": one.max().item()},
-                                  over_best_of_10={"mean": ten.mean().item(), "worst": ten.max().item()},
-                                  start_ms_per_image=cost, total_ms_per_image=total)
+                    record.update(
+                        status="ok",
+                        over_one_run={"mean": one.mean().item(), "worst": one.max().item()},
+                        over_best_of_10={"mean": ten.mean().item(), "worst": ten.max().item()},
+                        start_ms_per_image=cost,
+                        total_ms_per_image=total,
+                    )
                     records.append(record)
-                    say(f"  {start:10s} {T:3d}  {one.mean():.4f} ({one.max():.3f})  {ten.mean():.4f} ({ten.max():.3f})"
-                        f" {cost:9.4f} {total:8.3f}")
+                    say(
+                        f"  {start:10s} {T:3d}  {one.mean():.4f} ({one.max():.3f})  {ten.mean():.4f} ({ten.max():.3f})"
+                        f" {cost:9.4f} {total:8.3f}"
+                    )
     return records
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.init_study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.init_study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--clusters", default="128,64,32")
     parser.add_argument("--iters", default="1,5,20")
@@ -97,12 +108,21 @@ def main(argv=None) -> int:
     if found is None:
         print(f"real tokens are needed: {words}", file=sys.stderr)
         return 2
-    x, scores = found["tokens"][:args.images].contiguous(), found["scores"][:args.images].contiguous()
-    records = study(x, scores, [int(k) for k in args.clusters.split(",")], [int(t) for t in args.iters.split(",")],
-                    args.repeats)
+    x, scores = found["tokens"][: args.images].contiguous(), found["scores"][: args.images].contiguous()
+    records = study(
+        x, scores, [int(k) for k in args.clusters.split(",")], [int(t) for t in args.iters.split(",")], args.repeats
+    )
     if args.json:
-        content = {"schema": 1, **machine.stamp("bench.init_study"), "threads": args.threads, "tokens": "real", "images": x.shape[0], "reference": "scikit-learn KMeans(init='k-means++') to "
-                   "convergence, n_init 1 and 10, random_state = image number", "records": records}
+        content = {
+            "schema": 1,
+            **machine.stamp("bench.init_study"),
+            "threads": args.threads,
+            "tokens": "real",
+            "images": x.shape[0],
+            "reference": "scikit-learn KMeans(init='k-means++') to "
+            "convergence, n_init 1 and 10, random_state = image number",
+            "records": records,
+        }
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0

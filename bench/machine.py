@@ -107,8 +107,10 @@ def package_version(name: str | None) -> str | None:
 
 
 def versions() -> dict:
-    return {"python": platform.python_version(),
-            **{name: package_version(name) for name in ("torch", "numpy", "triton")}}
+    return {
+        "python": platform.python_version(),
+        **{name: package_version(name) for name in ("torch", "numpy", "triton")},
+    }
 
 
 def commit() -> str:
@@ -118,11 +120,14 @@ def commit() -> str:
 
     def git(*args):
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20)
+
     try:
         head = git("rev-parse", "--short=12", "HEAD")
         if head.returncode:
             return elsewhere
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!*.md").stdout.strip()
+        dirty = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!*.md"
+        ).stdout.strip()
         return head.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.TimeoutExpired):
         return elsewhere
@@ -137,8 +142,14 @@ def command(module: str = "bench") -> str:
 
 def stamp(module: str = "bench", device: str = "cpu") -> dict:
     """What every record says of its making."""
-    return {"machine": machine(device), "versions": versions(), "commit": commit(), "command": command(module), "date": now()}
+    return {
+        "machine": machine(device),
+        "versions": versions(),
+        "commit": commit(),
+        "command": command(module),
+        "date": now(),
+    }
 
 
 def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

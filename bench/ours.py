@@ -28,8 +28,16 @@ def variant(problem, backend: str | None) -> str | None:
     try:
         from tokenpool_ext import explain
 
-        plan = explain(problem.B, problem.N, problem.K, problem.D, dtype=getattr(torch, problem.dtype),
-                       device=problem.device, num_iters=problem.iters, algorithm=problem.op)
+        plan = explain(
+            problem.B,
+            problem.N,
+            problem.K,
+            problem.D,
+            dtype=getattr(torch, problem.dtype),
+            device=problem.device,
+            num_iters=problem.iters,
+            algorithm=problem.op,
+        )
         return (f"[{backend}] " if backend else "") + " ".join(str(plan).split())
     except Exception as error:
         return f"explain failed: {type(error).__name__}: {error}"
@@ -42,7 +50,8 @@ def pooling_inputs(data):
     p = data.problem
     assignment = assign(data.x32, data.centers)
     mass = torch.zeros(data.images, p.K, device=data.x.device).scatter_add_(
-        1, assignment, torch.ones(assignment.shape, device=data.x.device))
+        1, assignment, torch.ones(assignment.shape, device=data.x.device)
+    )
     generator = torch.Generator().manual_seed(2)
     grad = torch.randn(data.images, p.K, p.D, generator=generator).to(data.x.device, data.x.dtype)
     return assignment, mass, grad
@@ -61,7 +70,9 @@ def setup(data, backend: str | None = None):
         assignment, _, grad = pooling_inputs(data)
         chain = registry.select("pool", data.x, backend)
         pooled, mass = registry.call(chain, "pool", data.x, assignment, None, p.K)
-        return lambda: registry.call(chain, "pool_backward", grad, data.x, pooled, assignment, None, mass)[0]  # no autograd, as its peer
+        return lambda: registry.call(chain, "pool_backward", grad, data.x, pooled, assignment, None, mass)[
+            0
+        ]  # no autograd, as its peer
     cluster = getattr(tp, p.op)
     if p.mode == "forward":
         return lambda: cluster(data.x, p.K, init=data.init, num_iters=p.iters, backend=backend)
@@ -73,6 +84,7 @@ def setup(data, backend: str | None = None):
         result = cluster(x, p.K, init=data.init, num_iters=p.iters, backend=backend)
         torch.autograd.grad(result.centers, x, grad)
         return result
+
     return call
 
 

@@ -54,27 +54,51 @@ def figure(groups: list[list[dict]], out: Path) -> Path:
     first = groups[0][0]
     with_floor = any("time_over_floor" in r for g in groups for r in g)
     height = 1.6 + 0.62 * len(groups)
-    canvas, axes = pyplot.subplots(1, 2 if with_floor else 1, figsize=(11 if with_floor else 8, height), sharey=True,
-                                   squeeze=False, width_ratios=[2.6, 1] if with_floor else None)
+    canvas, axes = pyplot.subplots(
+        1,
+        2 if with_floor else 1,
+        figsize=(11 if with_floor else 8, height),
+        sharey=True,
+        squeeze=False,
+        width_ratios=[2.6, 1] if with_floor else None,
+    )
     speed = axes[0][0]
     for index, name in enumerate(names):
         shown = name + next(("*" for g in groups for r in g if r["provider"] == name and r["objective"] == "other"), "")
-        points = [(row, r["time_over_ours"]) for row, g in enumerate(groups) for r in g
-                  if r["provider"] == name and r["status"] == "ok" and "time_over_ours" in r]
+        points = [
+            (row, r["time_over_ours"])
+            for row, g in enumerate(groups)
+            for r in g
+            if r["provider"] == name and r["status"] == "ok" and "time_over_ours" in r
+        ]
         if not points:
             continue
         middle = [p["p50"] for _, p in points]
         shift = (index - (len(names) - 1) / 2) * 0.6 / max(1, len(names))
-        speed.errorbar(middle, [row + shift for row, _ in points],
-                       xerr=[[m - p["p20"] for m, (_, p) in zip(middle, points)],
-                             [p["p80"] - m for m, (_, p) in zip(middle, points)]],
-                       fmt=MARKERS[index % len(MARKERS)], color=COLOURS[index % len(COLOURS)], ms=5, lw=1, capsize=2,
-                       label=shown)
+        speed.errorbar(
+            middle,
+            [row + shift for row, _ in points],
+            xerr=[
+                [m - p["p20"] for m, (_, p) in zip(middle, points)],
+                [p["p80"] - m for m, (_, p) in zip(middle, points)],
+            ],
+            fmt=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
+            ms=5,
+            lw=1,
+            capsize=2,
+            label=shown,
+        )
     speed.axvline(1, color="black", lw=0.8)
     speed.set_xscale("log")
     speed.set_xlabel("time over tokenpool_ext's (right of 1: slower than ours; *: does another job)")
-    speed.set_yticks(range(len(groups)), [f"{g[0]['shape'].replace(':', ' → ').replace('x', ' × ')}"
-                                          + (f"\n{g[0]['label']}" if g[0]["label"] else "") for g in groups])
+    speed.set_yticks(
+        range(len(groups)),
+        [
+            f"{g[0]['shape'].replace(':', ' → ').replace('x', ' × ')}" + (f"\n{g[0]['label']}" if g[0]["label"] else "")
+            for g in groups
+        ],
+    )
     speed.invert_yaxis()
     speed.grid(axis="x", which="both", alpha=0.25)
     speed.legend(fontsize=7, ncols=5, loc="upper left", bbox_to_anchor=(-0.15, -0.75 / height), frameon=False)
@@ -84,8 +108,15 @@ def figure(groups: list[list[dict]], out: Path) -> Path:
             ours = next(r for r in group if r["ours"] and r["status"] == "ok")
             over = ours.get("time_over_floor")
             if over:
-                bars.barh(row, over["p50"], height=0.5, color="#0072B2",
-                          xerr=[[over["p50"] - over["p20"]], [over["p80"] - over["p50"]]], ecolor="black", capsize=2)
+                bars.barh(
+                    row,
+                    over["p50"],
+                    height=0.5,
+                    color="#0072B2",
+                    xerr=[[over["p50"] - over["p20"]], [over["p80"] - over["p50"]]],
+                    ecolor="black",
+                    capsize=2,
+                )
                 bars.text(over["p80"], row, f"  {over['p50']:.1f}", va="center", fontsize=8)
         bars.axvline(1, color="black", lw=0.8)
         bars.set_xlim(0, 1.15 * bars.get_xlim()[1])  # room for the figures
@@ -93,16 +124,21 @@ def figure(groups: list[list[dict]], out: Path) -> Path:
     where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, threads: {first['threads']}"
     if any(r.get("clock") == "cpu" for g in groups for r in g):
         where += ", CPU time"
-    speed.set_title(f"{first['op']}, batch {first['B']}, {first['dtype']}, T = {first['iters']}, {first['tokens']} "
-                    f"tokens; {where}; commit {first['commit']}", fontsize=8, loc="left")
+    speed.set_title(
+        f"{first['op']}, batch {first['B']}, {first['dtype']}, T = {first['iters']}, {first['tokens']} "
+        f"tokens; {where}; commit {first['commit']}",
+        fontsize=8,
+        loc="left",
+    )
     canvas.savefig(out, dpi=150, bbox_inches="tight")
     pyplot.close(canvas)
     return out
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", nargs="+")
     parser.add_argument("--out", help="PNG to write (default: the first result's name with .png)")
     parser.add_argument("--op", default="kmeans")
@@ -112,8 +148,9 @@ def main(argv=None) -> int:
     parser.add_argument("--mode", default="forward")
     args = parser.parse_args(argv)
     try:
-        groups = choose(read(args.results), op=args.op, batch=args.batch, iters=args.iters, dtype=args.dtype,
-                        mode=args.mode)
+        groups = choose(
+            read(args.results), op=args.op, batch=args.batch, iters=args.iters, dtype=args.dtype, mode=args.mode
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

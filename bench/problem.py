@@ -109,8 +109,18 @@ def suite_shapes(name: str) -> list[tuple[str, int, int, int]]:
     return list(SUITES[name])
 
 
-def problems(*, suite="vit", shapes=None, batches=(64,), dtypes=("float32",), ops=("kmeans",), iters=(5,),
-             mode="forward", device="cpu", tokens="random"):
+def problems(
+    *,
+    suite="vit",
+    shapes=None,
+    batches=(64,),
+    dtypes=("float32",),
+    ops=("kmeans",),
+    iters=(5,),
+    mode="forward",
+    device="cpu",
+    tokens="random",
+):
     """Every combination asked for -> (list of Problem, list of messages about combinations left out)."""
     found, left_out = [], []
     for op in ops:

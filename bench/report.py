@@ -27,11 +27,17 @@ COLUMNS = ("provider", "version", "ms/image p50", "[p20, p80]", "/ ours", "/ flo
 
 def row(record: dict) -> list[str]:
     time, ratio, over = (record.get(k) for k in ("ms_per_image", "time_over_ours", "time_over_floor"))
-    return [record["provider"] + ("*" if record["objective"] == "other" else ""),
-            str(record["versions"].get("provider") or "-"), milliseconds(time["p50"]),
-            f"[{milliseconds(time['p20'])}, {milliseconds(time['p80'])}]",
-            f"{ratio['p50']:.2f}" if ratio else "-", f"{over['p50']:.2f}" if over else "-",
-            str(record["images_timed"]), _bytes(record.get("peak_extra_bytes")), _loss(record)]
+    return [
+        record["provider"] + ("*" if record["objective"] == "other" else ""),
+        str(record["versions"].get("provider") or "-"),
+        milliseconds(time["p50"]),
+        f"[{milliseconds(time['p20'])}, {milliseconds(time['p80'])}]",
+        f"{ratio['p50']:.2f}" if ratio else "-",
+        f"{over['p50']:.2f}" if over else "-",
+        str(record["images_timed"]),
+        _bytes(record.get("peak_extra_bytes")),
+        _loss(record),
+    ]
 
 
 def table(records: list[dict]) -> str:
@@ -39,8 +45,14 @@ def table(records: list[dict]) -> str:
     done = sorted((r for r in records if r["status"] == "ok"), key=lambda r: r["ms_per_image"]["p50"])
     rows = [list(COLUMNS), *map(row, done)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
-    lines = ["  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
-             for r in rows] if done else []
+    lines = (
+        [
+            "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
+            for r in rows
+        ]
+        if done
+        else []
+    )
     if any(r["objective"] == "other" for r in done):
         lines.append("  * another objective or algorithm: its loss need not agree")
     converted = [r["provider"] for r in done if r.get("input_dtype", r["dtype"]) != r["dtype"]]
@@ -58,8 +70,15 @@ def table(records: list[dict]) -> str:
 
 def best_peer(records: list[dict]) -> dict | None:
     """Fastest record of the same objective that is not ours and whose loss was not found to differ."""
-    fit = [r for r in records if r["status"] == "ok" and not r["ours"] and r["objective"] == "same"
-           and r.get("same_loss", True) and r.get("same_result", True)]
+    fit = [
+        r
+        for r in records
+        if r["status"] == "ok"
+        and not r["ours"]
+        and r["objective"] == "same"
+        and r.get("same_loss", True)
+        and r.get("same_result", True)
+    ]
     return min(fit, key=lambda r: r["ms_per_image"]["p50"], default=None)
 
 
@@ -89,16 +108,26 @@ def summary(records: list[dict]) -> str:
             continue
         ratio = peer["time_over_ours"]
         op, shape, B, iters, dtype, mode, device, _ = key
-        lines.append(f"  {op} {shape} batch {B} T={iters} {dtype} {mode} {device}: "
-                     f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}] over {peer['provider']}")
+        lines.append(
+            f"  {op} {shape} batch {B} T={iters} {dtype} {mode} {device}: "
+            f"{ratio['p50']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}] over {peer['provider']}"
+        )
         groups.setdefault((op, B, iters, dtype, mode, device), []).append(ratio["p50"])
     if not lines:
-        return "\n".join(["Speed over the best peer: nothing to compare (no peer and ours on the same problem)",
-                          *within_ours(records)])
-    means = [f"  geometric mean of {len(v)} shapes, {op} batch {B} T={T} {dtype} {mode} {device}: "
-             f"{geometric_mean(v):.2f}x (lowest {min(v):.2f}x)" for (op, B, T, dtype, mode, device), v in groups.items()]
-    return "\n".join(["Speed over the best peer that does the same job [p20, p80]:", *lines, *means,
-                      *within_ours(records)])
+        return "\n".join(
+            [
+                "Speed over the best peer: nothing to compare (no peer and ours on the same problem)",
+                *within_ours(records),
+            ]
+        )
+    means = [
+        f"  geometric mean of {len(v)} shapes, {op} batch {B} T={T} {dtype} {mode} {device}: "
+        f"{geometric_mean(v):.2f}x (lowest {min(v):.2f}x)"
+        for (op, B, T, dtype, mode, device), v in groups.items()
+    ]
+    return "\n".join(
+        ["Speed over the best peer that does the same job [p20, p80]:", *lines, *means, *within_ours(records)]
+    )
 
 
 def within_ours(records: list[dict]) -> list[str]:
@@ -110,8 +139,10 @@ def within_ours(records: list[dict]) -> list[str]:
     lines = []
     for (provider, op, shape, B, mode, dtype, T), r in times.items():
         fewest = min(k[6] for k in times if k[:6] == (provider, op, shape, B, mode, dtype))
-        for other, word in (((dtype, fewest), f"T={T} over T={fewest}, {dtype}"),
-                            (("float32", T), f"{dtype} over float32, T={T}")):
+        for other, word in (
+            ((dtype, fewest), f"T={T} over T={fewest}, {dtype}"),
+            (("float32", T), f"{dtype} over float32, T={T}"),
+        ):
             base = times.get((provider, op, shape, B, mode, *other))
             if base and base is not r:
                 ratio = r["ms_per_image"]["p50"] / base["ms_per_image"]["p50"]

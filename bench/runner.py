@@ -28,7 +28,9 @@ class Settings:
     repeats: int = 11
     sample_s: float = 0.6  # a timed call longer than this is made on fewer images
     problem_s: float = 30.0  # after this no new round of repeats starts (three are always made)
-    shortest_s: float = 0.02  # shorter calls are repeated inside one sample, so that waking the threads up counts little
+    shortest_s: float = (
+        0.02  # shorter calls are repeated inside one sample, so that waking the threads up counts little
+    )
     memory: bool = True
     clock: str = "wall"  # or "cpu": process CPU time, meant for one thread on a busy machine
 
@@ -65,8 +67,15 @@ def our_provider(backend: str | None) -> Provider:
 
 def peer_provider(name: str) -> Provider:
     module = peers.load(name)
-    return Provider(module.NAME, module, machine.package_version(module.PACKAGE), module.OBJECTIVE,
-                    getattr(module, "START", "given"), module.NOTE, slow_setup=getattr(module, "SLOW_SETUP", False))
+    return Provider(
+        module.NAME,
+        module,
+        machine.package_version(module.PACKAGE),
+        module.OBJECTIVE,
+        getattr(module, "START", "given"),
+        module.NOTE,
+        slow_setup=getattr(module, "SLOW_SETUP", False),
+    )
 
 
 def lloyd64(x, centers, iters: int):
@@ -152,7 +161,8 @@ def check(provider: Provider, result, data, agreed) -> dict:
 
 
 def least(call, first: float, settings: Settings, clock) -> float:
-    """Least of a few calls (a busy machine makes single ones far too long); one that takes very long is not repeated."""
+    """Least of a few calls (a busy machine makes single ones far too long); one that takes very long is not
+    repeated."""
     if first > 20 * settings.sample_s:
         return first
     times = [clock.seconds(call)]
@@ -194,18 +204,38 @@ def input_dtype(problem: Problem, provider: Provider) -> str:
 
 
 def base_record(problem: Problem, provider: Provider, context: dict) -> dict:
-    return {**problem.as_dict(), "provider": provider.name, "ours": provider.is_ours,
-            "input_dtype": input_dtype(problem, provider), "objective": provider.objective, "start": provider.start, "note": provider.note,
-            "versions": {**context["versions"], "provider": provider.version},
-            **{key: context[key] for key in ("machine", "threads", "commit", "command", "date")}}
+    return {
+        **problem.as_dict(),
+        "provider": provider.name,
+        "ours": provider.is_ours,
+        "input_dtype": input_dtype(problem, provider),
+        "objective": provider.objective,
+        "start": provider.start,
+        "note": provider.note,
+        "versions": {**context["versions"], "provider": provider.version},
+        **{key: context[key] for key in ("machine", "threads", "commit", "command", "date")},
+    }
 
 
-def run(problem: Problem, providers: list[Provider], settings: Settings, context: dict, *, floors=None,
-        skip=None, say=lambda text: None) -> list[dict]:
+def run(
+    problem: Problem,
+    providers: list[Provider],
+    settings: Settings,
+    context: dict,
+    *,
+    floors=None,
+    skip=None,
+    say=lambda text: None,
+) -> list[dict]:
     """Time all providers on one problem. `skip`: provider name -> reason known beforehand."""
     data = tokens.make(problem)
-    clock = (timing.CudaClock() if problem.device == "cuda" else
-             timing.CpuClock() if settings.clock == "cpu" else timing.WallClock())
+    clock = (
+        timing.CudaClock()
+        if problem.device == "cuda"
+        else timing.CpuClock()
+        if settings.clock == "cpu"
+        else timing.WallClock()
+    )
     records, calls, repeats, inner, ready = {}, {}, {}, {}, {}
     agreed: dict = {}
     for provider in providers:
@@ -221,9 +251,15 @@ def run(problem: Problem, providers: list[Provider], settings: Settings, context
                 peak, method, result = timing.peak_extra_bytes(call, problem.device)
             else:
                 peak, method, result = None, "not measured", call()
-            record.update(status="ok", variant=provider.variant(part), images_timed=part.images,
-                          setup_and_first_call_s=setup_s, peak_extra_bytes=peak, memory_method=method,
-                          **check(provider, result, part, agreed))
+            record.update(
+                status="ok",
+                variant=provider.variant(part),
+                images_timed=part.images,
+                setup_and_first_call_s=setup_s,
+                peak_extra_bytes=peak,
+                memory_method=method,
+                **check(provider, result, part, agreed),
+            )
             del result
         except Exception as error:
             record.update(status="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
@@ -236,10 +272,12 @@ def run(problem: Problem, providers: list[Provider], settings: Settings, context
     if calls:
         say(f"  timing {len(calls)} providers")
         others = machine.OthersCpu()
-        samples, errors = timing.interleave(calls, repeats=repeats, clock=clock, calls_per_sample=inner,
-                                            deadline_s=settings.problem_s)
-        per_image = {name: [None if s is None else s / ready[name] * 1e3 for s in found]
-                     for name, found in samples.items()}
+        samples, errors = timing.interleave(
+            calls, repeats=repeats, clock=clock, calls_per_sample=inner, deadline_s=settings.problem_s
+        )
+        per_image = {
+            name: [None if s is None else s / ready[name] * 1e3 for s in found] for name, found in samples.items()
+        }
         finish(records, per_image, errors, inner, "cuda events" if problem.device == "cuda" else settings.clock)
         busy = others.cores()
         for name in calls:
@@ -258,8 +296,13 @@ def finish(records: dict, per_image: dict, errors: dict, inner: dict, clock: str
             error = errors.get(name)
             record.update(status="failed", reason=f"while timing: {type(error).__name__}: {error}")
             continue
-        record.update(ms_per_image=timing.spread(times), repeats=len(times), calls_per_sample=inner[name], clock=clock,
-                      samples_ms_per_image=[round(t, 6) for t in times])
+        record.update(
+            ms_per_image=timing.spread(times),
+            repeats=len(times),
+            calls_per_sample=inner[name],
+            clock=clock,
+            samples_ms_per_image=[round(t, 6) for t in times],
+        )
     us = next((name for name, r in records.items() if r["ours"] and r["status"] == "ok"), None)
     for name, record in records.items():
         if us and record["status"] == "ok":

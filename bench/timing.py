@@ -69,8 +69,15 @@ class CudaClock:
         return total / calls
 
 
-def interleave(calls: dict, *, repeats: dict | int, clock, calls_per_sample: dict | None = None,
-               pause=PAUSE_S, deadline_s: float | None = None) -> tuple[dict, dict]:
+def interleave(
+    calls: dict,
+    *,
+    repeats: dict | int,
+    clock,
+    calls_per_sample: dict | None = None,
+    pause=PAUSE_S,
+    deadline_s: float | None = None,
+) -> tuple[dict, dict]:
     """Time every provider once a round, in rotating order, so that drift of the machine hits all alike.
 
     calls: provider -> callable. repeats: rounds, or provider -> rounds.

@@ -42,12 +42,18 @@ class Data:
     def images(self) -> int:
         return self.x.shape[0]
 
-    def take(self, images: int) -> "Data":
+    def take(self, images: int) -> Data:
         """The first `images` images."""
         if images >= self.images:
             return self
-        return replace(self, x=self.x[:images], x32=self.x32[:images], init=self.init[:images],
-                       centers=self.centers[:images], k=None if self.k is None else self.k[:images])
+        return replace(
+            self,
+            x=self.x[:images],
+            x32=self.x32[:images],
+            init=self.init[:images],
+            centers=self.centers[:images],
+            k=None if self.k is None else self.k[:images],
+        )
 
 
 def real_base(images: int = BASE_IMAGES) -> tuple[torch.Tensor | None, str]:
@@ -130,8 +136,11 @@ def make(problem: Problem, seed: int = 0) -> Data:
         if "base" not in _base:
             _base["base"] = real_base()
         base, reason = _base["base"]
-        x, words = derive(base, B, N, D, seed) if base is not None else (
-            random_tokens(B, N, D, seed), f"random (real tokens were asked for: {reason})")
+        x, words = (
+            derive(base, B, N, D, seed)
+            if base is not None
+            else (random_tokens(B, N, D, seed), f"random (real tokens were asked for: {reason})")
+        )
     else:
         x, words = random_tokens(B, N, D, seed), "random"
     x = x.to(problem.device, dtype)

@@ -4,10 +4,12 @@
 
 Needs no GPU: the launches of a clustering are recorded, and their kernels compiled to machine code for the capability,
 one after the other and side by side as the backend does it.  Each measurement is a process of its own; importing torch
-and Triton is not counted, Triton's own start (it hashes its binaries) is.  `later process` is a fresh process that finds
+and Triton is not counted, Triton's own start (it hashes its binaries) is.  `later process` is a fresh process that
+finds
 Triton's cache on disk filled by an earlier one, which is every process but the first on a machine.  Seconds, the median
 of the repeats, and the greatest of those side by side; `processor` adds up all threads and ptxas.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,8 +24,12 @@ from pathlib import Path
 
 from . import machine
 
-BUCKETS = (("gram", "kmeans", 196, 384, 98), ("direct", "kmeans", 4096, 64, 16), ("direct", "kmeans", 4096, 320, 16),
-           ("gram", "kmedoids", 196, 384, 98))
+BUCKETS = (
+    ("gram", "kmeans", 196, 384, 98),
+    ("direct", "kmeans", 4096, 64, 16),
+    ("direct", "kmeans", 4096, 320, 16),
+    ("gram", "kmedoids", 196, 384, 98),
+)
 
 
 def measure(path: str, algorithm: str, n: int, d: int, k: int, dtype: str, capability: int, together: bool) -> dict:
@@ -60,8 +66,13 @@ def measure(path: str, algorithm: str, n: int, d: int, k: int, dtype: str, capab
 
 
 def in_a_process(problem: dict, cache: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", "bench.triton_first_call", "--one", json.dumps(problem)],
-                          env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.triton_first_call", "--one", json.dumps(problem)],
+        env={**os.environ, "TRITON_CACHE_DIR": cache},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -98,9 +109,12 @@ def main(argv=None) -> int:
                 rows.append(row := measured(bucket, dtype, capability, options.repeats))
                 middle = {name: statistics.median(values) for name, values in row["seconds"].items()}
                 path, algorithm, n, d, k = bucket
-                print(f"{f'sm_{capability} {algorithm} {path} {dtype} {n}x{d}->{k}':<46}{middle['one_by_one']:>12.1f}"
-                      f"{middle['together']:>10.1f}{max(row['seconds']['together']):>8.1f}{middle['processor']:>11.1f}"
-                      f"{middle['later']:>7.1f}{row['kernels']:>9}", flush=True)
+                print(
+                    f"{f'sm_{capability} {algorithm} {path} {dtype} {n}x{d}->{k}':<46}{middle['one_by_one']:>12.1f}"
+                    f"{middle['together']:>10.1f}{max(row['seconds']['together']):>8.1f}{middle['processor']:>11.1f}"
+                    f"{middle['later']:>7.1f}{row['kernels']:>9}",
+                    flush=True,
+                )
     if options.json:
         content = {"schema": 1, **machine.stamp("bench.triton_first_call"), "first_call": rows}
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")

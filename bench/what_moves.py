@@ -1,9 +1,11 @@
 """``python -m bench.what_moves``: how much of an assignment is left where only what moved is compared again?
 
-Counts, not times (no GPU needed): what ``csrc/cuda/cluster.cuh`` leaves out on the paths "resident", "spread" and "gram". For
-each assignment after the first, the share of the members that are in clusters whose members changed, and the share of the
-tokens that stay open (their own center moved, and none of those that moved is as near as it was). Work is that of all these
-assignments over comparing every token with every member; the first one, to the starting tokens, is always whole.
+Counts, not times (no GPU needed): what ``csrc/cuda/cluster.cuh`` leaves out on the paths "resident", "spread" and
+"gram". For
+each assignment after the first, the share of the members that are in clusters whose members changed, and the share of
+the
+tokens that stay open (their own center moved, and none of those that moved is as near as it was). Work is that of all
+these assignments over comparing every token with every member; the first one, to the starting tokens, is always whole.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ import torch
 
 from . import machine, tokens
 
-SHAPES = ((196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (256, 1024, 64), (576, 768, 288), (576, 1024, 64))
+SHAPES = (
+    (196, 192, 98),
+    (196, 384, 98),
+    (256, 384, 128),
+    (196, 768, 49),
+    (256, 1024, 64),
+    (576, 768, 288),
+    (576, 1024, 64),
+)
 
 
 def shares(x: torch.Tensor, init: torch.Tensor, iters: int) -> list[tuple[float, float]]:
@@ -44,8 +54,9 @@ def shares(x: torch.Tensor, init: torch.Tensor, iters: int) -> list[tuple[float,
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.what_moves", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.what_moves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--json")
@@ -55,17 +66,37 @@ def main(argv=None) -> int:
         print(f"real tokens are needed: {words}", file=sys.stderr)
         return 2
     records = []
-    print(f"{args.images} images, random starts; members of moved clusters / open tokens, work left of these assignments")
+    print(
+        f"{args.images} images, random starts; members of moved clusters / open tokens, work left of these assignments"
+    )
     for n, d, k in SHAPES:
         for kind in ("real", "random"):
             x = tokens.derive(base, args.images, n, d)[0] if kind == "real" else tokens.random_tokens(args.images, n, d)
             found = shares(x, tokens.distinct_indices(args.images, n, k), args.iters)
             work = sum(moved + still_open * (1 - moved) for moved, still_open in found) / len(found)
-            records.append({"shape": [n, d, k], "tokens": kind, "moved": [m for m, _ in found],
-                            "open": [o for _, o in found], "work": work})
-            print(f"{n}x{d}->{k}".ljust(14), kind.ljust(7), "  ".join(f"{m:.2f} / {o:.2f}" for m, o in found), f"  {work:.2f}")
+            records.append(
+                {
+                    "shape": [n, d, k],
+                    "tokens": kind,
+                    "moved": [m for m, _ in found],
+                    "open": [o for _, o in found],
+                    "work": work,
+                }
+            )
+            print(
+                f"{n}x{d}->{k}".ljust(14),
+                kind.ljust(7),
+                "  ".join(f"{m:.2f} / {o:.2f}" for m, o in found),
+                f"  {work:.2f}",
+            )
     if args.json:
-        content = {"schema": 1, **machine.stamp("bench.what_moves"), "images": args.images, "iters": args.iters, "records": records}
+        content = {
+            "schema": 1,
+            **machine.stamp("bench.what_moves"),
+            "images": args.images,
+            "iters": args.iters,
+            "records": records,
+        }
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

@@ -1,5 +1,6 @@
 // Schemas of torch.ops.tokenpool_ext.* and their CPU implementations, on torch's stable ABI (one binary for every torch
-// from 2.11 on). Arguments were validated in Python (functional.py); here only what memory safety needs is checked again.
+// from 2.11 on). Arguments were validated in Python (functional.py); here only what memory safety needs is checked
+// again.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/macros/Macros.h>
@@ -17,11 +18,16 @@ namespace {
 
 DType dtype_of(const Tensor& x, const char* op) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::Float32;
-    case ScalarType::Double: return DType::Float64;
-    case ScalarType::BFloat16: return DType::BFloat16;
-    case ScalarType::Half: return DType::Float16;
-    default: STD_TORCH_CHECK(false, op, ": tokens must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::Float32;
+    case ScalarType::Double:
+      return DType::Float64;
+    case ScalarType::BFloat16:
+      return DType::BFloat16;
+    case ScalarType::Half:
+      return DType::Float16;
+    default:
+      STD_TORCH_CHECK(false, op, ": tokens must be float32, float64, bfloat16 or float16");
   }
   return DType::Float32;
 }
@@ -54,7 +60,9 @@ void run_parallel(int64_t count, Body body, void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+int num_threads() {
+  return static_cast<int>(torch::stable::get_num_threads());
+}
 
 int forced_path() {
   const char* path = std::getenv("TOKENPOOL_EXT_CPU_PATH");
@@ -72,13 +80,15 @@ Tensor new_output(const Tensor& like, int64_t images, int64_t rows, int64_t feat
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
-    const char* op, bool medoids, const Tensor& tokens, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& counts, const Tensor& start, int64_t num_clusters,
-    int64_t num_iters, bool sort) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(const char* op, bool medoids, const Tensor& tokens,
+                                                               const std::optional<Tensor>& weights,
+                                                               const std::optional<Tensor>& mask,
+                                                               const std::optional<Tensor>& counts, const Tensor& start,
+                                                               int64_t num_clusters, int64_t num_iters, bool sort) {
   STD_TORCH_CHECK(tokens.is_cpu() && tokens.dim() == 3, op, ": x must be a CPU tensor of shape (B, N, D)");
   const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), K = num_clusters;
-  STD_TORCH_CHECK(K >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", K, " and ", num_iters);
+  STD_TORCH_CHECK(K >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", K, " and ",
+                  num_iters);
   STD_TORCH_CHECK(N < (int64_t(1) << 31) && K < (int64_t(1) << 31), op, ": more than 2^31 tokens or clusters an image");
   const Tensor x = feature_rows(tokens), init = dense(start);
   const ScalarType acc = acc_of(x);
@@ -129,18 +139,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(
   return {centers, assignment, mass, medoid_index, inertia};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_cpu(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask,
-                                                      std::optional<Tensor> counts, Tensor init, int64_t num_clusters,
-                                                      int64_t num_iters, bool sort) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_cpu(Tensor x, std::optional<Tensor> weights,
+                                                      std::optional<Tensor> mask, std::optional<Tensor> counts,
+                                                      Tensor init, int64_t num_clusters, int64_t num_iters, bool sort) {
   auto [centers, assignment, mass, medoids, inertia] =
       run_cluster("kmeans", false, x, weights, mask, counts, init, num_clusters, num_iters, sort);
   return {centers, assignment, mass, inertia};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmedoids_cpu(Tensor x, std::optional<Tensor> weights,
-                                                                std::optional<Tensor> mask, std::optional<Tensor> counts,
-                                                                Tensor init, int64_t num_clusters, int64_t num_iters,
-                                                                bool sort) {
+                                                                std::optional<Tensor> mask,
+                                                                std::optional<Tensor> counts, Tensor init,
+                                                                int64_t num_clusters, int64_t num_iters, bool sort) {
   return run_cluster("kmedoids", true, x, weights, mask, counts, init, num_clusters, num_iters, sort);
 }
 
@@ -282,7 +292,8 @@ STABLE_TORCH_LIBRARY(tokenpool_ext, m) {
       "kmeans(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
       " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor inertia)");
   m.def(
-      "kmedoids(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
+      "kmedoids(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int "
+      "num_iters,"
       " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor medoids, Tensor inertia)");
   m.def("pool(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor centers, Tensor mass)");
   m.def(

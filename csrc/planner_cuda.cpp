@@ -23,7 +23,9 @@ constexpr int kMostParts = 4;
 // Relative cost of one addition from a Gram matrix in L2 and of one multiply-add of a product: an SM reads about 16
 // floats a clock from L2; it does about 1024 half multiply-adds a clock on tensor cores and 128 float32 ones.
 // Estimates from data sheets, not measurements.
-double addition_cost(DType dtype) { return dtype == DType::kFloat32 ? 128.0 / 16.0 : 1024.0 / 16.0; }
+double addition_cost(DType dtype) {
+  return dtype == DType::kFloat32 ? 128.0 / 16.0 : 1024.0 / 16.0;
+}
 
 size_t resident_bytes(const CudaProblem& p, int chunk, int bucket_warps) {
   const int padded = round_up(p.tokens, kTile);
@@ -41,7 +43,8 @@ bool plan_resident(const CudaProblem& p, size_t limit, CudaPlan* plan) {
     for (int warps = kResidentThreads / 32; warps >= 1; warps /= 2) {
       const size_t bytes = resident_bytes(p, chunk, warps);
       if (bytes + kScratchBytes > limit) continue;
-      const int together = static_cast<int>(std::min<size_t>(2, (limit + kReserved) / (bytes + kScratchBytes + kReserved)));
+      const int together =
+          static_cast<int>(std::min<size_t>(2, (limit + kReserved) / (bytes + kScratchBytes + kReserved)));
       if (found && together <= plan->blocks_per_sm) continue;
       found = true;
       plan->path = CudaPath::kResident;
@@ -117,7 +120,8 @@ void plan_streaming(const CudaProblem& p, size_t limit, CudaPlan* plan) {
 
 // Blocks of `assign` an SM holds at once: its registers allow two.
 size_t assign_blocks(const CudaProblem& p, size_t limit, bool keep) {
-  return std::min<size_t>(2, (limit + kReserved) / (assign_bytes(p.dtype, p.features, keep) + kStaticShared + kReserved));
+  return std::min<size_t>(2,
+                          (limit + kReserved) / (assign_bytes(p.dtype, p.features, keep) + kStaticShared + kReserved));
 }
 
 }  // namespace
@@ -169,19 +173,22 @@ CudaPlan plan_cuda(const CudaProblem& p) {
   const bool few = free ? p.batch <= sms : p.force_path == static_cast<int>(CudaPath::kSpread);
   if ((allowed(CudaPath::kResident) || few) && plan_resident(chosen_for, limit, &plan)) {
     if (few) plan_spread(chosen_for, limit, &plan);
-  } else if (!(allowed(CudaPath::kGram) && plan_gram(chosen_for, limit, &plan) && (!free || gram_cost <= direct_cost))) {
+  } else if (!(allowed(CudaPath::kGram) && plan_gram(chosen_for, limit, &plan) &&
+               (!free || gram_cost <= direct_cost))) {
     plan = streaming;
   }
   plan.shared_limit = limit;
   // Tokens stay where that costs no block an SM: read and scaled once, not for every 64 centers.
-  plan.assign_keeps = assign_blocks(p, limit, true) > 0 && assign_blocks(p, limit, true) >= assign_blocks(p, limit, false);
+  plan.assign_keeps =
+      assign_blocks(p, limit, true) > 0 && assign_blocks(p, limit, true) >= assign_blocks(p, limit, false);
   plan.sm_count = sms;
   plan.gram_cost = gram_cost;
   plan.direct_cost = direct_cost;
   const size_t one = workspace_bytes(plan, p, 1), two = workspace_bytes(plan, p, 2);
   const size_t each = std::max<size_t>(1, two - one);
   const int64_t batch = std::max<int64_t>(p.batch, 0);
-  plan.images_per_pass = std::min(std::max<int64_t>(batch, 1), std::max<int64_t>(1, static_cast<int64_t>(kWorkspaceGoal / each)));
+  plan.images_per_pass =
+      std::min(std::max<int64_t>(batch, 1), std::max<int64_t>(1, static_cast<int64_t>(kWorkspaceGoal / each)));
   plan.passes = (batch + plan.images_per_pass - 1) / plan.images_per_pass;
   plan.workspace_bytes = workspace_bytes(plan, p, plan.images_per_pass);
   plan.blocks = plan.images_per_pass;
@@ -196,10 +203,11 @@ std::string reason(const CudaProblem& p, const CudaPlan& plan) {
   char text[320];
   switch (plan.path) {
     case CudaPath::kSpread:
-      std::snprintf(text, sizeof(text),
-                    "%lld image(s) on %d multiprocessors: each image's Gram matrix by many blocks, its iterations by one block "
-                    "of %d threads in %zu of %zu bytes of shared memory, its means by many",
-                    static_cast<long long>(p.batch), plan.sm_count, plan.threads, plan.shared_bytes, plan.shared_limit);
+      std::snprintf(
+          text, sizeof(text),
+          "%lld image(s) on %d multiprocessors: each image's Gram matrix by many blocks, its iterations by one block "
+          "of %d threads in %zu of %zu bytes of shared memory, its means by many",
+          static_cast<long long>(p.batch), plan.sm_count, plan.threads, plan.shared_bytes, plan.shared_limit);
       return text;
     case CudaPath::kResident:
       std::snprintf(text, sizeof(text),
@@ -208,14 +216,17 @@ std::string reason(const CudaProblem& p, const CudaPlan& plan) {
                     p.tokens, p.tokens, plan.shared_bytes, plan.shared_limit, plan.blocks_per_sm);
       return text;
     case CudaPath::kGram:
-      std::snprintf(text, sizeof(text),
-                    "one image's Gram matrix exceeds shared memory but fits the L2 cache; estimated cost %.3g against %.3g for "
-                    "direct products", plan.gram_cost, plan.direct_cost);
+      std::snprintf(
+          text, sizeof(text),
+          "one image's Gram matrix exceeds shared memory but fits the L2 cache; estimated cost %.3g against %.3g for "
+          "direct products",
+          plan.gram_cost, plan.direct_cost);
       return text;
     case CudaPath::kStreaming:
       if (p.force_path >= 0) return "asked for, or the path asked for cannot hold this shape";
       if (p.tokens > kGramMaxTokens)
-        std::snprintf(text, sizeof(text), "%d tokens are more than the %d a Gram matrix is made for", p.tokens, kGramMaxTokens);
+        std::snprintf(text, sizeof(text), "%d tokens are more than the %d a Gram matrix is made for", p.tokens,
+                      kGramMaxTokens);
       else
         std::snprintf(text, sizeof(text), "estimated cost of direct products %.3g against %.3g for the Gram matrix",
                       plan.direct_cost, plan.gram_cost);

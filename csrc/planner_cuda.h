@@ -1,9 +1,10 @@
 // Chooses how the CUDA backend clusters: a pure function of shape, dtype, algorithm and device limits. Plain C++17
 // with no torch and no CUDA, so its decisions are tested for any GPU on a machine without one.
 //
-// An image's result must not depend on its batch mates. So with a K for each image the path is that of K = N, whatever the
-// largest K of the batch; and the batch size decides the number of blocks and of images per pass, and whether a shape of
-// the path "resident" is spread over more blocks when there are few images (path "spread"): the two give the same bits.
+// An image's result must not depend on its batch mates. So with a K for each image the path is that of K = N, whatever
+// the largest K of the batch; and the batch size decides the number of blocks and of images per pass, and whether a
+// shape of the path "resident" is spread over more blocks when there are few images (path "spread"): the two give the
+// same bits.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,7 @@ struct CudaProblem {
   int tokens = 0;
   int features = 0;
   int clusters = 1;
-  bool per_image_k = false;      // clusters is the batch's largest
+  bool per_image_k = false;  // clusters is the batch's largest
   int iterations = 5;
   DType dtype = DType::kFloat32;
   bool with_medoids = false;
@@ -28,9 +29,9 @@ struct CudaProblem {
   bool farthest = false;         // the kernels choose the start
   int major = 8;                 // compute capability
   int minor = 0;
-  int sm_count = 0;              // 0: a usual number for the compute capability
-  size_t shared_limit = 0;       // opt-in bytes per block; 0: from the compute capability
-  int force_path = -1;           // a CudaPath, where it is possible; for tests and benchmarks
+  int sm_count = 0;         // 0: a usual number for the compute capability
+  size_t shared_limit = 0;  // opt-in bytes per block; 0: from the compute capability
+  int force_path = -1;      // a CudaPath, where it is possible; for tests and benchmarks
 };
 
 enum class CudaPath : int { kResident = 0, kGram = 1, kStreaming = 2, kSpread = 3 };
@@ -45,10 +46,10 @@ struct CudaPlan {
   int parts = 1;            // groups of threads that share the clusters of one assignment
   bool bucket_in_global = false;
   bool assign_keeps = false;  // `assign` keeps a block's tokens in shared memory over all centers
-  int blocks_per_sm = 0;    // images an SM holds at once
+  int blocks_per_sm = 0;      // images an SM holds at once
   int64_t images_per_pass = 1;
   int64_t passes = 1;
-  int64_t blocks = 0;       // of the main kernel in one pass
+  int64_t blocks = 0;  // of the main kernel in one pass
   size_t workspace_bytes = 0;
   double flops = 0;         // multiply-adds times two, all images
   double bytes = 0;         // least traffic with global memory
@@ -74,7 +75,8 @@ std::string reason(const CudaProblem& problem, const CudaPlan& plan);  // why, i
 
 // The same through plain C, for ctypes and pybind11.
 //   problem: batch, tokens, features, clusters, iterations, dtype (0 float32, 1 float16, 2 bfloat16), with_medoids,
-//            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free), farthest, per_image_k  (15 numbers)
+//            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free), farthest, per_image_k  (15
+//            numbers)
 //   plan:    path, launches, threads, shared_bytes, chunk, bucket_warps, bucket_in_global, blocks_per_sm,
 //            images_per_pass, passes, blocks, workspace_bytes, parts, assign_keeps                  (14 numbers)
 //   text:    the reason, cut to text_bytes.

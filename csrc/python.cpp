@@ -1,5 +1,5 @@
-// The module tokenpool_ext._C: loading it registers the ops; its functions say what was built and what would be done, and
-// look at values.
+// The module tokenpool_ext._C: loading it registers the ops; its functions say what was built and what would be done,
+// and look at values.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,14 +26,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "any_negative",
       [](uintptr_t values, int64_t count, int bytes) {
-        return bytes == 8 ? tokenpool::any_negative<double>(values, count) : tokenpool::any_negative<float>(values, count);
+        return bytes == 8 ? tokenpool::any_negative<double>(values, count)
+                          : tokenpool::any_negative<float>(values, count);
       },
-      py::arg("values"), py::arg("count"), py::arg("bytes"), "Is one of the float32 or float64 numbers at this address below 0?");
-  m.def("extremes", &tokenpool::extremes, py::arg("values"), py::arg("count"), "The least and the largest of the int64 at this address.");
-  m.def("fill_strided", &tokenpool::fill_strided, py::arg("indices"), py::arg("images"), py::arg("tokens"), py::arg("clusters"),
-        "Writes evenly spaced token indices, (images, clusters) int64, to this address.");
-  m.def("fill_largest", &tokenpool::fill_largest, py::arg("indices"), py::arg("scores"), py::arg("images"), py::arg("tokens"),
-        py::arg("clusters"), "Writes the indices of the largest of (images, tokens) float32 scores, (images, clusters) int64.");
+      py::arg("values"), py::arg("count"), py::arg("bytes"),
+      "Is one of the float32 or float64 numbers at this address below 0?");
+  m.def("extremes", &tokenpool::extremes, py::arg("values"), py::arg("count"),
+        "The least and the largest of the int64 at this address.");
+  m.def("fill_strided", &tokenpool::fill_strided, py::arg("indices"), py::arg("images"), py::arg("tokens"),
+        py::arg("clusters"), "Writes evenly spaced token indices, (images, clusters) int64, to this address.");
+  m.def("fill_largest", &tokenpool::fill_largest, py::arg("indices"), py::arg("scores"), py::arg("images"),
+        py::arg("tokens"), py::arg("clusters"),
+        "Writes the indices of the largest of (images, tokens) float32 scores, (images, clusters) int64.");
   m.def(
       "plan_cpu",
       [](int64_t tokens, int64_t clusters, int64_t features, int64_t iterations, int acc_bytes, bool centers_given,
@@ -62,8 +66,8 @@ PYBIND11_MODULE(_C, m) {
       "How the CPU backend would compute one image, and why.");
   m.def(
       "plan_cuda",
-      [](int64_t batch, int tokens, int clusters, int features, int iterations, int dtype, bool medoids, int major, int minor,
-         int sm_count, size_t shared_limit, bool centers_given, bool farthest, int force_path) {
+      [](int64_t batch, int tokens, int clusters, int features, int iterations, int dtype, bool medoids, int major,
+         int minor, int sm_count, size_t shared_limit, bool centers_given, bool farthest, int force_path) {
         tokenpool::cuda::CudaProblem problem;
         problem.batch = batch;
         problem.tokens = tokens;
@@ -93,7 +97,8 @@ PYBIND11_MODULE(_C, m) {
         return result;
       },
       py::arg("batch"), py::arg("tokens"), py::arg("clusters"), py::arg("features"), py::arg("iterations"),
-      py::arg("dtype") = 0, py::arg("medoids") = false, py::arg("major") = 8, py::arg("minor") = 0, py::arg("sm_count") = 0,
-      py::arg("shared_limit") = 0, py::arg("centers_given") = false, py::arg("farthest") = false, py::arg("force_path") = -1,
+      py::arg("dtype") = 0, py::arg("medoids") = false, py::arg("major") = 8, py::arg("minor") = 0,
+      py::arg("sm_count") = 0, py::arg("shared_limit") = 0, py::arg("centers_given") = false,
+      py::arg("farthest") = false, py::arg("force_path") = -1,
       "How the CUDA backend would compute a batch on a GPU of this compute capability, and why.");
 }

@@ -38,19 +38,23 @@ inline Tensor side_by_side(const Tensor& t) {
   } catch (const std::exception&) {  // its text is that of the call, not of the failure
     succeeded = false;
   }
-  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not copy ", t.numel(), " numbers to lie side by side: ", reason_of_torch());
+  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not copy ", t.numel(),
+                  " numbers to lie side by side: ", reason_of_torch());
   return result;
 }
 
 // torch looks an op up by its name at every call: not where there is nothing to do.
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : side_by_side(t); }
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : side_by_side(t);
+}
 
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   if (!t) return std::nullopt;
   return dense(*t);
 }
 
-// A contiguous tensor on the device of `like`, not initialised. (torch::stable::new_empty goes through the dispatcher by name.)
+// A contiguous tensor on the device of `like`, not initialised. (torch::stable::new_empty goes through the dispatcher
+// by name.)
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   std::array<int64_t, 4> stride{};
   int64_t step = 1;
@@ -61,9 +65,10 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
   int32_t device_type = 0;
   AtenTensorHandle made = nullptr;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  const bool succeeded = aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
-                         aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride.data(), code,
-                                                  device_type, like.get_device_index(), &made) == AOTI_TORCH_SUCCESS;
+  const bool succeeded =
+      aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride.data(), code, device_type,
+                               like.get_device_index(), &made) == AOTI_TORCH_SUCCESS;
   STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not allocate ", step, " numbers: ", reason_of_torch());
   return Tensor(made);
 }

@@ -1,5 +1,5 @@
-// Looks at values in memory for the validation in Python, and makes simple starts there: an op of torch would take longer to
-// start (tokenpool_ext/values.py says when that is allowed).
+// Looks at values in memory for the validation in Python, and makes simple starts there: an op of torch would take
+// longer to start (tokenpool_ext/values.py says when that is allowed).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -33,7 +33,8 @@ inline void fill_strided(uintptr_t indices, int64_t images, int64_t tokens, int6
     for (int64_t j = 0; j < clusters; ++j) *to++ = (2 * j + 1) * tokens / (2 * clusters);
 }
 
-// Token indices of the largest scores of each image; ties to the lowest index, NaN before all numbers, as torch sorts them.
+// Token indices of the largest scores of each image; ties to the lowest index, NaN before all numbers, as torch sorts
+// them.
 inline void fill_largest(uintptr_t indices, uintptr_t scores, int64_t images, int64_t tokens, int64_t clusters) {
   int64_t* to = reinterpret_cast<int64_t*>(indices);
   const float* score = reinterpret_cast<const float*>(scores);

@@ -4,13 +4,15 @@ Every test that takes the fixture `backend` runs once per backend present on thi
 
 * `reference` and `cpu` (the planner's choice, and each path forced) on CPU tensors;
 * `cuda` and `triton` on CUDA tensors when a GPU is there;
-* with TRITON_INTERPRET=1 in the environment: `triton` alone (with its paths as `cpu`), on CPU tensors, small shapes only.
+* with TRITON_INTERPRET=1 in the environment: `triton` alone (with its paths as `cpu`), on CPU tensors, small shapes
+only.
 
 An absent backend is named with its reason in pytest's header.  TOKENPOOL_EXT_REQUIRE_CPU=1 and
 TOKENPOOL_EXT_REQUIRE_CUDA=1 turn absence into failure, so that a run with everything skipped cannot look green.
 TOKENPOOL_EXT_TEST_BACKENDS=name,name restricts the run.  TOKENPOOL_EXT_TEST_COVER=1 (test_triton_interpret.py sets it)
 keeps of every body that takes a backend only as many cases as it needs for each value of each parameter to occur.
 """
+
 from __future__ import annotations
 
 import os
@@ -23,8 +25,9 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tokenpool_ext  # noqa: E402
-from helpers import Target  # noqa: E402
+from helpers import Target
+
+import tokenpool_ext
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 COVER = os.environ.get("TOKENPOOL_EXT_TEST_COVER") == "1"
@@ -42,7 +45,11 @@ def _targets() -> list[Target]:
     if INTERPRET:
         if present.get("triton") == "ok":
             path = "TOKENPOOL_EXT_TRITON_PATH"
-            found += [Target("triton"), Target("triton", env=((path, "gram"),)), Target("triton", env=((path, "direct"),))]
+            found += [
+                Target("triton"),
+                Target("triton", env=((path, "gram"),)),
+                Target("triton", env=((path, "direct"),)),
+            ]
     else:
         found.append(Target("reference"))
         if present.get("cpu") == "ok":

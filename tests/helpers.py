@@ -10,6 +10,7 @@ on walk to different local optima.  So nothing here compares labels of two backe
 
 The helpers are tested themselves in test_helpers.py.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -175,8 +176,9 @@ def _cost(w, d):
         return np.where(w == 0, 0.0, w * d)
 
 
-def assert_consistent(result, x, K, *, weights=None, mask=None, counts=None, algorithm="kmeans", init=None,
-                      finite=True, sort=False):
+def assert_consistent(
+    result, x, K, *, weights=None, mask=None, counts=None, algorithm="kmeans", init=None, finite=True, sort=False
+):
     """Everything a `Clusters` result promises about itself, recomputed in float64.
 
     x (B, N, D) tensor; K the padded number of clusters; weights/mask/counts as passed to the call.
@@ -225,12 +227,21 @@ def assert_consistent(result, x, K, *, weights=None, mask=None, counts=None, alg
             members = real[got == j]
             first.append(members[0])
             w, rows = W[b][members], X[b][members]
-            np.testing.assert_allclose(mass[b, j], w.sum(), rtol=64 * (U64 if tol.acc == torch.float64 else U32),
-                                       err_msg=f"{where} mass of cluster {j}")
+            np.testing.assert_allclose(
+                mass[b, j],
+                w.sum(),
+                rtol=64 * (U64 if tol.acc == torch.float64 else U32),
+                err_msg=f"{where} mass of cluster {j}",
+            )
             mu = weighted_mean(rows, w)
             if algorithm == "kmeans":
-                np.testing.assert_allclose(centers[b, j], mu, rtol=0, atol=tol.center * largest + 1e-300
-                                           + tiny_step(x.dtype), err_msg=f"{where} center {j} is not its mean")
+                np.testing.assert_allclose(
+                    centers[b, j],
+                    mu,
+                    rtol=0,
+                    atol=tol.center * largest + 1e-300 + tiny_step(x.dtype),
+                    err_msg=f"{where} center {j} is not its mean",
+                )
                 c = mu
             else:
                 m = medoids[b, j]
@@ -242,7 +253,8 @@ def assert_consistent(result, x, K, *, weights=None, mask=None, counts=None, alg
                 else:
                     d = ((rows - mu) ** 2).sum(-1)
                     assert d[list(members).index(m)] <= d.min() + 2 * slack, (
-                        f"{where} medoid {m} of cluster {j} is not the member nearest to its mean")
+                        f"{where} medoid {m} of cluster {j} is not the member nearest to its mean"
+                    )
             with np.errstate(over="ignore"):
                 total += _cost(w, ((rows - c) ** 2).sum(-1)).sum()
             used += w.sum()
@@ -255,7 +267,9 @@ def assert_consistent(result, x, K, *, weights=None, mask=None, counts=None, alg
             assert abs(inertia[b] - total) <= bound, f"{where} inertia {inertia[b]:.9g}, recomputed {total:.9g}"
         else:  # beyond the largest number, or only with the room left for rounding
             least = 0.9 * limit if np.isinf(total) else min(total - bound, 0.9 * limit)
-            assert inertia[b] >= least, f"{where} inertia must saturate at the largest {tol.acc}, recomputed {total:.9g}"
+            assert inertia[b] >= least, (
+                f"{where} inertia must saturate at the largest {tol.acc}, recomputed {total:.9g}"
+            )
         if init is not None:
             keep = init[b, :k].cpu().numpy()
             assert_nearest(X[b][real], X[b][keep], got, x.dtype, what=where)
@@ -273,12 +287,16 @@ def assert_identical(a, b, *, what=""):
         assert a is None and b is None, f"{what}: one is None"
         return
     if isinstance(a, torch.Tensor):
-        assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: {a.dtype}{tuple(a.shape)} vs {b.dtype}{tuple(b.shape)}"
+        assert a.shape == b.shape and a.dtype == b.dtype, (
+            f"{what}: {a.dtype}{tuple(a.shape)} vs {b.dtype}{tuple(b.shape)}"
+        )
         same = (a == b) | ((a != a) & (b != b))
         if not bool(same.all()):
             at = tuple((~same).nonzero()[0].tolist())
-            raise AssertionError(f"{what}: {int((~same).sum())} of {a.numel()} differ, first at {at}: "
-                                 f"{a[at].item()!r} vs {b[at].item()!r}")
+            raise AssertionError(
+                f"{what}: {int((~same).sum())} of {a.numel()} differ, first at {at}: "
+                f"{a[at].item()!r} vs {b[at].item()!r}"
+            )
         return
     assert len(a) == len(b), f"{what}: lengths {len(a)} and {len(b)}"
     for i, (p, q) in enumerate(zip(a, b)):

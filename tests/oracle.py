@@ -3,6 +3,7 @@
 numpy only, nothing shared with the library.  With `exact=True` all arithmetic is rational (fractions.Fraction), so
 ties are ties; otherwise float64 with distances by differences.  Slow on purpose.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -72,6 +73,7 @@ _answers = {}
 
 def cluster(x, k, **options):
     """`_cluster`, remembered: every backend asks the same questions."""
+
     def plain(value):
         array = np.asarray(value)
         return value if value is None or array.dtype == object else (array.shape, str(array.dtype), array.tobytes())
@@ -82,8 +84,9 @@ def cluster(x, k, **options):
     return _answers[key]
 
 
-def _cluster(x, k, *, init, weights=None, mask=None, num_iters=5, algorithm="kmeans", sort=False, num_clusters=None,
-            exact=False):
+def _cluster(
+    x, k, *, init, weights=None, mask=None, num_iters=5, algorithm="kmeans", sort=False, num_clusters=None, exact=False
+):
     """One image.  x (N, D); init: k token indices, or (k, D) centers (kmeans); num_clusters: padded K."""
     n_all = len(x)
     real = np.arange(n_all) if mask is None else np.flatnonzero(mask)

@@ -1,15 +1,16 @@
 """The significance score from q and k alone (contract 9)."""
+
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
-import tokenpool_ext as tp
 from helpers import DTYPES, assert_identical, assert_same_bits, f64, tokens
+
+import tokenpool_ext as tp
 
 pytestmark = pytest.mark.one_path
 
@@ -96,8 +97,12 @@ def test_strides(backend):
     q, k = qkv[0], qkv[1]
     want = tp.attention_received(q.contiguous(), k.contiguous(), backend=backend.name)
     np.testing.assert_allclose(f64(want), expected(q, k), rtol=3e-5)
-    for a, b in ((q, k), (q.contiguous(), k), (q.transpose(2, 3).contiguous().transpose(2, 3), k),
-                 (q, torch.stack([k, k], -1)[..., 0])):
+    for a, b in (
+        (q, k),
+        (q.contiguous(), k),
+        (q.transpose(2, 3).contiguous().transpose(2, 3), k),
+        (q, torch.stack([k, k], -1)[..., 0]),
+    ):
         assert_same_bits(backend, want, tp.attention_received(a, b, backend=backend.name))
 
 
@@ -130,8 +135,9 @@ def test_autocast_changes_nothing(backend, low):
         assert_identical(want, tp.attention_received(q, k, backend=backend.name))
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 1, 0, 4, 5), (2, 1, 3, 0, 5), (2, 1, 3, 4, 0)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 1, 0, 4, 5), (2, 1, 3, 0, 5), (2, 1, 3, 4, 0)], ids=str
+)
 def test_empty(backend, shape):
     q, k = make(shape, device=backend.device)
     got = tp.attention_received(q, k, backend=backend.name)

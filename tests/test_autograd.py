@@ -1,12 +1,13 @@
 """Gradients with the assignment held constant (contract 6)."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from helpers import DTYPES, TOLERANCES, assert_identical, f64, positive_weights, spread_indices, tokens
 
 import tokenpool_ext as tp
-from helpers import DTYPES, TOLERANCES, assert_identical, f64, positive_weights, spread_indices, tokens
 
 pytestmark = pytest.mark.one_path
 
@@ -25,7 +26,11 @@ def test_gradcheck_clustering(backend, algorithm, weighted, masked):
     float64_or_skip(backend)
     B, N, D, K = 2, 9, 3, 4
     x = tokens(B, N, D, torch.float64, backend.device).requires_grad_()
-    w = positive_weights(B, N, torch.float64, backend.device).requires_grad_(algorithm == "kmeans") if weighted else None
+    w = (
+        positive_weights(B, N, torch.float64, backend.device).requires_grad_(algorithm == "kmeans")
+        if weighted
+        else None
+    )
     mask = torch.arange(N) < torch.tensor([[N], [6]]) if masked else None
     init = spread_indices(B, 6, K)
 
@@ -46,7 +51,8 @@ def test_gradcheck_pool_and_unpool(backend, weighted):
     assert torch.autograd.gradcheck(lambda c: tp.unpool(c, a, backend=backend.name), (c,))
     # through both: reconstruction error of a clustering
     assert torch.autograd.gradcheck(
-        lambda x: (x - tp.unpool(tp.pool(x, a, 4, backend=backend.name), a, backend=backend.name)).square().sum(), (x,))
+        lambda x: (x - tp.unpool(tp.pool(x, a, 4, backend=backend.name), a, backend=backend.name)).square().sum(), (x,)
+    )
 
 
 def formula(x, a, K, grad, w=None):
@@ -68,8 +74,11 @@ def formula(x, a, K, grad, w=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", [(2, 20, 5, 4), (1, 1, 1, 1), (2, 9, 7, 9),
-                                   pytest.param((2, 197, 65, 49), marks=pytest.mark.large)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 20, 5, 4), (1, 1, 1, 1), (2, 9, 7, 9), pytest.param((2, 197, 65, 49), marks=pytest.mark.large)],
+    ids=str,
+)
 @pytest.mark.parametrize("op", ["kmeans", "pool"])
 def test_backward_is_the_formula(backend, op, shape, dtype):
     B, N, D, K = shape
@@ -81,8 +90,9 @@ def test_backward_is_the_formula(backend, op, shape, dtype):
     w.requires_grad_()
     grad = tokens(B, K, D, dtype, backend.device, seed=9)
     if op == "kmeans":
-        result = tp.kmeans(x, K, weights=w, init=spread_indices(B, N, K, backend.device), num_iters=2,
-                           backend=backend.name)
+        result = tp.kmeans(
+            x, K, weights=w, init=spread_indices(B, N, K, backend.device), num_iters=2, backend=backend.name
+        )
         centers, a = result.centers, result.assignment
     else:
         a = torch.from_numpy(np.random.default_rng(0).integers(-1, K, (B, N))).to(backend.device)
@@ -93,8 +103,9 @@ def test_backward_is_the_formula(backend, op, shape, dtype):
     np.testing.assert_allclose(f64(gx), want_x, rtol=4 * TOLERANCES[dtype].center, atol=8 * TOLERANCES[dtype].center)
     # (x - c) . g / W with c rounded to x.dtype: an error of |c| u_x |g| sqrt(D) / W
     scale = np.sqrt(D) * 8 / max(f64(w)[f64(w) > 0].min(), 0.1)
-    np.testing.assert_allclose(f64(gw), want_w, rtol=1e-3 if dtype != torch.float64 else 1e-9,
-                               atol=scale * TOLERANCES[dtype].center * 2)
+    np.testing.assert_allclose(
+        f64(gw), want_w, rtol=1e-3 if dtype != torch.float64 else 1e-9, atol=scale * TOLERANCES[dtype].center * 2
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -152,10 +163,12 @@ def test_a_cluster_without_weight_has_the_plain_mean(backend):
 def test_incoming_gradients_and_inputs_are_not_modified(backend, op):
     x, w = tokens(2, 12, 3, device=backend.device).requires_grad_(), positive_weights(2, 12, device=backend.device)
     a = torch.arange(12, device=backend.device).expand(2, 12) % 4
-    out = {"kmeans": lambda: tp.kmeans(x, 4, weights=w, backend=backend.name).centers,
-           "kmedoids": lambda: tp.kmedoids(x, 4, weights=w, backend=backend.name).centers,
-           "pool": lambda: tp.pool(x, a, 4, weights=w, backend=backend.name),
-           "unpool": lambda: tp.unpool(x[:, :4], a, backend=backend.name)}[op]()
+    out = {
+        "kmeans": lambda: tp.kmeans(x, 4, weights=w, backend=backend.name).centers,
+        "kmedoids": lambda: tp.kmedoids(x, 4, weights=w, backend=backend.name).centers,
+        "pool": lambda: tp.pool(x, a, 4, weights=w, backend=backend.name),
+        "unpool": lambda: tp.unpool(x[:, :4], a, backend=backend.name),
+    }[op]()
     grad = tokens(*out.shape, device=backend.device, seed=3)
     kept, before = grad.clone(), x.detach().clone()
     (first,) = torch.autograd.grad(out, x, grad, retain_graph=True)
@@ -171,10 +184,12 @@ def test_gradients_of_any_stride(backend, op):
     """sum().backward() sends an expanded scalar; slices send holes."""
     x = tokens(2, 12, 3, device=backend.device).requires_grad_()
     a = torch.arange(12, device=backend.device).expand(2, 12) % 4
-    out = {"kmeans": lambda: tp.kmeans(x, 4, backend=backend.name).centers,
-           "kmedoids": lambda: tp.kmedoids(x, 4, backend=backend.name).centers,
-           "pool": lambda: tp.pool(x, a, 4, backend=backend.name),
-           "unpool": lambda: tp.unpool(x[:, :4], a, backend=backend.name)}[op]()
+    out = {
+        "kmeans": lambda: tp.kmeans(x, 4, backend=backend.name).centers,
+        "kmedoids": lambda: tp.kmedoids(x, 4, backend=backend.name).centers,
+        "pool": lambda: tp.pool(x, a, 4, backend=backend.name),
+        "unpool": lambda: tp.unpool(x[:, :4], a, backend=backend.name),
+    }[op]()
     grad = tokens(*out.shape, device=backend.device, seed=3)
     want = torch.autograd.grad(out, x, grad, retain_graph=True)
     for view in (grad.transpose(0, 2).contiguous().transpose(0, 2), torch.stack([grad, grad], -1)[..., 1]):
@@ -251,7 +266,10 @@ def test_checkpointing_gives_the_same_gradient(backend):
 
     x = tokens(2, 12, 3, device=backend.device)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    step = lambda t: tp.kmeans(t * 2, 4, backend=backend.name).centers.tanh()
+
+    def step(t):
+        return tp.kmeans(t * 2, 4, backend=backend.name).centers.tanh()
+
     step(a).sum().backward()
     checkpoint(step, b, use_reentrant=False).sum().backward()
     assert_identical(a.grad, b.grad)

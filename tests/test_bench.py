@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import types
@@ -12,17 +11,63 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import (call_cost, crossover, floor, machine, peers, plot, profile_cpu, report, runner, timing, tokens,
-                   triton_first_call, what_moves)
+from bench import (
+    call_cost,
+    crossover,
+    floor,
+    machine,
+    peers,
+    plot,
+    profile_cpu,
+    report,
+    runner,
+    timing,
+    tokens,
+    triton_first_call,
+    what_moves,
+)
 from bench.__main__ import main
 from bench.problem import Problem, parse_shapes, problems
 
 TINY = Problem("kmeans", B=2, N=24, D=8, K=4, iters=3, label="tiny")
 QUICK = runner.Settings(repeats=3, sample_s=0.01, problem_s=2.0, shortest_s=0.0)
-REQUIRED = {"op", "shape", "B", "N", "D", "K", "iters", "dtype", "mode", "device", "tokens", "tokens_used", "provider",
-            "ours", "objective", "versions", "machine", "threads", "commit", "command", "date", "status"}
-MEASURED = {"ms_per_image", "samples_ms_per_image", "repeats", "calls_per_sample", "images_timed",
-            "peak_extra_bytes", "memory_method", "setup_and_first_call_s", "loss", "same_loss", "tolerance"}
+REQUIRED = {
+    "op",
+    "shape",
+    "B",
+    "N",
+    "D",
+    "K",
+    "iters",
+    "dtype",
+    "mode",
+    "device",
+    "tokens",
+    "tokens_used",
+    "provider",
+    "ours",
+    "objective",
+    "versions",
+    "machine",
+    "threads",
+    "commit",
+    "command",
+    "date",
+    "status",
+}
+MEASURED = {
+    "ms_per_image",
+    "samples_ms_per_image",
+    "repeats",
+    "calls_per_sample",
+    "images_timed",
+    "peak_extra_bytes",
+    "memory_method",
+    "setup_and_first_call_s",
+    "loss",
+    "same_loss",
+    "tolerance",
+}
 
 
 class CountingClock:
@@ -40,24 +85,34 @@ class CountingClock:
 def named(name, action=lambda: None):
     def call():
         return action()
+
     call.__name__ = name
     return call
 
 
 def context():
-    return {"machine": machine.machine(), "versions": machine.versions(), "threads": 1, "commit": machine.commit(),
-            "command": "python -m bench", "date": machine.now()}
+    return {
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "threads": 1,
+        "commit": machine.commit(),
+        "command": "python -m bench",
+        "date": machine.now(),
+    }
 
 
 def fake_peer(name="fake", objective="same", setup=None, shift=0.0):
     """A correct (shift=0) or wrong (shift>0) K-Means provider made of the harness's own reference."""
+
     def right(data):
         return lambda: [runner.lloyd64(x, c, data.problem.iters) + shift for x, c in zip(data.x32, data.centers)]
+
     module = types.SimpleNamespace(setup=setup or right, centers=lambda result, data: result)
     return runner.Provider(name, module, "1.0", objective)
 
 
 # ---- clocks
+
 
 @pytest.mark.parametrize("q, expected", [(0, 1.0), (20, 1.8), (50, 3.0), (80, 4.2), (100, 5.0)])
 def test_percentile_interpolates(q, expected):
@@ -73,12 +128,14 @@ def test_percentile_of_one_value_and_of_none():
 def test_repeats_are_interleaved_in_rotating_order():
     clock = CountingClock()
     samples, errors = timing.interleave({n: named(n) for n in "abc"}, repeats=3, clock=clock, pause=0)
-    assert clock.order == list("abc" "bca" "cab")
+    assert clock.order == list("abcbcacab")
     assert samples == {"a": [1.0, 6.0, 8.0], "b": [2.0, 4.0, 9.0], "c": [3.0, 5.0, 7.0]} and not errors
 
 
 def test_fewer_rounds_for_a_slow_provider_keep_rounds_aligned():
-    samples, _ = timing.interleave({n: named(n) for n in "ab"}, repeats={"a": 4, "b": 2}, clock=CountingClock(), pause=0)
+    samples, _ = timing.interleave(
+        {n: named(n) for n in "ab"}, repeats={"a": 4, "b": 2}, clock=CountingClock(), pause=0
+    )
     assert [s is None for s in samples["b"]] == [False, False, True, True]
     assert len(timing.paired_ratios(samples["b"], samples["a"])) == 2
 
@@ -86,9 +143,11 @@ def test_fewer_rounds_for_a_slow_provider_keep_rounds_aligned():
 def test_a_provider_that_raises_is_dropped_and_the_others_go_on():
     def fail():
         raise RuntimeError("out of luck")
+
     clock = CountingClock()
-    samples, errors = timing.interleave({"good": named("good"), "bad": named("bad", fail)}, repeats=3, clock=clock,
-                                        pause=0)
+    samples, errors = timing.interleave(
+        {"good": named("good"), "bad": named("bad", fail)}, repeats=3, clock=clock, pause=0
+    )
     assert len([s for s in samples["good"] if s]) == 3
     assert str(errors["bad"]) == "out of luck" and clock.order.count("bad") == 1
 
@@ -111,6 +170,7 @@ def test_peak_memory_sees_an_allocation_that_is_freed_again():
 
 
 # ---- what is measured
+
 
 def test_shapes_are_parsed_and_labelled():
     assert parse_shapes("256x384:128, 7x5:3") == [("DINOv2-S", 256, 384, 128), ("", 7, 5, 3)]
@@ -154,6 +214,7 @@ def test_initial_tokens_are_distinct():
 
 # ---- peers
 
+
 @pytest.mark.parametrize("name", peers.NAMES)
 def test_every_peer_has_the_interface(name):
     peer = peers.load(name)
@@ -174,8 +235,18 @@ def test_a_peer_that_is_not_installed_gives_the_reason(monkeypatch):
     assert "not installed" in peers.why_not(peers.load("scikit_learn"), TINY)
 
 
-@pytest.mark.parametrize("name", ["torch_eager", "torch_eager_gram", "scikit_learn", "faiss_cpu", "fastkmeans",
-                                  "flash_kmeans", "fast_pytorch_kmeans"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch_eager",
+        "torch_eager_gram",
+        "scikit_learn",
+        "faiss_cpu",
+        "fastkmeans",
+        "flash_kmeans",
+        "fast_pytorch_kmeans",
+    ],
+)
 def test_exact_peers_reach_the_reference_loss(name):
     peer = peers.load(name)
     reason = peers.why_not(peer, TINY)
@@ -210,6 +281,7 @@ def test_bipartite_merging_keeps_the_mean_and_the_count():
 
 # ---- records
 
+
 def test_records_have_every_field():
     records = runner.run(TINY, [fake_peer()], QUICK, context())
     assert len(records) == 1 and records[0]["status"] == "ok"
@@ -223,8 +295,14 @@ def test_records_have_every_field():
 def test_failing_and_skipped_peers_are_recorded_with_the_reason():
     def broken(data):
         raise ImportError("no module named nothing")
-    records = runner.run(TINY, [fake_peer(), fake_peer("broken", setup=broken), fake_peer("absent")], QUICK, context(),
-                         skip={"absent": "absent is not installed"})
+
+    records = runner.run(
+        TINY,
+        [fake_peer(), fake_peer("broken", setup=broken), fake_peer("absent")],
+        QUICK,
+        context(),
+        skip={"absent": "absent is not installed"},
+    )
     by_name = {r["provider"]: r for r in records}
     assert by_name["broken"]["status"] == "failed" and by_name["broken"]["reason"].startswith("ImportError: no module")
     assert by_name["absent"]["status"] == "skipped" and "not installed" in by_name["absent"]["reason"]
@@ -247,9 +325,11 @@ def test_slow_peers_are_timed_on_fewer_images():
         def call():
             time.sleep(0.03 * data.images)
             return [runner.lloyd64(x, c, 1) for x, c in zip(data.x32, data.centers)]
+
         return call
+
     problem = Problem("kmeans", B=6, N=12, D=4, K=3, iters=1)
-    record, = runner.run(problem, [fake_peer(setup=slow)], QUICK, context())
+    (record,) = runner.run(problem, [fake_peer(setup=slow)], QUICK, context())
     assert record["images_timed"] < 6 and 25 < record["ms_per_image"]["p50"] < 120
     assert "timed on" in report.table([record])
 
@@ -257,16 +337,36 @@ def test_slow_peers_are_timed_on_fewer_images():
 def made_up(provider, p50, ours=False, shape=(256, 384, 128), **more):
     N, D, K = shape
     ms = {"p20": p50 * 0.9, "p50": p50, "p80": p50 * 1.2}
-    return {**Problem("kmeans", 64, N, D, K).as_dict(), "provider": provider, "ours": ours, "objective": "same",
-            "versions": {"provider": "1"}, "machine": {"cpu": "a cpu"}, "threads": 2, "commit": "abc", "status": "ok",
-            "images_timed": 64, "ms_per_image": ms, "time_over_ours": ms, "time_over_floor": ms, "same_loss": True,
-            "loss_relative": 0.0, **more}
+    return {
+        **Problem("kmeans", 64, N, D, K).as_dict(),
+        "provider": provider,
+        "ours": ours,
+        "objective": "same",
+        "versions": {"provider": "1"},
+        "machine": {"cpu": "a cpu"},
+        "threads": 2,
+        "commit": "abc",
+        "status": "ok",
+        "images_timed": 64,
+        "ms_per_image": ms,
+        "time_over_ours": ms,
+        "time_over_floor": ms,
+        "same_loss": True,
+        "loss_relative": 0.0,
+        **more,
+    }
 
 
 def two_shapes():
-    return [record for shape in ((256, 384, 128), (196, 192, 98)) for record in
-            (made_up("tokenpool_ext", 1.0, True, shape), made_up("peer", 4.0, shape=shape),
-             made_up("other", 2.0, shape=shape, objective="other"))]
+    return [
+        record
+        for shape in ((256, 384, 128), (196, 192, 98))
+        for record in (
+            made_up("tokenpool_ext", 1.0, True, shape),
+            made_up("peer", 4.0, shape=shape),
+            made_up("other", 2.0, shape=shape, objective="other"),
+        )
+    ]
 
 
 def test_summary_compares_with_the_best_peer_of_the_same_objective():
@@ -291,8 +391,13 @@ def test_plotter_says_when_there_is_nothing_to_draw(tmp_path, capsys):
 
 # ---- floor
 
-RATES = {"device": "cpu", "fma_float32_gflops": 100.0, "fma_float64_gflops": 50.0, "gemm_bfloat16_gflops": 1.0,
-         "copy_gbytes": 10.0}
+RATES = {
+    "device": "cpu",
+    "fma_float32_gflops": 100.0,
+    "fma_float64_gflops": 50.0,
+    "gemm_bfloat16_gflops": 1.0,
+    "copy_gbytes": 10.0,
+}
 
 
 def test_floor_takes_the_cheaper_path_and_the_larger_bound():
@@ -318,13 +423,32 @@ def test_compiler_flags_follow_the_processor():
 
 # ---- command line
 
+
 def test_command_line_writes_the_records(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     threads = torch.get_num_threads()
     out = tmp_path / "out.json"
     try:
-        assert main(["--shapes", "24x8:4", "--batch", "2", "--peers", "torch eager,scikit-learn", "--tokens", "random",
-                     "--quick", "--iters", "2", "--json", str(out)]) == 0
+        assert (
+            main(
+                [
+                    "--shapes",
+                    "24x8:4",
+                    "--batch",
+                    "2",
+                    "--peers",
+                    "torch eager,scikit-learn",
+                    "--tokens",
+                    "random",
+                    "--quick",
+                    "--iters",
+                    "2",
+                    "--json",
+                    str(out),
+                ]
+            )
+            == 0
+        )
     finally:
         torch.set_num_threads(threads)
     content = json.loads(out.read_text())
@@ -394,7 +518,8 @@ def test_what_a_call_costs_is_measured():
 
 
 def test_what_moves_is_counted():
-    """Clusters 0 and 2 move, 1 stays; tokens 0, 2 and 3 are farther from all that moved than from their centers before."""
+    """Clusters 0 and 2 move, 1 stays; tokens 0, 2 and 3 are farther from all that moved than from their centers
+    before."""
     x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [-1, 0], [-12, 0], [-12, 0], [0, 3]]])
     assert what_moves.shares(x, torch.tensor([[0, 1, 2]]), 2) == [(pytest.approx(6 / 7), pytest.approx(3 / 7))]
 
@@ -413,8 +538,8 @@ def test_gpu_script_runs_every_stage_and_writes_few_files(tmp_path):
     python = tmp_path / "python"
     python.write_text(f"""#!/usr/bin/env bash
 echo "$*" >>{asked}
-case "$*" in *get_device_capability*) echo 9.0 ;; *get_device_name*) echo a GPU ;; *"{fails}"*) echo broken; exit 7 ;; esac
-while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; done
+case "$*" in *get_device_capability*) echo 9.0 ;; *get_device_name*) echo a GPU ;; *"{fails}"*) echo broken; exit 7 ;;
+esac while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; done
 """)
     python.chmod(0o755)
     out, path = tmp_path / "out", f"{tmp_path}:/usr/bin:/bin"
@@ -422,22 +547,40 @@ while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; 
         (tmp_path / tool).write_text("#!/usr/bin/env bash\nif [ $1 = --help ]; then echo --kernel-regex; fi\n")
         (tmp_path / tool).chmod(0o755)
     environment = {"OUT": str(out), "PYTHON": str(python), "PATH": path}
-    done = subprocess.run(["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     summary = json.loads((out / "gpu_summary.json").read_text())
     status = {stage["stage"]: stage["status"] for stage in summary["stages"]}
     assert status.pop("parity") == 7 and summary["failed"] == 1 and summary["device"] == "a GPU"
     assert set(status.values()) == {0}
-    assert {"build", "info", "speed", "invariants", "sanitizers", "tests_cuda", "tests_triton", "bench_kmeans", "bench_long", "ncu"} < set(status)
+    assert {
+        "build",
+        "info",
+        "speed",
+        "invariants",
+        "sanitizers",
+        "tests_cuda",
+        "tests_triton",
+        "bench_kmeans",
+        "bench_long",
+        "ncu",
+    } < set(status)
     assert list(status).index("bench_kmeans") < list(status).index("tests_cuda")
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         assert f"{tool}: passed" in (out / "gpu.log").read_text()
     assert "setup.py build_ext --inplace" in asked.read_text()
     assert "broken" in (out / "gpu.log").read_text()
-    files = {"gpu.log", *(f"gpu_{name}.json" for name in ("summary", "checks", "kmeans", "small_batch", "long", "triton"))}
+    files = {
+        "gpu.log",
+        *(f"gpu_{name}.json" for name in ("summary", "checks", "kmeans", "small_batch", "long", "triton")),
+    }
     assert {file.name for file in out.iterdir()} == files
     assert "second call" not in done.stdout
 
     environment["LIMIT"] = "0"
-    done = subprocess.run(["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert 'STAGES="build environment build info parity' in done.stdout and done.returncode > 5

@@ -1,11 +1,12 @@
 """CPU paths without a Gram matrix: bounds decide which distances are computed, and never what the result is."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers import assert_identical
 
 import tokenpool_ext as tp
-from helpers import assert_identical
 
 pytestmark = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
 PATHS = ["gram", "direct", "streamed"]
@@ -98,7 +99,7 @@ def excess(x, centers, assignment):
 
 def nested(B, N, D, generator):  # clusters of clusters: neighbours far closer to each other than to the mean
     coarse, fine = 100 * normal(B, 3, D, generator), 0.1 * normal(B, 9, D, generator)
-    return (coarse[:, torch.arange(N) % 3] + fine[:, torch.arange(N) % 9] + 1e-3 * normal(B, N, D, generator))
+    return coarse[:, torch.arange(N) % 3] + fine[:, torch.arange(N) % 9] + 1e-3 * normal(B, N, D, generator)
 
 
 @pytest.mark.parametrize("starts", ["tokens", "indices", "near tokens", "anywhere"])
@@ -106,7 +107,14 @@ def nested(B, N, D, generator):  # clusters of clusters: neighbours far closer t
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_the_first_assignment_is_that_of_differences(monkeypatch, path, kind, starts):
     """Rough products come first, yet a token gets its nearest center, but for the rounding of (token - center)^2."""
-    problems = [(9, 1, 3, 1), (60, 3, 9, 1e-20), (100, 15, 30, 1), (200, 16, 9, 1e18), (150, 33, 100, 1), (70, 530, 20, 1)]
+    problems = [
+        (9, 1, 3, 1),
+        (60, 3, 9, 1e-20),
+        (100, 15, 30, 1),
+        (200, 16, 9, 1e18),
+        (150, 33, 100, 1),
+        (70, 530, 20, 1),
+    ]
     for N, D, K, scale in problems:
         generator = torch.Generator().manual_seed(D)
         x = (kind(2, N, D, generator) * scale).float()
@@ -116,11 +124,14 @@ def test_the_first_assignment_is_that_of_differences(monkeypatch, path, kind, st
             centers += 1e-3 * x.abs().mean() * torch.randn(2, K, D, generator=generator)
         elif starts == "anywhere":
             centers = x.abs().amax() * torch.randn(2, K, D, generator=generator)
-        assignment = run(monkeypatch, path, "kmeans", x, K, num_iters=1,
-                         init=chosen.expand(2, K) if starts == "indices" else centers).assignment
+        assignment = run(
+            monkeypatch, path, "kmeans", x, K, num_iters=1, init=chosen.expand(2, K) if starts == "indices" else centers
+        ).assignment
         distances = torch.cdist(x.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
         own = distances.gather(2, assignment[..., None])[..., 0]
-        alone = torch.stack([row.bincount(minlength=K)[row] for row in assignment]) == 1  # may have been moved to an empty cluster
+        alone = (
+            torch.stack([row.bincount(minlength=K)[row] for row in assignment]) == 1
+        )  # may have been moved to an empty cluster
         rounding = 1e-6 * D**0.5 * x.abs().amax()
         assert bool((own <= distances.amin(2) * (1 + 1e-6) + rounding)[~alone].all()), (N, D, K)
 
@@ -141,16 +152,30 @@ def test_bringing_starting_tokens_forward_changes_nothing(monkeypatch, algorithm
     infinite[:, ::9] = float("inf")
     try:
         for K in (48, 73, 130):
-            for options in (dict(), dict(init=shuffled[:, :K]), dict(init=shuffled[:, :K], weights=weights), dict(mask=mask),
-                            dict(weights=weights, mask=mask, init="farthest", sort=True), dict(weights=infinite),
-                            dict(init=shuffled[:, :K] // 2 * 2), dict(mask=mask, init=shuffled[:, :K], num_iters=1)):
+            for options in (
+                dict(),
+                dict(init=shuffled[:, :K]),
+                dict(init=shuffled[:, :K], weights=weights),
+                dict(mask=mask),
+                dict(weights=weights, mask=mask, init="farthest", sort=True),
+                dict(weights=infinite),
+                dict(init=shuffled[:, :K] // 2 * 2),
+                dict(mask=mask, init=shuffled[:, :K], num_iters=1),
+            ):
                 torch.set_num_threads(1)
                 together = run(monkeypatch, "direct", algorithm, x, K, **options)
                 torch.set_num_threads(4)
                 for b in range(B):
-                    mine = {name: value[b:b + 1] if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-                    alone = run(monkeypatch, "direct", algorithm, x[b:b + 1], K, **mine)
-                    assert_identical(tuple(None if t is None else t[b:b + 1] for t in together), tuple(alone), what=f"{K} {options}")
+                    mine = {
+                        name: value[b : b + 1] if isinstance(value, torch.Tensor) else value
+                        for name, value in options.items()
+                    }
+                    alone = run(monkeypatch, "direct", algorithm, x[b : b + 1], K, **mine)
+                    assert_identical(
+                        tuple(None if t is None else t[b : b + 1] for t in together),
+                        tuple(alone),
+                        what=f"{K} {options}",
+                    )
     finally:
         torch.set_num_threads(threads)
 

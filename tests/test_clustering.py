@@ -1,14 +1,25 @@
 """K-Means and K-Medoids share one contract; these bodies run for both, on every backend (contract 1-3, 5, 7, 8)."""
+
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
+from helpers import (
+    DTYPES,
+    TOLERANCES,
+    assert_consistent,
+    assert_identical,
+    f64,
+    integer_tokens,
+    positive_weights,
+    spread_indices,
+    take,
+    tokens,
+)
 
-import oracle
 import tokenpool_ext as tp
-from helpers import (DTYPES, TOLERANCES, assert_consistent, assert_identical, f64, integer_tokens, positive_weights,
-                     spread_indices, take, tokens)
 from tokenpool_ext.init import initial
 
 pytestmark = pytest.mark.each_path
@@ -29,10 +40,17 @@ def compare_with_oracle(got, x, K, init, algorithm, *, rtol, num_iters, weights=
     want = []
     for b in range(len(x)):
         k = K if counts is None else int(counts[b])
-        want.append(oracle.cluster(
-            f64(x[b]), k, init=init[b, :k].cpu().numpy(), num_iters=num_iters, algorithm=algorithm,
-            weights=None if weights is None else f64(weights[b]),
-            mask=None if mask is None else mask[b].cpu().numpy()).inertia)
+        want.append(
+            oracle.cluster(
+                f64(x[b]),
+                k,
+                init=init[b, :k].cpu().numpy(),
+                num_iters=num_iters,
+                algorithm=algorithm,
+                weights=None if weights is None else f64(weights[b]),
+                mask=None if mask is None else mask[b].cpu().numpy(),
+            ).inertia
+        )
     ratio = f64(got.inertia) / np.array(want) - 1
     assert abs(ratio.mean()) <= rtol and np.abs(ratio).mean() <= 2 * rtol, f"inertia off by {ratio}"
 
@@ -40,8 +58,15 @@ def compare_with_oracle(got, x, K, init, algorithm, *, rtol, num_iters, weights=
 # One iteration from given tokens: exact up to ties ---------------------------------------------------------------
 
 SMALL = [(3, 32, 8, 4), (2, 37, 3, 5), (1, 1, 1, 1), (2, 9, 4, 9), (2, 16, 5, 1), (2, 20, 1, 3), (1, 24, 15, 6)]
-LARGE = [(2, 197, 64, 49), (1, 257, 192, 128), (2, 50, 80, 7), (1, 33, 1536, 8), (1, 577, 16, 288), (1, 40, 4096, 3),
-         (3, 131, 7, 130)]
+LARGE = [
+    (2, 197, 64, 49),
+    (1, 257, 192, 128),
+    (2, 50, 80, 7),
+    (1, 33, 1536, 8),
+    (1, 577, 16, 288),
+    (1, 40, 4096, 3),
+    (3, 131, 7, 130),
+]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -103,8 +128,15 @@ def test_integer_ties_go_to_the_lowest_index(backend, algorithm, dtype, weighted
     got = run(algorithm, backend, x, K, weights=w, init=init, num_iters=1)
     assert_consistent(got, x, K, weights=w, algorithm=algorithm)
     for b in range(B):
-        want = oracle.cluster(f64(x[b]), K, init=init[b].cpu().numpy(), num_iters=1, algorithm=algorithm, exact=True,
-                              weights=None if w is None else f64(w[b]))
+        want = oracle.cluster(
+            f64(x[b]),
+            K,
+            init=init[b].cpu().numpy(),
+            num_iters=1,
+            algorithm=algorithm,
+            exact=True,
+            weights=None if w is None else f64(w[b]),
+        )
         assert got.assignment[b].tolist() == want.assignment.tolist(), f"image {b}"
         assert got.mass[b].tolist() == want.mass.tolist()
 
@@ -278,8 +310,14 @@ def test_zero_weight_tokens_are_assigned_but_move_nothing(backend, algorithm):
     a = run(algorithm, backend, x, K, weights=w, init=init)
     assert_consistent(a, x, K, weights=w, algorithm=algorithm)
     keep = [i for i in range(N) if i % 3]
-    b = run(algorithm, backend, x[:, keep], K, weights=w[:, keep],
-            init=torch.tensor([[keep.index(i) for i in (1, 4, 7, 10)]], device=backend.device).expand(B, -1))
+    b = run(
+        algorithm,
+        backend,
+        x[:, keep],
+        K,
+        weights=w[:, keep],
+        init=torch.tensor([[keep.index(i) for i in (1, 4, 7, 10)]], device=backend.device).expand(B, -1),
+    )
     assert_identical(a.assignment[:, keep], b.assignment)
     torch.testing.assert_close(a.mass, b.mass)
     torch.testing.assert_close(a.inertia, b.inertia, rtol=1e-4, atol=1e-5)
@@ -318,8 +356,15 @@ def test_padding_never_leaks(backend, algorithm, fill, weighted):
     init = torch.arange(4, device=backend.device).expand(len(x), 4) % mask.sum(1, keepdim=True)
     a = run(algorithm, backend, x, 4, weights=w, mask=mask, init=init)
     spoiled = torch.where(mask[:, :, None], x, fill)
-    b = run(algorithm, backend, spoiled, 4, mask=mask, init=init,
-            weights=None if w is None else torch.where(mask, w, float("nan")))
+    b = run(
+        algorithm,
+        backend,
+        spoiled,
+        4,
+        mask=mask,
+        init=init,
+        weights=None if w is None else torch.where(mask, w, float("nan")),
+    )
     assert_identical(a, b)
     assert_consistent(a, x, 4, weights=w, mask=mask, algorithm=algorithm)
 
@@ -335,8 +380,12 @@ def test_padding_equals_one_call_per_item(backend, algorithm, dtype):
         k = int(counts[b])
         alone = run(algorithm, backend, x[b : b + 1, :n], k, init=init[b : b + 1, :k])
         here = take(got, slice(b, b + 1))
-        want = here._replace(centers=here.centers[:, :k], assignment=here.assignment[:, :n], mass=here.mass[:, :k],
-                             medoids=None if here.medoids is None else here.medoids[:, :k])
+        want = here._replace(
+            centers=here.centers[:, :k],
+            assignment=here.assignment[:, :n],
+            mass=here.mass[:, :k],
+            medoids=None if here.medoids is None else here.medoids[:, :k],
+        )
         if backend.name == "reference":  # promises no bit-identity between shapes, and says so
             assert_identical(want.assignment, alone.assignment)
             torch.testing.assert_close(want.centers, alone.centers)
@@ -411,8 +460,10 @@ def test_the_farthest_start_is_that_of_its_indices(backend, algorithm, case):
     if mask is not None:
         x = torch.where(mask[:, :, None], x, float("nan"))
         w = None if w is None else torch.where(mask, w, float("nan"))
-    got, want = (run(algorithm, backend, x, K if counts is None else counts, weights=w, mask=mask, init=init, num_iters=1)
-                 for init in ("farthest", index))
+    got, want = (
+        run(algorithm, backend, x, K if counts is None else counts, weights=w, mask=mask, init=init, num_iters=1)
+        for init in ("farthest", index)
+    )
     assert_identical(got, want)
 
 
@@ -455,7 +506,7 @@ def test_sort_only_renames_clusters(backend, algorithm):
 def test_inertia_never_rises_with_iterations(backend, algorithm, dtype):
     B, N, D, K = (2, 24, 3, 5) if backend.name == "triton" else (6, 80, 6, 12)
     x = tokens(B, N, D, dtype, backend.device)
-    x[0, :: 2] = x[0, :1]  # duplicates, so that repair takes part
+    x[0, ::2] = x[0, :1]  # duplicates, so that repair takes part
     w = positive_weights(B, N, TOLERANCES[dtype].acc, backend.device)
     init = spread_indices(B, N, K, backend.device)
     before = None
@@ -559,8 +610,9 @@ def test_weights_of_another_float_dtype(backend, algorithm):
     x = tokens(2, 16, 3, torch.bfloat16, backend.device)
     w = positive_weights(2, 16, torch.bfloat16, backend.device)
     init = spread_indices(2, 16, 4, backend.device)
-    assert_identical(run(algorithm, backend, x, 4, weights=w, init=init),
-                     run(algorithm, backend, x, 4, weights=w.float(), init=init))
+    assert_identical(
+        run(algorithm, backend, x, 4, weights=w, init=init), run(algorithm, backend, x, 4, weights=w.float(), init=init)
+    )
 
 
 # Layout ------------------------------------------------------------------------------------------------------------
@@ -635,6 +687,7 @@ def test_empty_inputs(backend, algorithm, shape):
     assert got.inertia.shape == (B,) and not got.inertia.any()
     assert got.assignment.dtype == torch.int64 and ((got.assignment >= 0) & (got.assignment < 3)).all()
     assert algorithm == "kmeans" or got.medoids.shape == (B, 3)
+
 
 def test_images_without_tokens_cannot_give_k_rows(backend, algorithm):
     with pytest.raises(ValueError, match=r"\bnum_clusters\b"):

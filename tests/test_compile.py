@@ -1,13 +1,14 @@
 """opcheck on every op, fake kernels, torch.compile without graph breaks (contract 7)."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers import assert_identical, positive_weights, spread_indices, tokens
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpool_ext as tp
-from helpers import assert_identical, positive_weights, spread_indices, tokens
 
 pytestmark = pytest.mark.one_path
 
@@ -74,7 +75,10 @@ def test_fake_kernels_agree_with_real_ones(name, dtype):
     op = getattr(torch.ops.tokenpool_ext, name)
     for arguments in samples(name, dtype):
         real, fake = op(*arguments), op(*map(meta, arguments))
-        real, fake = (real,) if isinstance(real, torch.Tensor) else real, (fake,) if isinstance(fake, torch.Tensor) else fake
+        real, fake = (
+            (real,) if isinstance(real, torch.Tensor) else real,
+            (fake,) if isinstance(fake, torch.Tensor) else fake,
+        )
         assert len(real) == len(fake)
         for r, f in zip(real, fake):
             assert f.device.type == "meta" and (r.shape, r.dtype) == (f.shape, f.dtype)
@@ -87,18 +91,20 @@ def test_ops_refuse_what_would_read_out_of_bounds():
     x, init = tokens(2, 10, 3), spread_indices(2, 10, 4)
     op = torch.ops.tokenpool_ext
     a = torch.zeros(2, 10, dtype=torch.int64)
-    bad = [lambda: op.kmeans(x, torch.ones(2, 9), None, None, init, 4, 3, False),
-           lambda: op.kmeans(x, None, torch.ones(2, 9, dtype=torch.bool), None, init, 4, 3, False),
-           lambda: op.kmeans(x, None, None, torch.ones(3, dtype=torch.int64), init, 4, 3, False),
-           lambda: op.kmeans(x, None, None, None, init[:, :3], 4, 3, False),
-           lambda: op.kmeans(x, None, None, None, x[:, :3].contiguous(), 4, 3, False),
-           lambda: op.kmedoids(x, None, None, None, init[:1], 4, 3, False),
-           lambda: op.kmeans(x[0], None, None, None, init, 4, 3, False),
-           lambda: op.pool(x, a[:, :9], None, 4),
-           lambda: op.pool(x, a, torch.ones(2, 9), 4),
-           lambda: op.unpool(x, a[:1]),
-           lambda: op.unpool_backward(x, a[:, :3], 4),
-           lambda: op.attention_received(x[None], x[None, :, :, :2], 1.0, None)]
+    bad = [
+        lambda: op.kmeans(x, torch.ones(2, 9), None, None, init, 4, 3, False),
+        lambda: op.kmeans(x, None, torch.ones(2, 9, dtype=torch.bool), None, init, 4, 3, False),
+        lambda: op.kmeans(x, None, None, torch.ones(3, dtype=torch.int64), init, 4, 3, False),
+        lambda: op.kmeans(x, None, None, None, init[:, :3], 4, 3, False),
+        lambda: op.kmeans(x, None, None, None, x[:, :3].contiguous(), 4, 3, False),
+        lambda: op.kmedoids(x, None, None, None, init[:1], 4, 3, False),
+        lambda: op.kmeans(x[0], None, None, None, init, 4, 3, False),
+        lambda: op.pool(x, a[:, :9], None, 4),
+        lambda: op.pool(x, a, torch.ones(2, 9), 4),
+        lambda: op.unpool(x, a[:1]),
+        lambda: op.unpool_backward(x, a[:, :3], 4),
+        lambda: op.attention_received(x[None], x[None, :, :, :2], 1.0, None),
+    ]
     for call in bad:
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             call()
@@ -155,8 +161,11 @@ def test_five_resolutions_and_three_batch_sizes_need_two_compilations(backend):
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
-    function = compiled(lambda x: tp.kmeans(x, x.shape[1] // 2, num_iters=2, backend=backend.name).centers, dynamic=True,
-                        backend=counter)
+    function = compiled(
+        lambda x: tp.kmeans(x, x.shape[1] // 2, num_iters=2, backend=backend.name).centers,
+        dynamic=True,
+        backend=counter,
+    )
     for n in (10, 16, 21, 28, 37):
         for b in (2, 3) if backend.interpreted else (2, 3, 5):
             assert function(tokens(b, n, 4, device=backend.device)).shape == (b, n // 2, 4)
@@ -168,13 +177,18 @@ def test_inductor(backend):
     """The default compiler, once."""
     if backend.name == "reference":
         pytest.skip("a long graph of library calls: a minute of C++ compilation that proves nothing about this project")
-    function = lambda x: tp.kmeans(x + 1, 4, num_iters=2, backend=backend.name).centers.tanh()
+
+    def function(x):
+        return tp.kmeans(x + 1, 4, num_iters=2, backend=backend.name).centers.tanh()
+
     x = tokens(2, 12, 3, device=backend.device)
     torch.testing.assert_close(function(x), compiled(function, dynamic=True)(x))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*deprecated")
-@pytest.mark.parametrize("how", ["jit", "real", "fake", "symbolic", "real, before dispatch", "symbolic, before dispatch"])
+@pytest.mark.parametrize(
+    "how", ["jit", "real", "fake", "symbolic", "real, before dispatch", "symbolic, before dispatch"]
+)
 @pytest.mark.parametrize("weighted", [False, True], ids=["strided", "topk"])
 def test_a_trace_makes_its_own_start(how, weighted):
     """What eager calls write past torch's ops must not be lost where the ops are recorded."""
@@ -185,7 +199,11 @@ def test_a_trace_makes_its_own_start(how, weighted):
         return tp.unpool(tp.pool(x, found.assignment, 7, weights=w), found.assignment)
 
     mode, _, early = how.partition(", ")
-    traced = torch.jit.trace(pooled, (x, w)) if how == "jit" else make_fx(pooled, tracing_mode=mode, pre_dispatch=bool(early))(x, w)
+    traced = (
+        torch.jit.trace(pooled, (x, w))
+        if how == "jit"
+        else make_fx(pooled, tracing_mode=mode, pre_dispatch=bool(early))(x, w)
+    )
     del_me = [torch.full((2, 7), 10**6) for _ in range(20)]  # what uninitialised memory would hold
     del del_me
     assert_identical(traced(other, v), pooled(other, v))
@@ -205,6 +223,7 @@ def test_export_with_any_number_of_tokens(strict):
 
 def test_weighted_export_with_any_batch():
     """A start made at once for small batches only must not become a bound of the batch."""
+
     class Model(torch.nn.Module):
         def forward(self, x, w):
             return tp.kmeans(x, 4, weights=w).centers

@@ -12,7 +12,8 @@ from tokenpool_ext import loader
 
 pytestmark = pytest.mark.skipif(loader.extension is None, reason=str(loader.extension_reason))
 
-# (tokens, features, clusters): odd sizes, several panels, features over one depth block, more clusters than a register tile
+# (tokens, features, clusters): odd sizes, several panels, features over one depth block, more clusters than a register
+# tile
 SHAPES = [(1, 1, 1), (37, 7, 5), (50, 3, 50), (130, 200, 40), (96, 16, 3)]
 
 
@@ -34,7 +35,9 @@ def test_other_processors_compile_too(tmp_path):
     shutil.copytree(source, tmp_path / "csrc")
     for name in (tmp_path / "csrc/cpu").glob("*.h"):
         name.write_text(name.read_text().replace("defined(__x86_64__)", "0"))
-    subprocess.run([compiler, "-std=c++17", "-fsyntax-only", str(tmp_path / "csrc/cpu/kernels_baseline.cpp")], check=True)
+    subprocess.run(
+        [compiler, "-std=c++17", "-fsyntax-only", str(tmp_path / "csrc/cpu/kernels_baseline.cpp")], check=True
+    )
 
 
 @pytest.mark.parametrize("path", ["gram", "direct", "streamed"])

@@ -36,12 +36,17 @@ def library(tmp_path_factory):
             pytest.fail(reason)
         pytest.skip(reason)
     if not REQUIRED and not builder.is_fresh(BUILD):
-        pytest.skip(f"no up-to-date build of the CUDA kernels in {BUILD}; set TOKENPOOL_EXT_REQUIRE_CUDA_BUILD=1 to build it")
+        pytest.skip(
+            f"no up-to-date build of the CUDA kernels in {BUILD}; set TOKENPOOL_EXT_REQUIRE_CUDA_BUILD=1 to build it"
+        )
     return builder.build_cuda(str(tmp_path_factory.mktemp("cuda")), build_dir=str(BUILD), say=lambda line: None)
 
 
 def test_architecture_flags():
-    assert builder.arch_flags("8.0;9.0a") == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+    assert builder.arch_flags("8.0;9.0a") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
     assert builder.arch_flags("8.9+PTX")[1] == "-gencode=arch=compute_89,code=compute_89"
     assert len(builder.arch_flags(builder.DEFAULT_ARCHS)) == 7
     for bad in ("Hopper", "9", "7.5"):
@@ -63,7 +68,8 @@ def test_a_missing_toolkit_is_a_reason_with_a_remedy(monkeypatch):
 
 @pytest.mark.parametrize("inplace", [True, False], ids=["in place", "for a wheel"])
 def test_setup_puts_the_library_beside_the_extension(monkeypatch, tmp_path, inplace):
-    """`pip install -e .` and `setup.py build_ext --inplace`, too: setuptools itself copies only the extensions it knows of."""
+    """`pip install -e .` and `setup.py build_ext --inplace`, too: setuptools itself copies only the extensions it
+    knows of."""
     setuptools = pytest.importorskip("setuptools")
     pytest.importorskip("pybind11")
     if builder.compiler() is None:
@@ -80,7 +86,9 @@ def test_setup_puts_the_library_beside_the_extension(monkeypatch, tmp_path, inpl
     monkeypatch.chdir(tmp_path)
     (tmp_path / "probe.cpp").write_text('extern "C" int PyInit__probe() { return 0; }\n')
     (tmp_path / "tokenpool_ext").mkdir()
-    extension = setuptools.Extension("tokenpool_ext._probe", ["probe.cpp"], library_dirs=[os.path.join(builder.torch_folder(), "lib")])
+    extension = setuptools.Extension(
+        "tokenpool_ext._probe", ["probe.cpp"], library_dirs=[os.path.join(builder.torch_folder(), "lib")]
+    )
     command = script.commands["build_ext"](setuptools.Distribution({"ext_modules": [extension]}))
     command.inplace = inplace
     command.ensure_finalized()
@@ -91,18 +99,40 @@ def test_setup_puts_the_library_beside_the_extension(monkeypatch, tmp_path, inpl
 
 def test_report_parser(tmp_path):
     (tmp_path / "k.log").write_text(
-        "ptxas info    : Compiling entry function '_ZN9tokenpool4cuda11gram_kernelI13__nv_bfloat16EEvNS0_8GramArgsE' for 'sm_90a'\n"
-        "ptxas info    : Function properties for x\n    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
-        "ptxas info    : Used 127 registers, used 1 barriers\n")
+        "ptxas info    : Compiling entry function "
+        "'_ZN9tokenpool4cuda11gram_kernelI13__nv_bfloat16EEvNS0_8GramArgsE' for "
+        "'sm_90a'\n"
+        "ptxas info    : Function properties for x\n    8 bytes stack frame, 4 bytes spill stores, 12 "
+        "bytes spill loads\n"
+        "ptxas info    : Used 127 registers, used 1 barriers\n"
+    )
     assert builder.kernel_resources(str(tmp_path)) == [
-        {"kernel": "gram_kernel", "dtype": "bfloat16", "arch": "sm_90a", "registers": 127, "stack": 8, "spill_stores": 4, "spill_loads": 12}]
+        {
+            "kernel": "gram_kernel",
+            "dtype": "bfloat16",
+            "arch": "sm_90a",
+            "registers": 127,
+            "stack": 8,
+            "spill_stores": 4,
+            "spill_loads": 12,
+        }
+    ]
 
 
 def test_no_kernel_spills_or_uses_a_stack_at_any_architecture(library):
     records = builder.kernel_resources(str(BUILD))
     kernels = {r["kernel"] for r in records}
-    assert {"resident_kernel", "spread_gram_kernel", "spread_kernel", "gram_kernel", "iterate_kernel", "assign_kernel", "means_kernel",
-            "bucket_kernel", "farthest_kernel"} <= kernels
+    assert {
+        "resident_kernel",
+        "spread_gram_kernel",
+        "spread_kernel",
+        "gram_kernel",
+        "iterate_kernel",
+        "assign_kernel",
+        "means_kernel",
+        "bucket_kernel",
+        "farthest_kernel",
+    } <= kernels
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         assert {r["arch"] for r in records} == DEFAULT
     bad = [r for r in records if r["stack"] or r["spill_stores"] or r["spill_loads"]]
@@ -129,6 +159,7 @@ def test_ops_are_registered_under_a_cuda_torch(library):
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "assert loader.extension is not None, loader.extension_reason\n"
         f"if not has('tokenpool_ext::kmeans', 'CUDA'): torch.ops.load_library({str(library)!r})\n"
-        f"assert all(has('tokenpool_ext::' + op, 'CUDA') for op in {OPS!r})\n")
+        f"assert all(has('tokenpool_ext::' + op, 'CUDA') for op in {OPS!r})\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,35 +8,102 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import tokenpool_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
-import simulator  # noqa: E402
+import simulator
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
 
 ARCHS = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
 LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory a block may ask for
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
-FIELDS = ("path", "launches", "threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global", "blocks_per_sm",
-          "images_per_pass", "passes", "blocks", "workspace_bytes", "parts", "assign_keeps")
+FIELDS = (
+    "path",
+    "launches",
+    "threads",
+    "shared_bytes",
+    "chunk",
+    "bucket_warps",
+    "bucket_in_global",
+    "blocks_per_sm",
+    "images_per_pass",
+    "passes",
+    "blocks",
+    "workspace_bytes",
+    "parts",
+    "assign_keeps",
+)
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}  # A100, A10-like, L40S, H100, B200, RTX 5090
-VIT_SUITE = [(196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288), (256, 1024, 64),
-             (576, 1024, 64), (1030, 128, 343), (4096, 320, 1024), (75600, 128, 1000)]
+VIT_SUITE = [
+    (196, 192, 98),
+    (196, 384, 98),
+    (256, 384, 128),
+    (196, 768, 49),
+    (576, 768, 288),
+    (256, 1024, 64),
+    (576, 1024, 64),
+    (1030, 128, 343),
+    (4096, 320, 1024),
+    (75600, 128, 1000),
+]
 
 
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory):
     library = tmp_path_factory.mktemp("planner") / "planner.so"
-    subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(library),
-                    str(simulator.CSRC / "planner_cuda.cpp")], check=True)
+    subprocess.run(
+        [
+            simulator.compiler(),
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-o",
+            str(library),
+            str(simulator.CSRC / "planner_cuda.cpp"),
+        ],
+        check=True,
+    )
     lib = ctypes.CDLL(str(library))
 
-    def plan(n, d, k, *, arch=90, dtype="bfloat16", batch=256, iterations=5, medoids=False, centers=False, limit=0, force=None,
-             sms=None, farthest=False, per_image_k=False):
-        given = (ctypes.c_int64 * 15)(batch, n, d, k, iterations, DTYPES[dtype], medoids, centers, *ARCHS[arch],
-                                      SMS[arch] if sms is None else sms, limit,
-                                      -1 if force is None else simulator.PATHS.index(force), farthest, per_image_k)
+    def plan(
+        n,
+        d,
+        k,
+        *,
+        arch=90,
+        dtype="bfloat16",
+        batch=256,
+        iterations=5,
+        medoids=False,
+        centers=False,
+        limit=0,
+        force=None,
+        sms=None,
+        farthest=False,
+        per_image_k=False,
+    ):
+        given = (ctypes.c_int64 * 15)(
+            batch,
+            n,
+            d,
+            k,
+            iterations,
+            DTYPES[dtype],
+            medoids,
+            centers,
+            *ARCHS[arch],
+            SMS[arch] if sms is None else sms,
+            limit,
+            -1 if force is None else simulator.PATHS.index(force),
+            farthest,
+            per_image_k,
+        )
         out, reason = (ctypes.c_int64 * 14)(), ctypes.create_string_buffer(512)
         lib.tokenpool_plan_cuda(given, out, reason, 512)
         result = dict(zip(FIELDS, out))
@@ -52,7 +119,7 @@ def planner(tmp_path_factory):
 @pytest.mark.parametrize("shape", VIT_SUITE, ids=str)
 def test_every_plan_can_be_launched(planner, arch, dtype, shape):
     for medoids in (False, True):
-        for centers in ((False,) if medoids else (False, True)):
+        for centers in (False,) if medoids else (False, True):
             plan = planner(*shape, arch=arch, dtype=dtype, medoids=medoids, centers=centers)
             assert 0 <= plan["shared_bytes"] <= LIMIT[arch] * 1024 - 512
             assert plan["threads"] % 32 == 0 and 32 <= plan["threads"] <= 1024
@@ -101,7 +168,7 @@ def test_the_batch_decides_only_between_two_paths_of_equal_bits(planner, dtype):
         plans = [planner(n, d, k, batch=batch, dtype=dtype) for batch in (1, 8, 132, 133, 256, 70000)]
         paths = [plan["path"] for plan in plans]
         assert len(set(paths)) == 1 and paths[0] != "resident" or paths == ["spread"] * 3 + ["resident"] * 3
-        for some in ([plans] if len(set(paths)) == 1 else [plans[:3], plans[3:]]):
+        for some in [plans] if len(set(paths)) == 1 else [plans[:3], plans[3:]]:
             for name in ("threads", "shared_bytes", "chunk", "bucket_warps", "bucket_in_global", "parts"):
                 assert len({plan[name] for plan in some}) == 1, name
 
@@ -131,9 +198,14 @@ def test_explain_says_which_path_a_batch_takes():
     """In a process of its own: a _C linked from objects of different versions would crash this one."""
     if tokenpool_ext.backends()["cpu"] != "ok":
         pytest.skip("the compiled extension is absent")
-    code = ("import torch, tokenpool_ext\n"
-            "for b in (1, 256): print(tokenpool_ext.explain(b, 196, 98, 384, dtype=torch.bfloat16, compute_capability=(9, 0)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    code = (
+        "import torch, tokenpool_ext\n"
+        "for b in (1, 256): print(tokenpool_ext.explain(b, 196, 98, 384, dtype=torch.bfloat16, "
+        "compute_capability=(9, 0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     assert done.returncode == 0, f"status {done.returncode}: build _C again from scratch?\n{done.stderr}"
     one, many = done.stdout.splitlines()
     assert "spread path" in one and "3 launches" in one and "1 image(s) on 132 multiprocessors" in one
@@ -216,6 +288,9 @@ def test_a_batch_mates_k_changes_no_path(planner, arch, dtype):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_assign_keeps_tokens_where_they_cost_no_block(planner, arch, dtype):
-    keeps = [planner(75600, d, 1000, arch=arch, dtype=dtype, batch=32)["assign_keeps"] for d in (64, 128, 256, 512, 1024, 4096)]
+    keeps = [
+        planner(75600, d, 1000, arch=arch, dtype=dtype, batch=32)["assign_keeps"]
+        for d in (64, 128, 256, 512, 1024, 4096)
+    ]
     assert keeps == sorted(keeps, reverse=True) and not keeps[-1]
     assert keeps[1] or dtype == "float32"

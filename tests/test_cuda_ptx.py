@@ -17,10 +17,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
-import count  # noqa: E402
-import ptx  # noqa: E402
-import simulator  # noqa: E402
-from helpers import assert_identical, positive_weights, spread_indices  # noqa: E402
+import count
+import ptx
+import simulator
+from helpers import assert_identical, positive_weights, spread_indices
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
 REQUIRED = os.environ.get("TOKENPOOL_EXT_REQUIRE_CUDA_BUILD") == "1"
@@ -71,15 +71,22 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx")
 
     def of(body):
-        kernel, = ptx.kernels(ENTRY.replace("BODY", body))
+        (kernel,) = ptx.kernels(ENTRY.replace("BODY", body))
         assert kernel.name == "some"
         source, program = folder / "some.cpp", folder / "some"
         source.write_text(f'#include "ptx_ops.h"\nusing namespace ptx;\n{kernel.text}\n{MAIN}')
-        done = subprocess.run([simulator.compiler(), "-std=c++17", "-O0", f"-I{simulator.HERE}", str(source), "-o", str(program)],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [simulator.compiler(), "-std=c++17", "-O0", f"-I{simulator.HERE}", str(source), "-o", str(program)],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
-        return done.stderr if done.returncode else np.array([int(line, 16) for line in done.stdout.split()], dtype=np.uint32)
+        return (
+            done.stderr
+            if done.returncode
+            else np.array([int(line, 16) for line in done.stdout.split()], dtype=np.uint32)
+        )
 
     return of
 
@@ -87,25 +94,51 @@ def run(tmp_path_factory):
 THREADS = np.arange(64, dtype=np.uint32)
 
 
-@pytest.mark.parametrize("body,expected", [
-    ("add.s32 %r0, %r1, -3;", THREADS - np.uint32(3)),
-    ("shl.b32 %r0, %r1, %r1;", np.where(THREADS < 32, THREADS.astype(np.uint64) << (THREADS.astype(np.uint64) % 32), 0).astype(np.uint32)),
-    ("shfl.sync.up.b32 %r0|%p1, %r1, 3, 0, -1;", np.where(THREADS % 32 < 3, THREADS, THREADS - 3)),
-    ("shfl.sync.bfly.b32 %r0|%p1, %r1, 5, 31, -1;", THREADS ^ 5),
-    ("shfl.sync.idx.b32 %r0, %r1, 7, 31, -1;", THREADS // 32 * 32 + 7),
-    ("and.b32 %r2, %r1, 3;\nmatch.any.sync.b32 %r0, %r2, -1;", np.uint32(0x11111111) << (THREADS % 4)),
-    ("sub.s32 %r2, 5, %r1;\nredux.sync.min.s32 %r0, %r2, -1;", np.where(THREADS < 32, 5 - 31, 5 - 63).astype(np.int64).astype(np.uint32)),
-    ("{ .reg .pred %p1; .reg .pred %p2; setp.ne.u32 %p1, %r1, 64; bar.red.or.pred %p2, 0, %p1; selp.u32 %r0, 1, 0, %p2; }", THREADS * 0 + 1),
-    ("mov.f32 %f1, 0fBF800000;\ncvt.rn.f32.s32 %f2, %r1;\nfma.rn.f32 %f3, %f2, %f1, 0f40000000;\nmov.b32 %r0, %f3;",
-     (2 - np.arange(64, dtype=np.float32)).view(np.uint32)),
-    ("cvt.rn.f32.s32 %f1, %r1;\n{ cvt.rn.bf16.f32 %rs1, %f1;}\nmov.b32 %r0, {%rs1, %rs1};",
-     (np.arange(64, dtype=np.float32).view(np.uint32) >> 16) * np.uint32(0x10001)),
-    ("setp.gt.s32 %p1, %r1, 40;\n@%p1 bra $L__BB0_2;\nmov.u32 %r0, 7;\n$L__BB0_2:", np.where(THREADS > 40, 0, 7)),
-    ("shl.b32 %r2, %r1, 2;\nand.b32 %r2, %r2, 63;\nmov.u32 %r3, _ZN9tokenpool4cuda6memoryE;\nadd.s32 %r4, %r3, %r2;\nst.shared.u32 [%r4], %r1;\n"
-     "bar.sync 0;\nld.shared.v4.u32 {%r5, %r6, %r7, %r0}, [_ZN9tokenpool4cuda6memoryE+16];", THREADS * 0 + 55),
-    ("mov.u32 %r2, 2147483647;\nst.shared.u32 [scratch+16], %r2;\nbar.sync 0;\natom.shared.min.s32 %r3, [scratch+16], %r1;\nbar.sync 0;\n"
-     "ld.shared.u32 %r0, [scratch+16];", THREADS * 0),
-])
+@pytest.mark.parametrize(
+    "body,expected",
+    [
+        ("add.s32 %r0, %r1, -3;", THREADS - np.uint32(3)),
+        (
+            "shl.b32 %r0, %r1, %r1;",
+            np.where(THREADS < 32, THREADS.astype(np.uint64) << (THREADS.astype(np.uint64) % 32), 0).astype(np.uint32),
+        ),
+        ("shfl.sync.up.b32 %r0|%p1, %r1, 3, 0, -1;", np.where(THREADS % 32 < 3, THREADS, THREADS - 3)),
+        ("shfl.sync.bfly.b32 %r0|%p1, %r1, 5, 31, -1;", THREADS ^ 5),
+        ("shfl.sync.idx.b32 %r0, %r1, 7, 31, -1;", THREADS // 32 * 32 + 7),
+        ("and.b32 %r2, %r1, 3;\nmatch.any.sync.b32 %r0, %r2, -1;", np.uint32(0x11111111) << (THREADS % 4)),
+        (
+            "sub.s32 %r2, 5, %r1;\nredux.sync.min.s32 %r0, %r2, -1;",
+            np.where(THREADS < 32, 5 - 31, 5 - 63).astype(np.int64).astype(np.uint32),
+        ),
+        (
+            "{ .reg .pred %p1; .reg .pred %p2; setp.ne.u32 %p1, %r1, 64; "
+            "bar.red.or.pred %p2, 0, %p1; selp.u32 %r0, 1, 0, %p2; }",
+            THREADS * 0 + 1,
+        ),
+        (
+            "mov.f32 %f1, 0fBF800000;\ncvt.rn.f32.s32 %f2, %r1;\nfma.rn.f32 %f3, %f2, %f1, "
+            "0f40000000;\nmov.b32 %r0, %f3;",
+            (2 - np.arange(64, dtype=np.float32)).view(np.uint32),
+        ),
+        (
+            "cvt.rn.f32.s32 %f1, %r1;\n{ cvt.rn.bf16.f32 %rs1, %f1;}\nmov.b32 %r0, {%rs1, %rs1};",
+            (np.arange(64, dtype=np.float32).view(np.uint32) >> 16) * np.uint32(0x10001),
+        ),
+        ("setp.gt.s32 %p1, %r1, 40;\n@%p1 bra $L__BB0_2;\nmov.u32 %r0, 7;\n$L__BB0_2:", np.where(THREADS > 40, 0, 7)),
+        (
+            "shl.b32 %r2, %r1, 2;\nand.b32 %r2, %r2, 63;\nmov.u32 %r3, "
+            "_ZN9tokenpool4cuda6memoryE;\nadd.s32 %r4, %r3, %r2;\nst.shared.u32 [%r4], %r1;\n"
+            "bar.sync 0;\nld.shared.v4.u32 {%r5, %r6, %r7, %r0}, [_ZN9tokenpool4cuda6memoryE+16];",
+            THREADS * 0 + 55,
+        ),
+        (
+            "mov.u32 %r2, 2147483647;\nst.shared.u32 [scratch+16], %r2;\nbar.sync 0;\natom.shared.min.s32 "
+            "%r3, [scratch+16], %r1;\nbar.sync 0;\n"
+            "ld.shared.u32 %r0, [scratch+16];",
+            THREADS * 0,
+        ),
+    ],
+)
 def test_instructions(run, body, expected):
     got = run(body)
     assert isinstance(got, np.ndarray), got
@@ -113,14 +146,19 @@ def test_instructions(run, body, expected):
 
 
 def test_the_tensor_core_multiplies_matrices(run):
-    """Fragments are filled and read by the manual's formulas, here through a matrix whose entries say where they stand."""
+    """Fragments are filled and read by the manual's formulas, here through a matrix whose entries say where they
+    stand."""
     lane = np.arange(32)
     group, inside = lane // 4, lane % 4
     a, b = np.arange(256).reshape(16, 16) % 13 - 6.0, np.arange(128).reshape(16, 8) % 7 - 3.0
     words = []
-    for matrix, places in ((a, [(group + 8 * (i % 4 // 2), 2 * inside + i % 2 + 8 * (i // 4)) for i in range(8)]),
-                           (b, [(2 * inside + i % 2 + 8 * (i // 2), group) for i in range(4)])):
-        halves = [matrix[rows, columns].astype(np.float16).view(np.uint16).astype(np.uint32) for rows, columns in places]
+    for matrix, places in (
+        (a, [(group + 8 * (i % 4 // 2), 2 * inside + i % 2 + 8 * (i // 4)) for i in range(8)]),
+        (b, [(2 * inside + i % 2 + 8 * (i // 2), group) for i in range(4)]),
+    ):
+        halves = [
+            matrix[rows, columns].astype(np.float16).view(np.uint16).astype(np.uint32) for rows, columns in places
+        ]
         words += [low | high << 16 for low, high in zip(halves[::2], halves[1::2])]
     # Each lane finds its six words by a chain of comparisons: slow, but made of instructions tested above.
     body = ["and.b32 %r19, %r1, 31;"] + [f"mov.u32 %r{10 + w}, 0;" for w in range(6)]
@@ -128,24 +166,35 @@ def test_the_tensor_core_multiplies_matrices(run):
         for l, value in enumerate(values):
             body.append(f"setp.eq.s32 %p1, %r19, {l};\nselp.b32 %r{10 + w}, {int(value)}, %r{10 + w}, %p1;")
     body += [f"mov.f32 %f{i}, 0f3F800000;" for i in range(1, 5)]
-    body.append("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r10,%r11,%r12,%r13}, {%r14,%r15}, {%f1,%f2,%f3,%f4};")
+    body.append(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r10,%r11,%r12,%r13}, "
+        "{%r14,%r15}, {%f1,%f2,%f3,%f4};"
+    )
     want = a @ b + 1
     for e in range(4):
         got = run("\n".join(body + [f"mov.b32 %r0, %f{e + 1};"]))
         assert isinstance(got, np.ndarray), got
-        np.testing.assert_array_equal(got.view(np.float32)[:32], want[group + 8 * (e // 2), 2 * inside + e % 2].astype(np.float32))
+        np.testing.assert_array_equal(
+            got.view(np.float32)[:32], want[group + 8 * (e // 2), 2 * inside + e % 2].astype(np.float32)
+        )
 
 
-@pytest.mark.parametrize("body,message", [
-    ("ld.shared.v4.u32 {%r5, %r6, %r7, %r0}, [_ZN9tokenpool4cuda6memoryE+8];", "misaligned access to shared"),
-    ("ld.shared.u32 %r0, [_ZN9tokenpool4cuda6memoryE+64];", "past the block's shared memory"),
-    ("ld.global.u32 %r0, [%rd4+2];", "misaligned access to global"),
-    ("mov.u32 %r2, _ZN9tokenpool4cuda6memoryE;\ncp.async.cg.shared.global [%r2], [%rd2], 16;", "without waiting for its copies"),
-    ("setp.eq.s32 %p1, %r1, 9;\n@%p1 ret;\nbar.sync 0;", "left the kernel while others wait"),
-    ("setp.lt.s32 %p1, %r1, 9;\n@%p1 shfl.sync.bfly.b32 %r0|%p2, %r1, 5, 31, -1;", "deadlock"),
-    ("shfl.sync.bfly.b32 %r0|%p2, %r1, 5, 31, 255;", "without all 32 lanes"),
-    ("bar.sync 1;", "only barrier 0"),
-])
+@pytest.mark.parametrize(
+    "body,message",
+    [
+        ("ld.shared.v4.u32 {%r5, %r6, %r7, %r0}, [_ZN9tokenpool4cuda6memoryE+8];", "misaligned access to shared"),
+        ("ld.shared.u32 %r0, [_ZN9tokenpool4cuda6memoryE+64];", "past the block's shared memory"),
+        ("ld.global.u32 %r0, [%rd4+2];", "misaligned access to global"),
+        (
+            "mov.u32 %r2, _ZN9tokenpool4cuda6memoryE;\ncp.async.cg.shared.global [%r2], [%rd2], 16;",
+            "without waiting for its copies",
+        ),
+        ("setp.eq.s32 %p1, %r1, 9;\n@%p1 ret;\nbar.sync 0;", "left the kernel while others wait"),
+        ("setp.lt.s32 %p1, %r1, 9;\n@%p1 shfl.sync.bfly.b32 %r0|%p2, %r1, 5, 31, -1;", "deadlock"),
+        ("shfl.sync.bfly.b32 %r0|%p2, %r1, 5, 31, 255;", "without all 32 lanes"),
+        ("bar.sync 1;", "only barrier 0"),
+    ],
+)
 def test_faults_are_found(run, body, message):
     said = run(body)
     assert isinstance(said, str) and message in said, said
@@ -188,7 +237,7 @@ $L__BB0_2:
 
 def test_counts(tmp_path):
     listing = ptx.Listing()
-    kernel, = ptx.kernels('.file 1 "some.cuh"\n' + ENTRY.replace("BODY", COUNTED), listing)
+    (kernel,) = ptx.kernels('.file 1 "some.cuh"\n' + ENTRY.replace("BODY", COUNTED), listing)
     source, program = tmp_path / "some.cpp", tmp_path / "some"
     source.write_text(f"""
 #include "ptx_ops.h"
@@ -203,11 +252,16 @@ int main() {{
   fold_counts();
   take_counts(blocks, accesses);
   for (int64_t v : blocks) std::printf("%ld ", static_cast<long>(v));
-  for (auto& a : accesses) std::printf("%ld %ld %ld ", static_cast<long>(a[0]), static_cast<long>(a[1]), static_cast<long>(a[2]));
+  for (auto& a : accesses) std::printf("%ld %ld %ld ", static_cast<long>(a[0]), static_cast<long>(a[1]),
+  static_cast<long>(a[2]));
 }}""")
-    subprocess.run([simulator.compiler(), "-std=c++17", f"-I{simulator.HERE}", str(source), "-o", str(program)], check=True)
-    numbers = np.array([int(v) for v in subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.split()])
-    lines = count.by_place(listing.instructions, numbers[:listing.blocks], numbers[listing.blocks:].reshape(-1, 3))
+    subprocess.run(
+        [simulator.compiler(), "-std=c++17", f"-I{simulator.HERE}", str(source), "-o", str(program)], check=True
+    )
+    numbers = np.array(
+        [int(v) for v in subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.split()]
+    )
+    lines = count.by_place(listing.instructions, numbers[: listing.blocks], numbers[listing.blocks :].reshape(-1, 3))
     at = {place[-1]: line for place, line in lines.items()}
     assert at["some.cuh:10"].instructions == 2 * 2  # two warps
     assert at["some.cuh:20"].instructions == at["some.cuh:3"].instructions == 2  # only the second warp's upper lanes
@@ -246,10 +300,14 @@ def compiled():
 @pytest.mark.parametrize("path", simulator.PATHS)
 @pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
 def test_float32_has_the_bits_of_the_source(compiled, path, algorithm):
-    """No result rests on what nvcc contracts to multiply-adds: the source compiled by g++ without them gives the same bits."""
+    """No result rests on what nvcc contracts to multiply-adds: the source compiled by g++ without them gives the same
+    bits."""
     source = simulator.Simulator(simulator.build(""), path=path)
     for seed, (b, n, d, k, scale) in enumerate([(2, 100, 48, 17, 1.0), (1, 64, 130, 32, 100.0), (3, 33, 7, 33, 1e-3)]):
-        x, w = scale * torch.randn(b, n, d, generator=torch.Generator().manual_seed(seed)) + seed, positive_weights(b, n)
+        x, w = (
+            scale * torch.randn(b, n, d, generator=torch.Generator().manual_seed(seed)) + seed,
+            positive_weights(b, n),
+        )
         for init in (spread_indices(b, n, k), torch.empty(b, 0, dtype=torch.int64)):
             want = getattr(source, algorithm)(x, w, None, None, init, k, 5, False)
             got = getattr(simulator.Simulator(compiled, path=path), algorithm)(x, w, None, None, init, k, 5, False)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
-import simulator  # noqa: E402
-from helpers import assert_consistent, assert_identical, integer_tokens, positive_weights, spread_indices, tokens  # noqa: E402
-from tokenpool_ext import reference  # noqa: E402
-from tokenpool_ext.functional import Clusters  # noqa: E402
-from tokenpool_ext.init import initial  # noqa: E402
+import simulator
+from helpers import assert_consistent, assert_identical, integer_tokens, positive_weights, spread_indices, tokens
+
+from tokenpool_ext import reference
+from tokenpool_ext.functional import Clusters
+from tokenpool_ext.init import initial
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
 of_the_source = pytest.mark.skipif(simulator.default_variant() == "ptx", reason="only of the kernels compiled as C++")
@@ -107,12 +108,18 @@ def test_mask_counts_weights_and_sort(library, path, algorithm):
     mask[2] = False
     x[~mask] = float("nan")
     counts = torch.tensor([4, 6, 2])
-    first = torch.stack([torch.where(mask[b])[0][:6] if mask[b].any() else torch.zeros(6, dtype=torch.int64) for b in range(3)])
+    first = torch.stack(
+        [torch.where(mask[b])[0][:6] if mask[b].any() else torch.zeros(6, dtype=torch.int64) for b in range(3)]
+    )
     for sort in (False, True):
         got = cluster(sim, algorithm, x, first, 6, weights=w, mask=mask, counts=counts, sort=sort)
         want = expected(algorithm, x, first, 6, weights=w, mask=mask, counts=counts, sort=sort)
         assert_close(got, want, x, flips=0)
-        assert bool((got.assignment[2] == -1).all()) and bool((got.centers[2] == 0).all()) and bool((got.mass[2] == 0).all())
+        assert (
+            bool((got.assignment[2] == -1).all())
+            and bool((got.centers[2] == 0).all())
+            and bool((got.mass[2] == 0).all())
+        )
         if algorithm == "kmedoids":
             assert bool((got.medoids[2] == -1).all())
 
@@ -163,8 +170,12 @@ def test_no_bit_depends_on_batch_order_passes_layout_or_device(library, path, al
     sim = simulator.Simulator(library, path=path)
     x, w, init = tokens(3, 29, 16, torch.bfloat16, groups=5), positive_weights(3, 29), spread_indices(3, 29, 5)
     base = cluster(sim, algorithm, x, init, 5, weights=w)
-    for other in (simulator.Simulator(library, path=path, reverse=True), simulator.Simulator(library, path=path, images_per_pass=2),
-                  simulator.Simulator(library, (8, 6), path=path), simulator.Simulator(library, (12, 0), path=path)):
+    for other in (
+        simulator.Simulator(library, path=path, reverse=True),
+        simulator.Simulator(library, path=path, images_per_pass=2),
+        simulator.Simulator(library, (8, 6), path=path),
+        simulator.Simulator(library, (12, 0), path=path),
+    ):
         assert_identical(base, cluster(other, algorithm, x, init, 5, weights=w))
     alone = cluster(sim, algorithm, x[1:2], init[1:2], 5, weights=w[1:2])
     assert_identical(alone, Clusters(*[None if t is None else t[1:2] for t in base]))
@@ -175,7 +186,9 @@ def test_no_bit_depends_on_batch_order_passes_layout_or_device(library, path, al
     wide[:, :, 3:] = x
     assert_identical(base, cluster(sim, algorithm, wide[:, :, 3:], init, 5, weights=w))
     assert_identical(base, cluster(sim, algorithm, x.transpose(1, 2).contiguous().transpose(1, 2), init, 5, weights=w))
-    assert_identical(cluster(sim, algorithm, x, init, 5), cluster(sim, algorithm, x, init, 5, weights=torch.ones(3, 29)))
+    assert_identical(
+        cluster(sim, algorithm, x, init, 5), cluster(sim, algorithm, x, init, 5, weights=torch.ones(3, 29))
+    )
 
 
 def test_paths_agree_on_integers(library, algorithm):
@@ -183,8 +196,11 @@ def test_paths_agree_on_integers(library, algorithm):
     x = torch.randint(-4, 5, (2, 16, 8), generator=torch.Generator().manual_seed(0)).float()
     x = torch.cat([x, x], 1)
     init = torch.arange(16).expand(2, 16).contiguous()
-    results = [cluster(simulator.Simulator(library, path=p), algorithm, x.to(t), init, 16, iters=1)
-               for p in simulator.PATHS for t in HALF]
+    results = [
+        cluster(simulator.Simulator(library, path=p), algorithm, x.to(t), init, 16, iters=1)
+        for p in simulator.PATHS
+        for t in HALF
+    ]
     for other in results[1:]:
         assert_identical(results[0].assignment, other.assignment)
         assert_identical(results[0].mass, other.mass)
@@ -202,11 +218,15 @@ def test_comparing_only_what_moved_changes_no_bit(library, algorithm, kind, clus
     else:
         x = 0.2 * x.cumsum(1)  # a crooked line, on which centers move for long
     if kind == "weighted":
-        given = dict(weights=positive_weights(2, n), mask=torch.rand(2, n, generator=torch.Generator().manual_seed(3)) > 0.2,
-                     counts=torch.tensor([clusters, clusters - 2]), sort=True)
+        given = dict(
+            weights=positive_weights(2, n),
+            mask=torch.rand(2, n, generator=torch.Generator().manual_seed(3)) > 0.2,
+            counts=torch.tensor([clusters, clusters - 2]),
+            sort=True,
+        )
         given["weights"][:, ::7] = 0.0
     if kind == "unusual":
-        x[0, 5, 2], x[1, 9], x[1, 17] = float("nan"), float("inf"), -2.0**60
+        x[0, 5, 2], x[1, 9], x[1, 17] = float("nan"), float("inf"), -(2.0**60)
     starts = [spread_indices(2, n, clusters), torch.empty(2, 0, dtype=torch.int64), spread_indices(2, n, clusters)]
     starts[2][:, 1::2] = starts[2][:, : clusters // 2 * 2 : 2]  # pairs that start alike
     if algorithm == "kmeans":
@@ -214,22 +234,30 @@ def test_comparing_only_what_moved_changes_no_bit(library, algorithm, kind, clus
     everything = simulator.build("compare_all")
     for path in ("resident", "gram", "spread"):
         for init in starts:
-            some, each = (cluster(simulator.Simulator(built, path=path), algorithm, x, init, clusters, iters=6, **given)
-                          for built in (library, everything))
+            some, each = (
+                cluster(simulator.Simulator(built, path=path), algorithm, x, init, clusters, iters=6, **given)
+                for built in (library, everything)
+            )
             assert_identical(some, each)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d)[6:])
 def test_a_tie_between_a_center_that_moved_and_one_that_stayed(library, path, dtype):
-    """Token 3 is 4 from centers 0 and 1; then 0 moves away and 2 comes to a distance of 4: the lowest is 1, which stayed."""
+    """Token 3 is 4 from centers 0 and 1; then 0 moves away and 2 comes to a distance of 4: the lowest is 1, which
+    stayed."""
     x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [0, 0], [-12, 0], [-12, 0], [0, 2]]], dtype=dtype)
     sim = simulator.Simulator(library, path=path)
-    assert cluster(sim, "kmeans", x, torch.tensor([[0, 1, 2]]), 3, iters=1).assignment.tolist() == [[0, 1, 2, 0, 0, 0, 2]]
-    assert cluster(sim, "kmeans", x, torch.tensor([[0, 1, 2]]), 3, iters=2).assignment.tolist() == [[0, 1, 2, 1, 0, 0, 2]]
+    assert cluster(sim, "kmeans", x, torch.tensor([[0, 1, 2]]), 3, iters=1).assignment.tolist() == [
+        [0, 1, 2, 0, 0, 0, 2]
+    ]
+    assert cluster(sim, "kmeans", x, torch.tensor([[0, 1, 2]]), 3, iters=2).assignment.tolist() == [
+        [0, 1, 2, 1, 0, 0, 2]
+    ]
 
 
 def few_or_many(library, algorithm, x, init, k, **given):
-    """The same call on a device with many multiprocessors (path "spread") and on one with none to spare ("resident")."""
+    """The same call on a device with many multiprocessors (path "spread") and on one with none to spare
+    ("resident")."""
     results = []
     for path in ("resident", "spread"):
         sim = simulator.Simulator(library, sm_count=x.shape[0] - (path == "resident"))
@@ -247,7 +275,11 @@ def test_spread_over_the_device_gives_the_same_bits(library, algorithm, dtype, s
     if start == "centers" and algorithm == "kmedoids":
         pytest.skip("K-Medoids starts from tokens")
     x = tokens(b, n, d, dtype, groups=max(1, k // 2), offset=2.0)
-    init = {"indices": spread_indices(b, n, k), "farthest": torch.empty(b, 0, dtype=torch.int64), "centers": tokens(b, k, d, seed=3)}[start]
+    init = {
+        "indices": spread_indices(b, n, k),
+        "farthest": torch.empty(b, 0, dtype=torch.int64),
+        "centers": tokens(b, k, d, seed=3),
+    }[start]
     assert_identical(*few_or_many(library, algorithm, x, init, k, iters=5))
     x, w = tokens(b, n, d + 3, dtype, seed=1)[:, :, 3:], positive_weights(b, n)
     mask = torch.rand(b, n, generator=torch.Generator().manual_seed(n)) > 0.2
@@ -261,7 +293,8 @@ def test_spread_over_the_device_gives_the_same_bits(library, algorithm, dtype, s
 
 
 def test_spread_gives_the_same_bits_on_unusual_numbers(library, algorithm, dtype):
-    """Images that are formed twice (tiny, huge, both), zeros, constants, NaN and infinity: bit for bit what "resident" gives."""
+    """Images that are formed twice (tiny, huge, both), zeros, constants, NaN and infinity: bit for bit what "resident"
+    gives."""
     x, huge = tokens(8, 40, 36, torch.float32, groups=6), {torch.float16: 2.0**12}.get(dtype, 2.0**125)
     x = x.clamp(-3.9, 3.9)
     for image, factor in enumerate((2.0**-22, 2.0**-120, huge, 0.0, 1.0, 1.0, 1.0, 1.0)):
@@ -316,8 +349,12 @@ def test_farthest_start_inside_the_kernels(library, path, algorithm, case):
     b, n, d, k = given["shape"]
     generator = torch.Generator().manual_seed(n)
     x = integer_tokens(b, n, d, high=given["high"])
-    w = {None: None, "random": torch.rand(b, n, generator=generator), "zeros": torch.zeros(b, n),
-         "integers": torch.randint(0, 3, (b, n), generator=generator).float()}[given["weights"]]
+    w = {
+        None: None,
+        "random": torch.rand(b, n, generator=generator),
+        "zeros": torch.zeros(b, n),
+        "integers": torch.randint(0, 3, (b, n), generator=generator).float(),
+    }[given["weights"]]
     mask = counts = None
     if given["masked"]:
         mask = torch.rand(b, n, generator=generator) > 0.4
@@ -332,7 +369,9 @@ def test_farthest_start_inside_the_kernels(library, path, algorithm, case):
     for dtype in simulator.DTYPES:
         sim = simulator.Simulator(library, path=path)
         named = cluster(sim, algorithm, x.to(dtype), first, k, weights=w, mask=mask, counts=counts, iters=1)
-        assert_identical(cluster(sim, algorithm, x.to(dtype), empty, k, weights=w, mask=mask, counts=counts, iters=1), named)
+        assert_identical(
+            cluster(sim, algorithm, x.to(dtype), empty, k, weights=w, mask=mask, counts=counts, iters=1), named
+        )
         assert sim.taken == path
 
 
@@ -341,7 +380,9 @@ def test_farthest_start_reaches_the_loss_of_the_reference(library, path, algorit
     x, w = tokens(2, 60, 12, dtype, groups=8, offset=3.0), positive_weights(2, 60)
     got = cluster(sim, algorithm, x, torch.empty(2, 0, dtype=torch.int64), 12, weights=w, iters=4)
     assert_consistent(got, x, 12, weights=w, algorithm=algorithm)
-    want = expected(algorithm, x, initial("farthest", x.double(), 12, w.double(), None, None, None, True), 12, weights=w, iters=4)
+    want = expected(
+        algorithm, x, initial("farthest", x.double(), 12, w.double(), None, None, None, True), 12, weights=w, iters=4
+    )
     torch.testing.assert_close(got.inertia.double(), want.inertia, rtol=0.05, atol=1e-5)
 
 
@@ -392,8 +433,12 @@ def test_unpool_and_its_gradient(library, dtype):
     centers, grad = tokens(2, 5, 10, dtype), tokens(2, 23, 10, dtype, seed=5)
     assert_identical(sim.unpool(centers, labels), reference.unpool(centers, labels))
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(sim.unpool_backward(grad, labels, 5).double(), reference.unpool_backward(grad.double(), labels, 5),
-                               rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        sim.unpool_backward(grad, labels, 5).double(),
+        reference.unpool_backward(grad.double(), labels, 5),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 21, 37, 16), (1, 2, 140, 70, 12)], ids=str)
@@ -411,16 +456,33 @@ def test_attention_received(library, dtype, shape):
 
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory):
-    """Output of the check program: every kernel on small shapes from exactly sized buffers, one line of checksums each."""
+    """Output of the check program: every kernel on small shapes from exactly sized buffers, one line of checksums
+    each."""
     folder = tmp_path_factory.mktemp("checks")
 
     def run(sanitizer, *arguments):
         program = folder / f"check_{sanitizer or 'plain'}"
         if not program.exists():
             units = [str(simulator.HERE / "check.cpp"), *[str(p) for p in simulator.sources() if p.suffix == ".cpp"]]
-            done = subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-                                   f"-I{simulator.HERE}", *simulator.VARIANTS[sanitizer], "-o", str(program), *units],
-                                  capture_output=True, text=True)
+            done = subprocess.run(
+                [
+                    simulator.compiler(),
+                    "-std=c++17",
+                    "-O1",
+                    "-g",
+                    "-Wall",
+                    "-Wextra",
+                    "-Werror",
+                    "-Wno-unknown-pragmas",
+                    f"-I{simulator.HERE}",
+                    *simulator.VARIANTS[sanitizer],
+                    "-o",
+                    str(program),
+                    *units,
+                ],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode and "cannot find" in done.stderr:
                 pytest.skip(f"the {sanitizer} sanitizer's library is not installed")
             assert done.returncode == 0, done.stderr
@@ -445,14 +507,36 @@ def test_sanitizers_find_no_race_and_no_bad_index(checks, sanitizer):
 
 
 @of_the_source
-@pytest.mark.parametrize("sanitizer,fault,message", [
-    ("", "fine", None), ("thread", "fine", None), ("address", "fine", None), ("", "deadlock", "left the kernel while others wait"),
-    ("", "divergent", "deadlock"), ("thread", "race", "data race"), ("address", "bounds", "heap-buffer-overflow")])
+@pytest.mark.parametrize(
+    "sanitizer,fault,message",
+    [
+        ("", "fine", None),
+        ("thread", "fine", None),
+        ("address", "fine", None),
+        ("", "deadlock", "left the kernel while others wait"),
+        ("", "divergent", "deadlock"),
+        ("thread", "race", "data race"),
+        ("address", "bounds", "heap-buffer-overflow"),
+    ],
+)
 def test_the_simulator_finds_faults(tmp_path, sanitizer, fault, message):
     """A missing barrier, a bad index, a barrier or warp operation that some threads skip."""
     program = tmp_path / "faults"
-    done = subprocess.run([simulator.compiler(), "-std=c++17", "-O1", "-g", f"-I{simulator.HERE}", *simulator.VARIANTS[sanitizer], "-o",
-                           str(program), str(simulator.HERE / "faults.cpp")], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            simulator.compiler(),
+            "-std=c++17",
+            "-O1",
+            "-g",
+            f"-I{simulator.HERE}",
+            *simulator.VARIANTS[sanitizer],
+            "-o",
+            str(program),
+            str(simulator.HERE / "faults.cpp"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode and "cannot find" in done.stderr:
         pytest.skip(f"the {sanitizer} sanitizer's library is not installed")
     assert done.returncode == 0, done.stderr

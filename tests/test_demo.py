@@ -25,6 +25,7 @@ def halves(rows=4, cols=4):
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
+
 def test_compose_follows_tokens_and_keeps_dropped():
     first = torch.tensor([[0, 1, -1, 2], [2, 2, 1, 0]])
     second = torch.tensor([[1, 0, 0], [0, -1, 1]])
@@ -48,7 +49,7 @@ def test_draw_clusters_fills_and_outlines_exactly():
     assert drawn.size == (40, 40)
     assert drawn.getpixel((0, 0)) == (200, 0, 0) and drawn.getpixel((39, 39)) == (0, 0, 200)
     white = [x for x in range(40) if drawn.getpixel((x, 17)) == (255, 255, 255)]
-    assert white == [19, 20]                                    # one crisp line of two pixels, on the boundary
+    assert white == [19, 20]  # one crisp line of two pixels, on the boundary
     plain = viz.draw_clusters(checker(), halves(), size=40, outline=None)
     assert plain.getcolors() == [(800, (200, 0, 0)), (800, (0, 0, 200))]
 
@@ -72,7 +73,9 @@ def test_bad_labels_name_the_argument(labels):
 
 def test_sheet_and_grid():
     tile = viz.draw_grid(checker(), 4, 4, size=40)
-    page = viz.sheet([[tile, None], [tile, tile]], [("16 tokens", "one a patch"), ("2 tokens", "")], title="t", note="n")
+    page = viz.sheet(
+        [[tile, None], [tile, tile]], [("16 tokens", "one a patch"), ("2 tokens", "")], title="t", note="n"
+    )
     assert page.size[0] > 80 and page.size[1] > 80
     assert page.getpixel((0, 0)) == (255, 255, 255)
     with pytest.raises(ValueError, match="rows: expected rows of 1 images"):
@@ -80,6 +83,7 @@ def test_sheet_and_grid():
 
 
 # ---------------------------------------------------------------------------------------------------------- table
+
 
 def test_schedule():
     assert compare.schedule(256, 0.5) == {3: 128, 6: 64, 9: 32}
@@ -149,6 +153,7 @@ def test_labels_follow_the_patches_through_the_model(tiny, pooling, dropped):
 
 # -------------------------------------------------------------------------------------------------------- weights
 
+
 def test_names_of_both_transformers_generations_and_timm_meet(tiny):
     state = pretrained._common(tiny.state_dict())
     assert "encoder.layer.0.attention.attention.query.weight" in state
@@ -156,8 +161,9 @@ def test_names_of_both_transformers_generations_and_timm_meet(tiny):
     for i in range(3):
         stem = f"encoder.layer.{i}.attention.attention."
         for kind in ("weight", "bias"):
-            timm_like[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([state[f"{stem}{n}.{kind}"]
-                                                                   for n in ("query", "key", "value")])
+            timm_like[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(
+                [state[f"{stem}{n}.{kind}"] for n in ("query", "key", "value")]
+            )
             timm_like[f"blocks.{i}.attn.proj.{kind}"] = state[f"encoder.layer.{i}.attention.output.dense.{kind}"]
             for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
                 timm_like[f"blocks.{i}.{part}.{kind}"] = state[f"encoder.layer.{i}.{part}.{kind}"]
@@ -220,7 +226,9 @@ def test_missing_package_says_how_to_install(monkeypatch, capsys):
     assert 'pip install "tokenpool_ext[demo]"' in error and len(error.strip().splitlines()) == 1
 
 
-cached = pytest.mark.skipif(not pretrained.weights_cached(), reason="DINOv2 weights are not cached; `make demo` does it")
+cached = pytest.mark.skipif(
+    not pretrained.weights_cached(), reason="DINOv2 weights are not cached; `make demo` does it"
+)
 
 
 @cached
@@ -244,5 +252,5 @@ def test_real_tokens_are_cached_and_repeat(tmp_path, monkeypatch):
     (tmp_path / weights.name).symlink_to(weights)
     tokens, scores = pretrained.real_tokens(2, 3, with_scores=True)
     assert tokens.shape == (2, 256, 384) and scores.shape == (2, 256) and tokens.isfinite().all()
-    assert (scores > 0).all() and (scores.sum(dim=1) < 1).all()          # CLS's share is left out
+    assert (scores > 0).all() and (scores.sum(dim=1) < 1).all()  # CLS's share is left out
     assert torch.equal(pretrained.real_tokens(2, 3), tokens) and len(list(tmp_path.glob("tokens-*.pt"))) == 1

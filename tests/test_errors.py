@@ -1,4 +1,5 @@
 """Wrong arguments: the error names the argument, what was expected and what came (contract 7)."""
+
 from __future__ import annotations
 
 import re
@@ -7,10 +8,10 @@ import types
 import numpy as np
 import pytest
 import torch
+from helpers import assert_identical, tokens
 
 import tokenpool_ext as tp
 from tokenpool_ext import registry
-from helpers import assert_identical, tokens
 
 B, N, D, K = 2, 8, 3, 4
 CLUSTERING = ["kmeans", "kmedoids"]
@@ -52,7 +53,12 @@ CLUSTER_CASES = {
     "x complex": (TypeError, "x", dict(x=ones(B, N, D, dtype=torch.complex64)), ["complex64"]),
     "x float8": (TypeError, "x", dict(x=ones(B, N, D).to(torch.float8_e4m3fn)), ["float8"]),
     "x sparse": (TypeError, "x", dict(x=ones(B, N, D).to_sparse()), ["sparse"]),
-    "x nested": (TypeError, "x", dict(x=torch.nested.nested_tensor([ones(N, D), ones(N, D)], layout=torch.jagged)), ["nested", "mask"]),
+    "x nested": (
+        TypeError,
+        "x",
+        dict(x=torch.nested.nested_tensor([ones(N, D), ones(N, D)], layout=torch.jagged)),
+        ["nested", "mask"],
+    ),
     "x 1-d": (ValueError, "x", dict(x=ones(N)), ["(8,)", "(B, N, D)"]),
     "x 4-d": (ValueError, "x", dict(x=ones(1, B, N, D)), ["(1, 2, 8, 3)", "(B, N, D)"]),
     "k float": (TypeError, "num_clusters", dict(num_clusters=4.0), ["float"]),
@@ -68,13 +74,23 @@ CLUSTER_CASES = {
     "k 2-d": (ValueError, "num_clusters", dict(num_clusters=ones(B, 1, dtype=torch.int64)), ["(2, 1)"]),
     "k holds zero": (ValueError, "num_clusters", dict(num_clusters=torch.tensor([4, 0])), ["0"]),
     "k holds too much": (ValueError, "num_clusters", dict(num_clusters=torch.tensor([4, 9])), ["9"]),
-    "k device": (ValueError, "num_clusters", dict(num_clusters=ones(B, dtype=torch.int64, device=META)), ["meta", "cpu"]),
+    "k device": (
+        ValueError,
+        "num_clusters",
+        dict(num_clusters=ones(B, dtype=torch.int64, device=META)),
+        ["meta", "cpu"],
+    ),
     "weights list": (TypeError, "weights", dict(weights=[1.0] * N), ["list"]),
     "weights complex": (TypeError, "weights", dict(weights=ones(B, N, dtype=torch.complex64)), ["complex64"]),
     "weights shape": (ValueError, "weights", dict(weights=ones(B, N + 1)), ["(2, 9)", "(2, 8)"]),
     "weights 3-d": (ValueError, "weights", dict(weights=ones(B, N, 1)), ["(2, 8, 1)", "(2, 8)"]),
     "weights 1-d": (ValueError, "weights", dict(weights=ones(N)), ["(8,)", "(2, 8)"]),
-    "weights negative": (ValueError, "weights", dict(weights=ones(B, N).index_fill(1, torch.tensor([2]), -1.0)), ["-1"]),
+    "weights negative": (
+        ValueError,
+        "weights",
+        dict(weights=ones(B, N).index_fill(1, torch.tensor([2]), -1.0)),
+        ["-1"],
+    ),
     "weights device": (ValueError, "weights", dict(weights=ones(B, N, device=META)), ["meta", "cpu"]),
     "weights nan": (ValueError, "weights", dict(weights=ones(B, N) * float("nan"), check_finite=True), ["nan"]),
     "x nan": (ValueError, "x", dict(x=ones(B, N, D) * float("nan"), check_finite=True), ["NaN"]),
@@ -299,7 +315,9 @@ def test_values_of_a_negative_view_are_those_it_shows(init):
 def test_tensors_without_memory_of_their_own():
     x = tokens(2, 16, 4)
     zeros = torch._efficientzerotensor((2, 16))
-    assert_identical(tp.kmeans(x, 4, weights=zeros, init="strided"), tp.kmeans(x, 4, weights=torch.zeros(2, 16), init="strided"))
+    assert_identical(
+        tp.kmeans(x, 4, weights=zeros, init="strided"), tp.kmeans(x, 4, weights=torch.zeros(2, 16), init="strided")
+    )
     kept = []
     torch.func.grad(lambda w: kept.append(w) or w.sum())(torch.ones(2, 16))  # outlives its transform
     assert tp.kmeans(x, 4, weights=kept[0]).assignment.shape == (2, 16)
@@ -313,11 +331,13 @@ def test_errors_survive_optimised_python():
     import sys
     from pathlib import Path
 
-    code = ("import torch, tokenpool_ext as tp\n"
-            "for bad in (dict(num_clusters=0), dict(num_clusters=2, num_iters=0), dict(num_clusters=2, init='no')):\n"
-            "    try: tp.kmeans(torch.ones(1, 4, 2), **bad)\n"
-            "    except ValueError: pass\n"
-            "    else: raise SystemExit(f'accepted {bad}')\n")
+    code = (
+        "import torch, tokenpool_ext as tp\n"
+        "for bad in (dict(num_clusters=0), dict(num_clusters=2, num_iters=0), dict(num_clusters=2, init='no')):\n"
+        "    try: tp.kmeans(torch.ones(1, 4, 2), **bad)\n"
+        "    except ValueError: pass\n"
+        "    else: raise SystemExit(f'accepted {bad}')\n"
+    )
     root = str(Path(__file__).parents[1])
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
@@ -326,9 +346,13 @@ def test_errors_survive_optimised_python():
 def test_memory_that_is_not_there_is_named():
     """What torch says of it, where torch can be asked (2.13 and later)."""
     labels = torch.zeros(1, 2, dtype=torch.int64)  # both want more than any address space has
-    for call in (lambda: tp.unpool(torch.zeros(1, 1, 1).expand(1, 1, 1 << 46), labels, backend="cpu"),
-                 lambda: tp.pool(torch.zeros(1, 2, 1 << 17), labels, 1 << 30, backend="cpu")):
-        with pytest.raises(RuntimeError, match="could not (copy|allocate) [0-9]+ numbers.*(tried to allocate|out of memory)"):
+    for call in (
+        lambda: tp.unpool(torch.zeros(1, 1, 1).expand(1, 1, 1 << 46), labels, backend="cpu"),
+        lambda: tp.pool(torch.zeros(1, 2, 1 << 17), labels, 1 << 30, backend="cpu"),
+    ):
+        with pytest.raises(
+            RuntimeError, match="could not (copy|allocate) [0-9]+ numbers.*(tried to allocate|out of memory)"
+        ):
             call()
 
 
@@ -336,6 +360,7 @@ def test_memory_that_is_not_there_is_named():
 def test_a_gpu_out_of_memory_raises_what_torch_raises(name, kind, monkeypatch):
     def kmeans(*args):
         raise RuntimeError("torch could not allocate 9 numbers: CUDA out of memory. Tried to allocate 20 GiB")
+
     monkeypatch.setattr(registry.REGISTRY[name], "ops", lambda: types.SimpleNamespace(kmeans=kmeans))
     with pytest.raises(RuntimeError, match="20 GiB") as caught:
         registry.call((name,), "kmeans")

@@ -1,4 +1,5 @@
 """explain: which code would run, and why (contract 4, 11)."""
+
 from __future__ import annotations
 
 import pytest
@@ -62,8 +63,10 @@ def test_kmedoids_has_a_plan_of_its_own(monkeypatch):
     """Medoids move farther than means, so a Gram matrix pays sooner; what is told is what is taken."""
     monkeypatch.delenv("TOKENPOOL_EXT_CPU_PATH", raising=False)
     assert "K-Medoids" in str(tp.explain(**VIT, algorithm="kmedoids"))
-    told = {a: [tp.explain(2, N, N // 2, D, algorithm=a).path for N, D in ((196, 192), (196, 384), (256, 384))]
-            for a in ("kmeans", "kmedoids")}
+    told = {
+        a: [tp.explain(2, N, N // 2, D, algorithm=a).path for N, D in ((196, 192), (196, 384), (256, 384))]
+        for a in ("kmeans", "kmedoids")
+    }
     assert told["kmedoids"].count("gram") > told["kmeans"].count("gram")
     for bad in (dict(algorithm="kmedian"), dict(algorithm="kmedoids", init="centers")):
         with pytest.raises(ValueError, match="explain"):
@@ -96,9 +99,19 @@ def test_the_override_is_followed(monkeypatch):
     assert tp.explain(**VIT, dtype=torch.float32, device="cpu").backend == "reference"
 
 
-@pytest.mark.parametrize("changes,name", [(dict(B=0), "B"), (dict(N=-1), "N"), (dict(K=0), "K"), (dict(K=257), "K"),
-                                          (dict(D=1.5), "D"), (dict(num_iters=0), "num_iters"),
-                                          (dict(dtype=torch.int64), "dtype"), (dict(init="nearest"), "init")])
+@pytest.mark.parametrize(
+    "changes,name",
+    [
+        (dict(B=0), "B"),
+        (dict(N=-1), "N"),
+        (dict(K=0), "K"),
+        (dict(K=257), "K"),
+        (dict(D=1.5), "D"),
+        (dict(num_iters=0), "num_iters"),
+        (dict(dtype=torch.int64), "dtype"),
+        (dict(init="nearest"), "init"),
+    ],
+)
 def test_wrong_arguments_are_named(changes, name):
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
         tp.explain(**{**VIT, "dtype": torch.float32, "device": "cpu", **changes})

@@ -1,24 +1,34 @@
 """The test helpers must themselves catch what they claim to catch."""
+
 from __future__ import annotations
 
 import os
 from fractions import Fraction
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
-from helpers import (Target, assert_consistent, assert_identical, assert_nearest, distance_slack, distinct_partitions,
-                     spread_indices, take, tokens, weighted_mean)
+from helpers import (
+    Target,
+    assert_consistent,
+    assert_identical,
+    assert_nearest,
+    distance_slack,
+    distinct_partitions,
+    spread_indices,
+    take,
+    tokens,
+    weighted_mean,
+)
 
 
 class Result(NamedTuple):
     centers: torch.Tensor
     assignment: torch.Tensor
     mass: torch.Tensor
-    medoids: Optional[torch.Tensor]
+    medoids: torch.Tensor | None
     inertia: torch.Tensor
 
 
@@ -27,8 +37,13 @@ def solved(x, K, init, algorithm="kmeans", **kwargs):
     answer = oracle.cluster(x[0].double().numpy(), K, init=init[0].numpy(), algorithm=algorithm, **kwargs)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     medoids = None if answer.medoids is None else torch.from_numpy(answer.medoids)[None]
-    return Result(torch.from_numpy(answer.centers)[None].to(x.dtype), torch.from_numpy(answer.assignment)[None],
-                  torch.from_numpy(answer.mass)[None].to(acc), medoids, torch.tensor([answer.inertia]).to(acc))
+    return Result(
+        torch.from_numpy(answer.centers)[None].to(x.dtype),
+        torch.from_numpy(answer.assignment)[None],
+        torch.from_numpy(answer.mass)[None].to(acc),
+        medoids,
+        torch.tensor([answer.inertia]).to(acc),
+    )
 
 
 @pytest.fixture
@@ -61,10 +76,18 @@ def test_each_wrong_field_is_refused(case):
     outside[0, 5] = K
     emptied = good.assignment.clone()
     emptied[emptied == 2] = 3
-    for change in [dict(centers=shifted), dict(assignment=other), dict(assignment=outside), dict(assignment=emptied),
-                   dict(mass=good.mass * 1.001), dict(inertia=good.inertia * 1.001), dict(medoids=good.assignment),
-                   dict(centers=good.centers.double()), dict(inertia=good.inertia * float("nan")),
-                   dict(assignment=good.assignment.int())]:
+    for change in [
+        dict(centers=shifted),
+        dict(assignment=other),
+        dict(assignment=outside),
+        dict(assignment=emptied),
+        dict(mass=good.mass * 1.001),
+        dict(inertia=good.inertia * 1.001),
+        dict(medoids=good.assignment),
+        dict(centers=good.centers.double()),
+        dict(inertia=good.inertia * float("nan")),
+        dict(assignment=good.assignment.int()),
+    ]:
         with pytest.raises(AssertionError):
             assert_consistent(good._replace(**change), x, K)
 
@@ -153,7 +176,7 @@ def test_oracle_worked_example():
 
 def test_oracle_exact_and_float_agree():
     rng = np.random.default_rng(0)
-    for seed in range(10):
+    for _seed in range(10):
         x = rng.integers(-8, 9, (16, 3)).astype(float)
         w = rng.integers(0, 4, 16).astype(float)
         for algorithm in ("kmeans", "kmedoids"):

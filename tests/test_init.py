@@ -1,13 +1,14 @@
 """Where the iteration starts (contract 5)."""
+
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
-import tokenpool_ext as tp
 from helpers import assert_consistent, assert_identical, f64, integer_tokens, positive_weights, tokens
+
+import tokenpool_ext as tp
 from tokenpool_ext import loader
 from tokenpool_ext.init import SORTED_HERE, STRATEGIES, initial
 
@@ -47,8 +48,10 @@ def test_defaults(backend):
     x, w = tokens(2, 20, 4, device=backend.device), positive_weights(2, 20, device=backend.device)
     for algorithm in (tp.kmeans, tp.kmedoids):
         assert_identical(algorithm(x, 5, backend=backend.name), algorithm(x, 5, init="strided", backend=backend.name))
-        assert_identical(algorithm(x, 5, weights=w, backend=backend.name),
-                         algorithm(x, 5, weights=w, init="topk", backend=backend.name))
+        assert_identical(
+            algorithm(x, 5, weights=w, backend=backend.name),
+            algorithm(x, 5, weights=w, init="topk", backend=backend.name),
+        )
 
 
 def test_a_strategy_equals_its_indices(backend):
@@ -56,15 +59,26 @@ def test_a_strategy_equals_its_indices(backend):
     for name in ("topk", "strided", "farthest"):
         index = start(name, x, 5, w)
         for kind in (torch.int64, torch.int32):
-            assert_identical(tp.kmeans(x, 5, weights=w, init=name, backend=backend.name),
-                             tp.kmeans(x, 5, weights=w, init=index.to(kind), backend=backend.name))
+            assert_identical(
+                tp.kmeans(x, 5, weights=w, init=name, backend=backend.name),
+                tp.kmeans(x, 5, weights=w, init=index.to(kind), backend=backend.name),
+            )
 
 
 @pytest.mark.parametrize("name", ["random", "kmeans++"])
 def test_the_generator_decides(backend, name):
     x = tokens(2, 24, 4, device=backend.device)
-    run = lambda seed: tp.kmeans(x, 5, init=name, num_iters=1, backend=backend.name,
-                                 generator=torch.Generator(backend.device).manual_seed(seed))
+
+    def run(seed):
+        return tp.kmeans(
+            x,
+            5,
+            init=name,
+            num_iters=1,
+            backend=backend.name,
+            generator=torch.Generator(backend.device).manual_seed(seed),
+        )
+
     assert_identical(run(0), run(0))
     assert any(not run(0).assignment.equal(run(seed).assignment) for seed in (1, 2, 3))
 
@@ -76,7 +90,11 @@ def test_the_generator_decides(backend, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_distinct_valid_tokens(name, dtype):
     """Also with duplicates, masks and per-image K: K_b different real tokens."""
-    for x in (tokens(4, 30, 3, dtype), integer_tokens(4, 30, 1, dtype, low=0, high=2), torch.zeros(4, 30, 3, dtype=dtype)):
+    for x in (
+        tokens(4, 30, 3, dtype),
+        integer_tokens(4, 30, 1, dtype, low=0, high=2),
+        torch.zeros(4, 30, 3, dtype=dtype),
+    ):
         mask = torch.from_numpy(np.random.default_rng(0).random((4, 30)) < 0.7)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         for w in (None, positive_weights(4, 30, acc), torch.zeros(4, 30, dtype=acc)):
@@ -176,7 +194,10 @@ def test_a_large_batch_of_scores_starts_where_its_images_alone_do(dtype):
     """Above a size torch sorts the scores, below it the extension does."""
     n = 64
     b = SORTED_HERE // n + 1
-    x, w = tokens(b, n, 3, dtype), torch.rand(b, n, generator=torch.Generator().manual_seed(1), dtype=dtype).mul(9).round()
+    x, w = (
+        tokens(b, n, 3, dtype),
+        torch.rand(b, n, generator=torch.Generator().manual_seed(1), dtype=dtype).mul(9).round(),
+    )
     whole = tp.kmeans(x, 9, weights=w, num_iters=1)
     for i in (0, b - 1):
         assert torch.equal(tp.kmeans(x[i], 9, weights=w[i], num_iters=1).assignment, whole.assignment[i])
@@ -223,8 +244,10 @@ def test_kmeanspp_draws_by_weighted_squared_distance():
 
 def test_kmeanspp_spreads_better_than_random():
     x = tokens(32, 60, 4, groups=6, spread=0.05)
-    loss = {name: tp.kmeans(x, 6, init=start(name, x, 6), num_iters=1, backend="reference").inertia.mean()
-            for name in ("random", "kmeans++", "farthest")}
+    loss = {
+        name: tp.kmeans(x, 6, init=start(name, x, 6), num_iters=1, backend="reference").inertia.mean()
+        for name in ("random", "kmeans++", "farthest")
+    }
     assert loss["kmeans++"] < 0.7 * loss["random"] and loss["farthest"] < 0.7 * loss["random"]
 
 

@@ -1,18 +1,33 @@
 """Same bits from run to run, for any batch mates, slot, batch size and number of threads (contract 7)."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    DTYPES,
+    TOLERANCES,
+    assert_consistent,
+    assert_identical,
+    f64,
+    integer_tokens,
+    positive_weights,
+    spread_indices,
+    take,
+    tokens,
+)
 
 import tokenpool_ext as tp
 from bench.gpu_checks import captured
-from helpers import (DTYPES, TOLERANCES, assert_consistent, assert_identical, f64, integer_tokens, positive_weights,
-                     spread_indices, take, tokens)
 
 # The last ones are large enough for the threads of a CPU to share one image and for tiles to have a rest.
-SHAPES = [(20, 5, 4), pytest.param((61, 33, 17), marks=pytest.mark.large), pytest.param((300, 24, 40), marks=pytest.mark.large),
-          pytest.param((1100, 16, 6), marks=pytest.mark.large)]
+SHAPES = [
+    (20, 5, 4),
+    pytest.param((61, 33, 17), marks=pytest.mark.large),
+    pytest.param((300, 24, 40), marks=pytest.mark.large),
+    pytest.param((1100, 16, 6), marks=pytest.mark.large),
+]
 OPS = ["kmeans", "kmedoids", "pool", "unpool", "attention_received"]
 
 
@@ -55,8 +70,11 @@ def test_batch_mates_slot_and_size(backend, op, shape, dtype):
     for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2, 2, 2])[: 3 if backend.interpreted else 5]:
         got = run(order)
         for slot, image in enumerate(order):
-            assert_identical(take(together, slice(image, image + 1)), take(got, slice(slot, slot + 1)),
-                             what=f"{op}, image {image} at slot {slot} of {len(order)}")
+            assert_identical(
+                take(together, slice(image, image + 1)),
+                take(got, slice(slot, slot + 1)),
+                what=f"{op}, image {image} at slot {slot} of {len(order)}",
+            )
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -86,10 +104,12 @@ def test_backward(backend, op, threads):
 
     def run(i):
         xi, wi = x[i].clone().requires_grad_(), w[i].clone().requires_grad_()
-        out = {"kmeans": lambda: tp.kmeans(xi, K, weights=wi, backend=backend.name).centers,
-               "kmedoids": lambda: tp.kmedoids(xi, K, weights=w[i], backend=backend.name).centers,
-               "pool": lambda: tp.pool(xi, a[i], K, weights=wi, backend=backend.name),
-               "unpool": lambda: tp.unpool(xi[:, :K], a[i], backend=backend.name)}[op]()
+        out = {
+            "kmeans": lambda: tp.kmeans(xi, K, weights=wi, backend=backend.name).centers,
+            "kmedoids": lambda: tp.kmedoids(xi, K, weights=w[i], backend=backend.name).centers,
+            "pool": lambda: tp.pool(xi, a[i], K, weights=wi, backend=backend.name),
+            "unpool": lambda: tp.unpool(xi[:, :K], a[i], backend=backend.name),
+        }[op]()
         inputs = (xi, wi) if op in ("kmeans", "pool") else (xi,)
         return torch.autograd.grad(out, inputs, grad[i])
 
@@ -140,7 +160,10 @@ def test_gram_and_direct_agree(both_paths, algorithm, dtype, shape):
     B = 6
     x, w = tokens(B, N, D, dtype, groups=K), positive_weights(B, N, TOLERANCES[dtype].acc)
     init = spread_indices(B, N, K)
-    run = lambda t: getattr(tp, algorithm)(x, K, weights=w, init=init, num_iters=t, backend="cpu")
+
+    def run(t):
+        return getattr(tp, algorithm)(x, K, weights=w, init=init, num_iters=t, backend="cpu")
+
     gram, direct = both_paths(lambda: run(1))
     for result in (gram, direct):
         assert_consistent(result, x, K, weights=w, algorithm=algorithm, init=init)
@@ -158,7 +181,9 @@ def test_gram_and_direct_are_equal_on_integers(both_paths, algorithm):
         x = integer_tokens(8, 32, 3, seed=seed, low=-2, high=3)
         init = torch.from_numpy(np.random.default_rng(seed).integers(0, 32, (8, 6)))
         w = torch.from_numpy(np.random.default_rng(seed).integers(0, 4, (8, 32))).float()
-        gram, direct = both_paths(lambda: getattr(tp, algorithm)(x, 6, weights=w, init=init, num_iters=1, backend="cpu"))
+        gram, direct = both_paths(
+            lambda: getattr(tp, algorithm)(x, 6, weights=w, init=init, num_iters=1, backend="cpu")
+        )
         reference = getattr(tp, algorithm)(x, 6, weights=w, init=init, num_iters=1, backend="reference")
         assert_identical(gram.assignment, direct.assignment)
         assert_identical(gram.assignment, reference.assignment)
@@ -202,7 +227,10 @@ def test_no_host_synchronisation(backend, algorithm):
     if backend.device != "cuda":
         pytest.skip("a GPU's promise")
     x, w = tokens(4, 64, 16, device="cuda"), positive_weights(4, 64, device="cuda")
-    run = lambda: getattr(tp, algorithm)(x, 8, weights=w, backend=backend.name)
+
+    def run():
+        return getattr(tp, algorithm)(x, 8, weights=w, backend=backend.name)
+
     want = run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -219,7 +247,10 @@ def test_captured_graph_replays(backend, algorithm):
     if backend.device != "cuda":
         pytest.skip("a GPU's promise")
     x = tokens(4, 64, 16, device="cuda")
-    run = lambda: getattr(tp, algorithm)(x, 8, backend=backend.name)
+
+    def run():
+        return getattr(tp, algorithm)(x, 8, backend=backend.name)
+
     want = run()
     graph, got = captured(run)
     for _ in range(100):

@@ -1,4 +1,5 @@
 """K-Means against scikit-learn, and what only K-Means has: centers as a start (contract 2, 5, 8)."""
+
 from __future__ import annotations
 
 import warnings
@@ -6,9 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers import TOLERANCES, assert_consistent, assert_identical, assert_nearest, f64, positive_weights, tokens
 
 import tokenpool_ext as tp
-from helpers import TOLERANCES, assert_consistent, assert_identical, assert_nearest, f64, positive_weights, tokens
 
 sklearn = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed")
 

@@ -1,13 +1,14 @@
 """K-Medoids against brute force over all members, and against the objective as written (contract 3)."""
+
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
-import tokenpool_ext as tp
 from helpers import DTYPES, TOLERANCES, assert_consistent, distance_slack, f64, positive_weights, spread_indices, tokens
+
+import tokenpool_ext as tp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -18,8 +19,9 @@ def test_each_medoid_beats_every_other_member(backend, dtype, weighted, num_iter
     B, N, D, K = 3, 30, 4, 5
     x = tokens(B, N, D, dtype, backend.device)
     w = positive_weights(B, N, TOLERANCES[dtype].acc, backend.device) if weighted else None
-    got = tp.kmedoids(x, K, weights=w, init=spread_indices(B, N, K, backend.device), num_iters=num_iters,
-                      backend=backend.name)
+    got = tp.kmedoids(
+        x, K, weights=w, init=spread_indices(B, N, K, backend.device), num_iters=num_iters, backend=backend.name
+    )
     assert_consistent(got, x, K, weights=w, algorithm="kmedoids")
     for b in range(B):
         slack = distance_slack(f64(x[b]), dtype)
@@ -33,7 +35,9 @@ def test_each_medoid_beats_every_other_member(backend, dtype, weighted, num_iter
 
 def test_ties_go_to_the_lowest_member(backend):
     """A square: all four corners have the same loss.  A pair: both have."""
-    x = torch.tensor([[[64.0, 0], [1, 1], [-1, 1], [1, -1], [-1, -1], [66, 0], [0, 64], [0, 64]]], device=backend.device)
+    x = torch.tensor(
+        [[[64.0, 0], [1, 1], [-1, 1], [1, -1], [-1, -1], [66, 0], [0, 64], [0, 64]]], device=backend.device
+    )
     got = tp.kmedoids(x, 3, init=torch.tensor([[5, 4, 7]], device=backend.device), num_iters=1, backend=backend.name)
     assert got.assignment[0].tolist() == [0, 1, 1, 1, 1, 0, 2, 2]
     assert got.medoids[0].tolist() == [0, 1, 6]
@@ -46,8 +50,9 @@ def test_the_mean_is_weighted(backend):
         w = torch.tensor([weights], device=backend.device, dtype=torch.float32)
         got = tp.kmedoids(x, 1, weights=w, num_iters=1, backend=backend.name)
         assert got.medoids.item() == medoid, weights
-        assert got.inertia.item() == pytest.approx(sum(u * (v - x[0, medoid, 0].item()) ** 2
-                                                       for u, v in zip(weights, [0, 1, 5])))
+        assert got.inertia.item() == pytest.approx(
+            sum(u * (v - x[0, medoid, 0].item()) ** 2 for u, v in zip(weights, [0, 1, 5]))
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -72,8 +77,9 @@ def test_many_iterations_match_the_oracle(backend):
     for num_iters in (2, 5, 20):
         got = tp.kmedoids(x, K, weights=w, init=init, num_iters=num_iters, backend=backend.name)
         for b in range(B):
-            want = oracle.cluster(f64(x[b]), K, init=init[b].tolist(), weights=f64(w[b]), num_iters=num_iters,
-                                  algorithm="kmedoids")
+            want = oracle.cluster(
+                f64(x[b]), K, init=init[b].tolist(), weights=f64(w[b]), num_iters=num_iters, algorithm="kmedoids"
+            )
             assert got.medoids[b].tolist() == want.medoids.tolist()
             assert got.assignment[b].tolist() == want.assignment.tolist()
             assert got.inertia[b].item() == pytest.approx(want.inertia, rel=1e-9 if dtype == torch.float64 else 1e-4)

@@ -1,4 +1,5 @@
 """TokenPooling and the baselines: counts, prefix, scores, sizes, masks, gradients, copies, compile, errors."""
+
 from __future__ import annotations
 
 import copy
@@ -11,7 +12,13 @@ import torch._dynamo.testing
 
 import tokenpool_ext
 from tokenpool_ext.baselines import (
-    BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning, bipartite_labels, grid_cells,
+    BipartiteMatching,
+    GridPooling,
+    ImportanceSampling,
+    RandomSelection,
+    ScorePruning,
+    bipartite_labels,
+    grid_cells,
 )
 from tokenpool_ext.modules import TokenPooling
 

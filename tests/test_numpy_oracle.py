@@ -1,13 +1,14 @@
 """The reference backend against an oracle that shares nothing with it (tests/oracle.py)."""
+
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
-import tokenpool_ext as tp
 from helpers import f64, integer_tokens, positive_weights, spread_indices, tokens
+
+import tokenpool_ext as tp
 
 ALGORITHMS = ["kmeans", "kmedoids"]
 
@@ -15,9 +16,17 @@ ALGORITHMS = ["kmeans", "kmedoids"]
 def check(got, x, K, init, algorithm, num_iters, weights=None, mask=None, counts=None, sort=False):
     for b in range(len(x)):
         k = K if counts is None else counts[b]
-        want = oracle.cluster(f64(x[b]), k, init=init[b].numpy(), weights=None if weights is None else f64(weights[b]),
-                              mask=None if mask is None else mask[b].numpy(), num_iters=num_iters, algorithm=algorithm,
-                              sort=sort, num_clusters=K)
+        want = oracle.cluster(
+            f64(x[b]),
+            k,
+            init=init[b].numpy(),
+            weights=None if weights is None else f64(weights[b]),
+            mask=None if mask is None else mask[b].numpy(),
+            num_iters=num_iters,
+            algorithm=algorithm,
+            sort=sort,
+            num_clusters=K,
+        )
         assert got.assignment[b].tolist() == want.assignment.tolist(), f"image {b}"
         np.testing.assert_allclose(f64(got.centers[b]), want.centers, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(f64(got.mass[b]), want.mass, rtol=1e-12)
@@ -42,8 +51,16 @@ def test_weighted_masked_per_image_k(algorithm, num_iters, sort):
         valid = mask[b].nonzero()[:, 0]
         init[b] = valid[torch.arange(K) * 2 % len(valid)] if len(valid) < 2 * K else valid[torch.arange(K) * 2]
     spoiled = torch.where(mask[:, :, None], x, float("nan"))
-    got = getattr(tp, algorithm)(spoiled, torch.tensor(counts), weights=w, mask=mask, init=init, num_iters=num_iters,
-                                 sort=sort, backend="reference")
+    got = getattr(tp, algorithm)(
+        spoiled,
+        torch.tensor(counts),
+        weights=w,
+        mask=mask,
+        init=init,
+        num_iters=num_iters,
+        sort=sort,
+        backend="reference",
+    )
     check(got, x, K, init, algorithm, num_iters, w, mask, counts, sort)
 
 
@@ -55,8 +72,10 @@ def test_unweighted_clusters_of_any_size(algorithm):
         init = spread_indices(3, N, K)
         num_iters = 5 if algorithm == "kmeans" else 1
         got = getattr(tp, algorithm)(x, K, init=init, num_iters=num_iters, backend="reference")
-        want = [oracle.cluster(f64(x[b]), K, init=init[b].numpy(), num_iters=num_iters, algorithm=algorithm)
-                for b in range(3)]
+        want = [
+            oracle.cluster(f64(x[b]), K, init=init[b].numpy(), num_iters=num_iters, algorithm=algorithm)
+            for b in range(3)
+        ]
         assert got.assignment.tolist() == [a.assignment.tolist() for a in want]
         if algorithm == "kmeans":
             check(got, x, K, init, algorithm, num_iters)
@@ -72,8 +91,9 @@ def test_repair_on_integers_with_many_duplicates(algorithm, seed):
     init = torch.from_numpy(np.random.default_rng(seed).integers(0, N, (B, K)))
     got = getattr(tp, algorithm)(x, K, weights=w, init=init, num_iters=1, backend="reference")
     for b in range(B):
-        want = oracle.cluster(f64(x[b]), K, init=init[b].numpy(), weights=f64(w[b]), num_iters=1, algorithm=algorithm,
-                              exact=True)
+        want = oracle.cluster(
+            f64(x[b]), K, init=init[b].numpy(), weights=f64(w[b]), num_iters=1, algorithm=algorithm, exact=True
+        )
         assert got.assignment[b].tolist() == want.assignment.tolist(), f"image {b}"
 
 

@@ -1,12 +1,13 @@
 """pool and unpool: means of any tensor over an assignment, and back (contract 6, 10)."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from helpers import DTYPES, TOLERANCES, assert_identical, assert_same_bits, f64, positive_weights, tokens, weighted_mean
 
 import tokenpool_ext as tp
-from helpers import DTYPES, TOLERANCES, assert_identical, assert_same_bits, f64, positive_weights, tokens, weighted_mean
 
 pytestmark = pytest.mark.one_path
 
@@ -73,11 +74,13 @@ def test_large_outputs_equal_small_ones(backend, D, dtype, weighted):
     unpooled = tp.unpool(centers.detach(), a, backend=backend.name)
     assert unpooled[a < 0].eq(0).all() and whole[0][a < 0].eq(0).all()
     for b in (0, B - 1):
-        xb, wb = x[b:b + 1].detach().requires_grad_(), w[b:b + 1].detach().requires_grad_() if weighted else None
-        one = tp.pool(xb, a[b:b + 1], K, weights=wb, backend=backend.name)
-        for got, want in zip(whole, torch.autograd.grad(one, [xb, wb] if weighted else [xb], grad[b:b + 1])):
-            assert_same_bits(backend, got[b:b + 1], want)
-        assert_same_bits(backend, unpooled[b:b + 1], tp.unpool(centers[b:b + 1].detach(), a[b:b + 1], backend=backend.name))
+        xb, wb = x[b : b + 1].detach().requires_grad_(), w[b : b + 1].detach().requires_grad_() if weighted else None
+        one = tp.pool(xb, a[b : b + 1], K, weights=wb, backend=backend.name)
+        for got, want in zip(whole, torch.autograd.grad(one, [xb, wb] if weighted else [xb], grad[b : b + 1])):
+            assert_same_bits(backend, got[b : b + 1], want)
+        assert_same_bits(
+            backend, unpooled[b : b + 1], tp.unpool(centers[b : b + 1].detach(), a[b : b + 1], backend=backend.name)
+        )
 
 
 def test_padding_may_hold_nan(backend):
@@ -161,7 +164,9 @@ def test_strides_and_integer_dtypes(backend):
             assert_same_bits(backend, want, tp.pool(view, labelling, 4, weights=w, backend=backend.name))
     centers = want
     back = tp.unpool(centers, a, backend=backend.name)
-    assert_identical(back, tp.unpool(centers.transpose(1, 2).contiguous().transpose(1, 2), a.int(), backend=backend.name))
+    assert_identical(
+        back, tp.unpool(centers.transpose(1, 2).contiguous().transpose(1, 2), a.int(), backend=backend.name)
+    )
 
 
 def test_one_image(backend):

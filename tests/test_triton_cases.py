@@ -4,6 +4,7 @@ Runs on a GPU when there is one, and in Triton's interpreter when TRITON_INTERPR
 it so on machines without a GPU).  The shared bodies of the other test files cover the backends alike; here is what is
 particular to this backend: both paths, odd feature counts, chunking, faults, registration.
 """
+
 from __future__ import annotations
 
 import os
@@ -169,7 +170,9 @@ def test_farthest_start_across_tiles(monkeypatch):
     picks = reference.spread(x, 3, None, None, None, False)
     for path in PATHS:
         monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
-        monkeypatch.setattr(heuristics, "farthest_gram_configs", lambda *_: [dict(BLOCK=256, num_warps=4, num_stages=1)])
+        monkeypatch.setattr(
+            heuristics, "farthest_gram_configs", lambda *_: [dict(BLOCK=256, num_warps=4, num_stages=1)]
+        )
         same(run("kmedoids", x, none, 1, K=3), run("kmedoids", x, picks, 1, K=3))
 
 
@@ -207,7 +210,8 @@ def test_integer_ties_go_to_the_lowest_index(name, path, monkeypatch):
 @names
 @paths
 def test_ties_between_tiles_of_clusters_go_to_the_lowest_index(name, path, monkeypatch):
-    """More clusters than a tile has (64 or 16), and every start twice, 35 clusters apart: 64 and above tie with 29 on."""
+    """More clusters than a tile has (64 or 16), and every start twice, 35 clusters apart: 64 and above tie with 29
+    on."""
     monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
     x = torch.arange(70, device=DEVICE).remainder(35)[None, :, None].float()
     init = torch.arange(70, device=DEVICE).remainder(35)[None]
@@ -254,8 +258,8 @@ def test_weights_decide_the_repair_and_weightless_medoids(path, monkeypatch):
 @names
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_a_batch_mates_number_of_clusters_changes_no_bit(name, dtype):
-    """Nor whether it is there (contract 7).  The bfloat16 image has a near-tie that the two paths decide differently; in
-    the float32 one the order in which 20 members are added shows."""
+    """Nor whether it is there (contract 7).  The bfloat16 image has a near-tie that the two paths decide differently;
+    in the float32 one the order in which 20 members are added shows."""
     K = 2 if dtype == torch.float32 else 4
     x = (tokens(16, 40, 20)[6:8] * 0.1 + (0 if dtype == torch.float32 else 8)).to(dtype)
     init = torch.arange(40, device=DEVICE).repeat(2, 1)
@@ -388,6 +392,7 @@ def test_an_image_that_is_done_is_not_touched(name, monkeypatch):
             given = make(configs[0])[1]
             if given["done"].all() and not poisoned:
                 poisoned.update({key: given[key].fill_(77) for key in ("lab", "tmp")})
+
     monkeypatch.setattr(clustering, "launch", spy)
     agrees(want, run(name, x, init, 8, where=reference), torch.float32)
     same(run(name, x, init, 8), want)
@@ -404,6 +409,7 @@ def test_an_image_that_is_done_leaves_the_loop(name, monkeypatch):
     def counted(*args, **kwargs):
         calls.append(1)
         return settle(*args, **kwargs)
+
     monkeypatch.setattr(gram, "settle_image", counted)
     x, init = tokens(1, 16, 3), starts(1, 16, 3)
     labels = [run(name, x, init, t)[1] for t in range(1, 8)]
@@ -477,8 +483,12 @@ def test_pool_and_gradients(dtype, weighted):
     assert torch.equal(grad, kept)
 
     same([backend.unpool(centers, a)], [reference.unpool(centers, a)])
-    torch.testing.assert_close(backend.unpool_backward(x, a, K), reference.unpool_backward(x, a, K), rtol=tolerance["rtol"],
-                               atol=16 * tolerance["atol"])
+    torch.testing.assert_close(
+        backend.unpool_backward(x, a, K),
+        reference.unpool_backward(x, a, K),
+        rtol=tolerance["rtol"],
+        atol=16 * tolerance["atol"],
+    )
 
 
 def test_pool_ignores_labels_out_of_range_and_takes_strides():
@@ -492,8 +502,10 @@ def test_pool_ignores_labels_out_of_range_and_takes_strides():
     same(backend.pool(view, strided, None, 4), backend.pool(x, a, None, 4))
     grad = tokens(2, 4, 6, seed=9).transpose(1, 2).contiguous().transpose(1, 2)
     centers, mass = backend.pool(x, a, None, 4)
-    same(backend.pool_backward(grad, view, centers, strided, None, mass),
-         backend.pool_backward(grad.contiguous(), x, centers, a, None, mass))
+    same(
+        backend.pool_backward(grad, view, centers, strided, None, mass),
+        backend.pool_backward(grad.contiguous(), x, centers, a, None, mass),
+    )
 
 
 @pytest.mark.parametrize("shape", ((0, 4, 3), (2, 0, 3), (2, 4, 0)))
@@ -537,8 +549,12 @@ def test_images_and_rows_further_apart_than_31_bits(path, monkeypatch):
         grad = room.as_strided((shape[0], K, D), (stride[0], stride[1], 1))  # the first K tokens
         same([backend.unpool(grad, want[1])], [backend.unpool(small[:, :K], want[1])])
         ones = torch.ones(shape[:2], device=DEVICE)
-        same(*(backend.pool_backward(g, t, want[0], want[1], ones, want[2])
-               for g, t in ((grad, x), (small[:, :K], small))))
+        same(
+            *(
+                backend.pool_backward(g, t, want[0], want[1], ones, want[2])
+                for g, t in ((grad, x), (small[:, :K], small))
+            )
+        )
 
 
 # ---- attention received ------------------------------------------------------------------------------------------
@@ -566,11 +582,15 @@ def test_operators_are_registered_properly():
     centers, mass = backend.pool(x, a, None, 3)
     q = tokens(4, 6, 4).view(2, 2, 6, 4)
     ops = torch.ops.tokenpool_ext_triton
-    for op, args in ((ops.kmeans, (x, None, None, None, init, 2, 1, False)),
-                     (ops.kmedoids, (x, mass.new_ones(1, 8), None, None, init, 2, 1, True)),
-                     (ops.pool, (x, a, None, 3)), (ops.pool_backward, (centers, x, centers, a, None, mass)),
-                     (ops.unpool, (centers, a)), (ops.unpool_backward, (x, a, 3)),
-                     (ops.attention_received, (q, q, 0.5, None))):
+    for op, args in (
+        (ops.kmeans, (x, None, None, None, init, 2, 1, False)),
+        (ops.kmedoids, (x, mass.new_ones(1, 8), None, None, init, 2, 1, True)),
+        (ops.pool, (x, a, None, 3)),
+        (ops.pool_backward, (centers, x, centers, a, None, mass)),
+        (ops.unpool, (centers, a)),
+        (ops.unpool_backward, (x, a, 3)),
+        (ops.attention_received, (q, q, 0.5, None)),
+    ):
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -610,6 +630,7 @@ def failing(kernel, only=lambda config: True):
     def hook(name, config):
         if name == kernel and only(config):
             raise Broken("out of resource: shared memory, Required: 200000, Hardware limit: 101376")
+
     return hook
 
 
@@ -619,8 +640,11 @@ def test_a_plan_that_fails_gives_way_to_a_smaller_one(monkeypatch):
     want = run("kmeans", x, init)
     largest = heuristics.assign_configs(heuristics.device_of(x), 20, 4)[0]
     calls = []
-    with launch.inject_fault(lambda name, config: calls.append((name, config)) or failing(
-            "assign_kernel", lambda c: c == largest)(name, config)):
+    with launch.inject_fault(
+        lambda name, config: (
+            calls.append((name, config)) or failing("assign_kernel", lambda c: c == largest)(name, config)
+        )
+    ):
         agrees(run("kmeans", x, init), want, torch.float32)
     assert [c for n, c in calls if n == "assign_kernel"].count(largest) == 1  # tried once, not every iteration
 
@@ -636,6 +660,7 @@ def test_a_kernel_that_cannot_run_says_so(kernel):
 
 def test_the_registry_falls_back_with_one_warning():
     from tokenpool_ext import registry
+
     x, init = tokens(1, 10, 4), starts(1, 10, 3)
     args = (x, None, None, None, init, 3, 1, False)
     registry._warned.clear()
@@ -652,18 +677,28 @@ def test_the_registry_falls_back_with_one_warning():
     same(got, reference.kmeans(*args))
 
 
-@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory"),
-                                   RuntimeError("CUDA error: an illegal memory access was encountered")), ids=("oom", "fault"))
+@pytest.mark.parametrize(
+    "error",
+    (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ),
+    ids=("oom", "fault"),
+)
 def test_errors_of_the_device_are_not_hidden(error):
     def hook(name, config):
         raise error
+
     with launch.inject_fault(hook), pytest.raises(type(error)) as caught:
         run("kmeans", tokens(1, 10, 4), starts(1, 10, 3))
     assert caught.value is error
 
 
-@pytest.mark.parametrize("error, attempts", ((Broken("out of resource: shared memory"), 1), (OSError("disk full"), 2)),
-                         ids=("permanent", "passing"))
+@pytest.mark.parametrize(
+    "error, attempts",
+    ((Broken("out of resource: shared memory"), 1), (OSError("disk full"), 2)),
+    ids=("permanent", "passing"),
+)
 def test_a_kernel_that_cannot_run_is_not_tried_again(error, attempts):
     """At the second call its failure is known, unless it may pass; other dtypes and flags are tried by themselves."""
     tried = []
@@ -672,6 +707,7 @@ def test_a_kernel_that_cannot_run_is_not_tried_again(error, attempts):
         if name == "prepare_kernel":
             tried.append(config)
             raise error
+
     x, init, mask = tokens(1, 10, 4), starts(1, 10, 3), torch.ones(1, 10, dtype=torch.bool, device=DEVICE)
     with launch.inject_fault(hook):
         for _ in range(2):
@@ -696,6 +732,7 @@ def test_one_variant_that_gives_way_does_not_demote_others(monkeypatch):
             calls.append(config)
             if config == first and broken[0]:
                 raise Broken("out of resource: shared memory")
+
     with launch.inject_fault(hook):
         run("kmeans", x, init, 1)
         broken[0] = False
@@ -707,13 +744,22 @@ def test_one_variant_that_gives_way_does_not_demote_others(monkeypatch):
 def test_the_other_operators_fall_back_too():
     """Forward and inside backward(): the registry's next backend, with one warning each; by name the error comes."""
     from tokenpool_ext import autograd, registry
+
     x, a, weights = tokens(2, 12, 5), labels(2, 12, 4), torch.rand(2, 12, device=DEVICE)
     q = tokens(4, 6, 4).view(2, 2, 6, 4)
     chain = ("triton", "reference")
-    args = {"pool": (x, a, weights, 4), "unpool": (x[:, :4], a), "unpool_backward": (x, a, 4),
-            "attention_received": (q, q, 0.5, None)}
-    kernels = {"pool": "segment_kernel", "unpool": "unpool_kernel", "unpool_backward": "labels_kernel",
-               "attention_received": "received_kernel"}
+    args = {
+        "pool": (x, a, weights, 4),
+        "unpool": (x[:, :4], a),
+        "unpool_backward": (x, a, 4),
+        "attention_received": (q, q, 0.5, None),
+    }
+    kernels = {
+        "pool": "segment_kernel",
+        "unpool": "unpool_kernel",
+        "unpool_backward": "labels_kernel",
+        "attention_received": "received_kernel",
+    }
     registry._warned.clear()
     for op, given in args.items():
         with launch.inject_fault(failing(kernels[op])):
@@ -726,8 +772,10 @@ def test_the_other_operators_fall_back_too():
         same(*([t] if isinstance(t, torch.Tensor) else t for t in (got, want)))
     x.requires_grad_()
     weights.requires_grad_()
-    for function, given in ((autograd.Pool, (x, a, weights, 4)),
-                            (autograd.KMeans, (x, weights, None, None, starts(2, 12, 4), 4, 1, False))):
+    for function, given in (
+        (autograd.Pool, (x, a, weights, 4)),
+        (autograd.KMeans, (x, weights, None, None, starts(2, 12, 4), 4, 1, False)),
+    ):
         found = {}
         for names in (chain, ("reference",)):
             out = function.apply(names, *given)
@@ -746,13 +794,17 @@ def test_the_other_operators_fall_back_too():
 
 
 def compiled_kernels(function):
-    """What must be compiled for what `function` launches: kernels, tiles, flags, dtypes and alignments.  Nothing runs."""
+    """What must be compiled for what `function` launches: kernels, tiles, flags, dtypes and alignments.  Nothing
+    runs."""
     with launch.record() as launches:
         function()
     found = set()
     for one in launches:
-        kinds = ((name, value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else (name, value)
-                 for name, value in one.arguments.items() if isinstance(value, (torch.Tensor, bool, str)))
+        kinds = (
+            (name, value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else (name, value)
+            for name, value in one.arguments.items()
+            if isinstance(value, (torch.Tensor, bool, str))
+        )
         found.add((one.kernel.fn.__name__, str(one.config), *kinds))
     return found
 
@@ -764,7 +816,7 @@ def test_warmup_compiles_what_the_layers_call(shape, weighted):
     x, start = tokens(2, N + 1, D), torch.zeros(2, K, D, device=DEVICE)
     scores = torch.rand(2, N, device=DEVICE) if weighted else None
     mask = torch.ones(2, N, dtype=torch.bool, device=DEVICE)
-    mask[0, N - 3:] = False
+    mask[0, N - 3 :] = False
 
     def layers(algorithms=("kmeans", "kmedoids"), **given):
         for algorithm in algorithms:
@@ -781,13 +833,19 @@ def test_warmup_compiles_what_the_layers_call(shape, weighted):
     options = dict(dtypes=(torch.float32,), num_iters=5, device=DEVICE, weighted=weighted)
     plain = compiled_kernels(lambda: backend.warmup([shape], **options))
     assert compiled_kernels(layers) - plain == set()
-    assert not {key for key in compiled_kernels(lambda: backend.warmup([shape], backward=False, **options))
-                if key[0] == "pool_backward_kernel"}
+    assert not {
+        key
+        for key in compiled_kernels(lambda: backend.warmup([shape], backward=False, **options))
+        if key[0] == "pool_backward_kernel"
+    }
     masked = compiled_kernels(lambda: backend.warmup([shape], masked=True, **options))
     assert compiled_kernels(lambda: layers(mask=mask)) - masked == set() and plain < masked
     more = compiled_kernels(lambda: backend.warmup([shape], counts=True, centers=True, **options))
-    given = (dict(num_clusters=torch.tensor([K, K - 1], device=DEVICE)), dict(num_clusters=K, init=start),
-             dict(num_clusters=torch.tensor([K, K - 1], device=DEVICE), init=start))
+    given = (
+        dict(num_clusters=torch.tensor([K, K - 1], device=DEVICE)),
+        dict(num_clusters=K, init=start),
+        dict(num_clusters=torch.tensor([K, K - 1], device=DEVICE), init=start),
+    )
     for one in given:
         assert compiled_kernels(lambda: clusters(**one)) - more == set(), one
 

@@ -2,6 +2,7 @@
 
 Arguments come from recorded launches (as in test_triton_plan.py), so what is compiled is what would run.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -21,11 +22,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from tokenpool_ext.triton import clustering, heuristics, launch, segments  # noqa: E402
 
 KIB = 1024
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-         torch.int64: "*i64", torch.uint8: "*u8"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 SM80, SM89, SM90, SM120 = (heuristics.Device(sm, kib * KIB) for sm, kib in ((80, 163), (89, 99), (90, 227), (120, 99)))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STACK = 24 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 40  # bytes; Triton 3.6 with its ptxas: 40
+STACK = (
+    24 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 40
+)  # bytes; Triton 3.6 with its ptxas: 40
 
 
 def meta(*shape, dtype=torch.float32):
@@ -33,7 +42,8 @@ def meta(*shape, dtype=torch.float32):
 
 
 def source(one: launch.Launch):
-    """(source, options): what triton.jit would compile for the launch, pointers 16-byte aligned, numbers unspecialised."""
+    """(source, options): what triton.jit would compile for the launch, pointers 16-byte aligned, numbers
+    unspecialised."""
     options = {k: one.config[k] for k in ("num_warps", "num_stages")} | launch.OPTIONS
     values = {**one.arguments, **{k: v for k, v in one.config.items() if k not in options}}
     signature, constants, attributes = {}, {}, {}
@@ -72,7 +82,8 @@ def flags(one: launch.Launch) -> dict:
 
 
 def resources(kernel, folder) -> dict[str, int]:
-    """{"REG": registers a thread, "STACK": bytes, "LOCAL": bytes (spilled registers), "SHARED": bytes} of the machine code."""
+    """{"REG": registers a thread, "STACK": bytes, "LOCAL": bytes (spilled registers), "SHARED": bytes} of the machine
+    code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = folder / f"{kernel.metadata.name}.cubin"
     file.write_bytes(kernel.asm["cubin"])
@@ -87,8 +98,9 @@ def clustering_launches(device, dtype, path, medoids, monkeypatch, D=384, N=196,
     monkeypatch.setattr(heuristics, "device_of", lambda x: device)
     init = meta(2, K, D) if centers else meta(2, 0 if farthest else K, dtype=torch.int64)
     with launch.record() as launches:
-        clustering.cluster(meta(2, N, D, dtype=dtype), meta(2, N), meta(2, N, dtype=torch.bool), None, init, K, 1, False,
-                           medoids)
+        clustering.cluster(
+            meta(2, N, D, dtype=dtype), meta(2, N), meta(2, N, dtype=torch.bool), None, init, K, 1, False, medoids
+        )
     return launches
 
 
@@ -98,8 +110,12 @@ def check(launches, device):
         name = one.kernel.fn.__name__
         assert len(kernel.asm["cubin"]) > 0
         assert kernel.metadata.shared <= device.shared, (name, kernel.metadata.shared)
-        for part, estimate in (("assign", heuristics.shared_assign), ("gram", heuristics.shared_gram),
-                               ("received", heuristics.shared_attention), ("lse", heuristics.shared_attention)):
+        for part, estimate in (
+            ("assign", heuristics.shared_assign),
+            ("gram", heuristics.shared_gram),
+            ("received", heuristics.shared_attention),
+            ("lse", heuristics.shared_attention),
+        ):
             if name == f"{part}_kernel":
                 tokens = one.arguments.get("x", one.arguments.get("q"))
                 bound = estimate(one.config, tokens.element_size())
@@ -132,7 +148,9 @@ def test_float32_kmedoids_on_sm89(monkeypatch):
 
 def test_float16_kmeans_on_sm80(monkeypatch):
     """float32 accumulation of half products; given centers; an odd number of features."""
-    kernels = list(check(clustering_launches(SM80, torch.float16, "gram", False, monkeypatch, D=15, centers=True), SM80))
+    kernels = list(
+        check(clustering_launches(SM80, torch.float16, "gram", False, monkeypatch, D=15, centers=True), SM80)
+    )
     assert "f32.f16.f16.f32" in ptx(kernels, "gram_kernel")
     held = list(check(clustering_launches(SM80, torch.float16, "direct", False, monkeypatch, N=5000, D=128), SM80))
     assert "f32.f16.f16.f32" in ptx(held, "assign_kernel")
@@ -149,16 +167,34 @@ def pooling_launches(dtype):
     return launches
 
 
-KERNELS = {"x_stats_kernel", "prepare_kernel", "init_kernel", "farthest_kernel", "farthest_gram_kernel", "gram_kernel",
-           "iterate_kernel", "assign_kernel", "settle_kernel", "update_kernel", "finish_kernel", "inertia_kernel",
-           "labels_kernel", "segment_kernel", "pool_backward_kernel", "unpool_kernel", "lse_kernel", "received_kernel",
-           "heads_kernel"}
+KERNELS = {
+    "x_stats_kernel",
+    "prepare_kernel",
+    "init_kernel",
+    "farthest_kernel",
+    "farthest_gram_kernel",
+    "gram_kernel",
+    "iterate_kernel",
+    "assign_kernel",
+    "settle_kernel",
+    "update_kernel",
+    "finish_kernel",
+    "inertia_kernel",
+    "labels_kernel",
+    "segment_kernel",
+    "pool_backward_kernel",
+    "unpool_kernel",
+    "lse_kernel",
+    "received_kernel",
+    "heads_kernel",
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("device", (SM80, SM89, SM90, SM120), ids=lambda d: f"sm_{d.capability}")
 def test_every_kernel(device, dtype, monkeypatch, tmp_path):
-    """All kernels, for both algorithms, paths and kinds of start: they compile, fit, and keep what they hold in registers."""
+    """All kernels, for both algorithms, paths and kinds of start: they compile, fit, and keep what they hold in
+    registers."""
     if device is SM120 and dtype != torch.bfloat16:
         pytest.skip("one dtype on the newest architecture bounds the time")
     launches = pooling_launches(dtype)
@@ -182,9 +218,15 @@ def test_every_kernel(device, dtype, monkeypatch, tmp_path):
 
 # Barriers of the block that the source asks for, where threads read from global memory what others have written:
 # (kernel, K-Medoids or not) -> how many, besides those that the compiler adds for shared memory.
-BARRIERS = {("iterate_kernel", False): 10, ("iterate_kernel", True): 10, ("update_kernel", False): 3,
-            ("update_kernel", True): 5, ("settle_kernel", None): 4, ("farthest_kernel", None): 2,
-            ("farthest_gram_kernel", None): 2}
+BARRIERS = {
+    ("iterate_kernel", False): 10,
+    ("iterate_kernel", True): 10,
+    ("update_kernel", False): 3,
+    ("update_kernel", True): 5,
+    ("settle_kernel", None): 4,
+    ("farthest_kernel", None): 2,
+    ("farthest_gram_kernel", None): 2,
+}
 
 
 def test_values_go_through_global_memory_across_barriers(monkeypatch):
@@ -240,18 +282,42 @@ def test_the_kernels_of_a_first_call_are_compiled_side_by_side(path, monkeypatch
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(heuristics, "device_of", lambda x: SM90)
     compilations = []
-    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda src, metadata, metadata_group, times, cache_hit:
-                        compilations.append((src.name, threading.current_thread(), cache_hit)))
+    monkeypatch.setattr(
+        triton.knobs.compilation,
+        "listener",
+        lambda src, metadata, metadata_group, times, cache_hit: compilations.append(
+            (src.name, threading.current_thread(), cache_hit)
+        ),
+    )
 
     def call(images):
-        arguments = (meta(images, 196, 384, dtype=torch.bfloat16), None, None, None,
-                     meta(images, 98, dtype=torch.int64), 98, False, False, path)
+        arguments = (
+            meta(images, 196, 384, dtype=torch.bfloat16),
+            None,
+            None,
+            None,
+            meta(images, 98, dtype=torch.int64),
+            98,
+            False,
+            False,
+            path,
+        )
         return launch.ahead("cluster", arguments, lambda: "ran", lambda: clustering._chunks(*arguments, 1))
 
     with launch.record() as launches:
         call(2)
-        clustering._chunks(meta(2, 196, 384, dtype=torch.bfloat16), None, None, None, meta(2, 98, dtype=torch.int64), 98,
-                           False, False, path, 5)
+        clustering._chunks(
+            meta(2, 196, 384, dtype=torch.bfloat16),
+            None,
+            None,
+            None,
+            meta(2, 98, dtype=torch.int64),
+            98,
+            False,
+            False,
+            path,
+            5,
+        )
     try:
         before = os.times()
         assert call(2) == "ran"
@@ -272,6 +338,7 @@ def test_the_kernels_of_a_first_call_are_compiled_side_by_side(path, monkeypatch
 
 def test_a_failure_ahead_of_time_is_left_to_the_launch(monkeypatch):
     """No driver, no compiler: `ahead` goes on, and the launch reports it."""
+
     class Broken:
         def get_current_device(self):
             raise RuntimeError("no device")

@@ -2,6 +2,7 @@
 
 Collected everywhere, skipped without a CUDA device.  None of it has run yet: no GPU was at hand.
 """
+
 from __future__ import annotations
 
 import os
@@ -39,7 +40,10 @@ def bits(result):
 @shapes
 def test_ten_thousand_repeats_give_the_same_bits(algorithm, init, shape):
     x, w, K = problem(shape)
-    run = lambda: bits(getattr(tp, algorithm)(x, K, weights=w, init=init, backend="triton"))
+
+    def run():
+        return bits(getattr(tp, algorithm)(x, K, weights=w, init=init, backend="triton"))
+
     first = run()
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(10_000):
@@ -54,7 +58,10 @@ def test_ten_thousand_repeats_give_the_same_bits(algorithm, init, shape):
 def test_a_captured_graph_replays_a_hundred_times(algorithm, init, shape):
     """The graph's result for new tokens in its buffers is that of an ordinary call, bit for bit."""
     x, w, K = problem(shape)
-    run = lambda: getattr(tp, algorithm)(x, K, weights=w, init=init, backend="triton")
+
+    def run():
+        return getattr(tp, algorithm)(x, K, weights=w, init=init, backend="triton")
+
     graph, outputs = captured(run)
     for seed in range(100):
         tokens, weights, _ = problem(shape, seed=seed)
@@ -79,11 +86,16 @@ def no_synchronisation():
 @shapes
 def test_clustering_never_synchronises(algorithm, init, shape, no_synchronisation):
     x, w, K = problem(shape)
-    mask = torch.arange(x.shape[1], device="cuda") < torch.tensor([[x.shape[1] - 3]], device="cuda").expand(x.shape[0], 1)
+    mask = torch.arange(x.shape[1], device="cuda") < torch.tensor([[x.shape[1] - 3]], device="cuda").expand(
+        x.shape[0], 1
+    )
     x.requires_grad_()
     function = getattr(tp, algorithm)
     upstream = torch.randn(x.shape[0], K, x.shape[2], device="cuda", dtype=x.dtype)
-    run = lambda: function(x, K, weights=w, mask=mask, init=init, sort=True, backend="triton").centers.backward(upstream)
+
+    def run():
+        return function(x, K, weights=w, mask=mask, init=init, sort=True, backend="triton").centers.backward(upstream)
+
     run()  # compiles
     torch.cuda.synchronize()
     no_synchronisation()

@@ -5,6 +5,7 @@ Two processes side by side, since the interpreter is single-threaded Python: thi
 process, so it cannot share one with the compiler's tests.  By hand, every case of every body:
     TRITON_INTERPRET=1 python -m pytest
 """
+
 from __future__ import annotations
 
 import os
@@ -26,8 +27,17 @@ HERE = Path(__file__).parent
 # Files of each process, chosen for equal times, with the least number of cases that must pass in each of them.
 PARTS = (
     {"test_clustering": 115, "test_properties": 7},
-    {"test_triton_cases": 160, "test_autograd": 30, "test_attention_received": 20, "test_invariance": 12, "test_init": 9,
-     "test_kmeans": 16, "test_kmedoids": 10, "test_pool": 25, "test_compile": 5},
+    {
+        "test_triton_cases": 160,
+        "test_autograd": 30,
+        "test_attention_received": 20,
+        "test_invariance": 12,
+        "test_init": 9,
+        "test_kmeans": 16,
+        "test_kmedoids": 10,
+        "test_pool": 25,
+        "test_compile": 5,
+    },
 )
 
 
@@ -35,17 +45,23 @@ def outcomes(report: Path) -> dict[str, dict[str, list[str]]]:
     """{file: {"passed" | "failed" | "skipped": [case and message]}} of pytest's own report."""
     found: dict[str, dict[str, list[str]]] = {}
     for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
-        problems = [(child.tag, child.get("message") or "") for child in case if child.tag in ("failure", "error", "skipped")]
+        problems = [
+            (child.tag, child.get("message") or "") for child in case if child.tag in ("failure", "error", "skipped")
+        ]
         kind, message = problems[0] if problems else ("passed", "")
         kind = "failed" if kind in ("failure", "error") else kind
         file = case.get("classname", "").split(".")[-1]
-        found.setdefault(file, {"passed": [], "failed": [], "skipped": []})[kind].append(f"{case.get('name')} {message}".strip())
+        found.setdefault(file, {"passed": [], "failed": [], "skipped": []})[kind].append(
+            f"{case.get('name')} {message}".strip()
+        )
     return found
 
 
 def closing_line(output: str) -> str:
     """The line with which pytest ends, "3 passed in 0.1s"; coloured or framed, and whatever follows it."""
-    lines = [line.strip("= ") for line in output.splitlines() if " in " in line and ("passed" in line or "failed" in line)]
+    lines = [
+        line.strip("= ") for line in output.splitlines() if " in " in line and ("passed" in line or "failed" in line)
+    ]
     return lines[-1] if lines else ""
 
 
@@ -57,10 +73,31 @@ def test_the_backend_in_the_interpreter(tmp_path):
     running = []
     for number, part in enumerate(PARTS):
         report = tmp_path / f"{number}.xml"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
-                   f"--junitxml={report}", *(str(HERE / f"{file}.py") for file in part)]
-        running.append((part, report, subprocess.Popen(command, env=environment, cwd=HERE.parent, text=True,
-                                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore::RuntimeWarning",
+            f"--junitxml={report}",
+            *(str(HERE / f"{file}.py") for file in part),
+        ]
+        running.append(
+            (
+                part,
+                report,
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=HERE.parent,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                ),
+            )
+        )
     for part, report, process in running:
         output = process.communicate(timeout=3600)[0]
         assert process.returncode == 0, output[-8000:]
@@ -83,6 +120,10 @@ def test_every_shared_body_is_covered():
 
 
 def test_the_closing_line_is_found():
-    for line in ("\x1b[32m\x1b[1m3 passed\x1b[0m in 0.02s", "=== 3 passed, 1 skipped in 0.02s (0:00:01) ===", "3 passed in 1s"):
+    for line in (
+        "\x1b[32m\x1b[1m3 passed\x1b[0m in 0.02s",
+        "=== 3 passed, 1 skipped in 0.02s (0:00:01) ===",
+        "3 passed in 1s",
+    ):
         assert "3 passed" in closing_line(f"...\n{line}\nsys:1: ResourceWarning").replace("\x1b[0m", "")
     assert closing_line("no tests ran") == ""

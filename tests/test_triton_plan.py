@@ -2,6 +2,7 @@
 
 A meta tensor has no values, so any synchronisation (reading a value on the host) would raise here.
 """
+
 from __future__ import annotations
 
 import ast
@@ -14,13 +15,23 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tokenpool_ext.triton import clustering, heuristics, launch, segments  # noqa: E402
+from tokenpool_ext.triton import clustering, heuristics, launch, segments
 
-VIT = ((196, 192, 98), (196, 384, 98), (256, 384, 128), (196, 768, 49), (576, 768, 288), (256, 1024, 64),
-       (576, 1024, 64), (1030, 128, 343))
+VIT = (
+    (196, 192, 98),
+    (196, 384, 98),
+    (256, 384, 128),
+    (196, 768, 49),
+    (576, 768, 288),
+    (256, 1024, 64),
+    (576, 1024, 64),
+    (1030, 128, 343),
+)
 LONG = ((4096, 320, 1024), (75600, 128, 1000))
-DEVICES = tuple(heuristics.Device(sm, kib * 1024) for sm, kib in
-                ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99), (75, 64), (0, 64)))
+DEVICES = tuple(
+    heuristics.Device(sm, kib * 1024)
+    for sm, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99), (75, 64), (0, 64))
+)
 ITERATION = {"assign_kernel", "settle_kernel", "update_kernel"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,12 +40,32 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def recorded(B, N, D, K, num_iters=5, dtype=torch.bfloat16, medoids=False, centers=False, weighted=True, farthest=False,
-             per_image=False):
+def recorded(
+    B,
+    N,
+    D,
+    K,
+    num_iters=5,
+    dtype=torch.bfloat16,
+    medoids=False,
+    centers=False,
+    weighted=True,
+    farthest=False,
+    per_image=False,
+):
     init = meta(B, K, D) if centers else meta(B, 0 if farthest else K, dtype=torch.int64)
     with launch.record() as launches:
-        clustering.cluster(meta(B, N, D, dtype=dtype), meta(B, N) if weighted else None, meta(B, N, dtype=torch.bool),
-                           meta(B, dtype=torch.int64) if per_image else None, init, K, num_iters, True, medoids)
+        clustering.cluster(
+            meta(B, N, D, dtype=dtype),
+            meta(B, N) if weighted else None,
+            meta(B, N, dtype=torch.bool),
+            meta(B, dtype=torch.int64) if per_image else None,
+            init,
+            K,
+            num_iters,
+            True,
+            medoids,
+        )
     return launches
 
 
@@ -79,7 +110,9 @@ def test_the_farthest_start_costs_one_more_launch(shape, medoids):
         plain, farthest = (recorded(2, N, D, k, medoids=medoids, farthest=f) for f in (False, True))
         assert len(farthest) == len(plain) + 1
         name = "farthest_kernel" if heuristics.path(N, k, 5)[0] == "direct" else "farthest_gram_kernel"
-        assert counts(farthest)[name] == 1 and [one.programs for one in farthest if one.kernel.fn.__name__ == name] == [2]
+        assert counts(farthest)[name] == 1 and [one.programs for one in farthest if one.kernel.fn.__name__ == name] == [
+            2
+        ]
 
 
 @pytest.mark.parametrize("B", (1, 8, 70000))
@@ -96,8 +129,10 @@ def test_plans_do_not_depend_on_the_batch(B):
 
 def plans(launches):
     """Kernels, tiles and flags, in order."""
-    return [(one.kernel.fn.__name__, one.config, {k: v for k, v in one.arguments.items() if isinstance(v, (bool, str))})
-            for one in launches]
+    return [
+        (one.kernel.fn.__name__, one.config, {k: v for k, v in one.arguments.items() if isinstance(v, (bool, str))})
+        for one in launches
+    ]
 
 
 @pytest.mark.parametrize("medoids", (False, True))
@@ -175,14 +210,18 @@ def test_tiles_fit_the_shared_memory(device):
     """Every config offered for a device fits its limit, for every dtype and feature count; never an empty list."""
     for D in (1, 3, 15, 16, 64, 80, 128, 384, 1536, 4096):
         for itemsize in (2, 4):
-            for configs, estimate in ((heuristics.assign_configs(device, D, itemsize), heuristics.shared_assign),
-                                      (heuristics.gram_configs(device, D, itemsize), heuristics.shared_gram),
-                                      (heuristics.attention_configs(device, D, itemsize), heuristics.shared_attention)):
+            for configs, estimate in (
+                (heuristics.assign_configs(device, D, itemsize), heuristics.shared_assign),
+                (heuristics.gram_configs(device, D, itemsize), heuristics.shared_gram),
+                (heuristics.attention_configs(device, D, itemsize), heuristics.shared_attention),
+            ):
                 assert configs
                 for config in configs:
                     assert estimate(config, itemsize) <= device.shared
                     tiles = [v for k, v in config.items() if k in ("BN", "BK", "BD", "BM", "BQ")]
-                    assert all(t >= 16 and t & (t - 1) == 0 for t in tiles)  # tensor cores need 16, Triton a power of two
+                    assert all(
+                        t >= 16 and t & (t - 1) == 0 for t in tiles
+                    )  # tensor cores need 16, Triton a power of two
 
 
 def test_a_tiny_shared_memory_still_gets_a_plan():
@@ -221,14 +260,22 @@ def default_configs():
     found = {}
     for name, function in vars(heuristics).items():
         if name.endswith("_configs"):
-            wanted = function.__code__.co_varnames[:function.__code__.co_argcount]
+            wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
             found[name[:-8]] = function(**where, **{k: v for k, v in given.items() if k in wanted})[0]
     assert len(found) == 14
     return found
 
 
-@pytest.mark.parametrize("change, word", ((dict(BN=48), "BN must be a power"), (dict(BK=8), "BK must be a power"),
-                                          (dict(num_warps=3), "num_warps must"), (dict(BQ=16), "must have")), ids=str)
+@pytest.mark.parametrize(
+    "change, word",
+    (
+        (dict(BN=48), "BN must be a power"),
+        (dict(BK=8), "BK must be a power"),
+        (dict(num_warps=3), "num_warps must"),
+        (dict(BQ=16), "must have"),
+    ),
+    ids=str,
+)
 def test_tuned_rows_are_checked(monkeypatch, change, word):
     row = dict(BN=32, BK=32, BD=32, HOLD=False, num_warps=4, num_stages=1) | change
     monkeypatch.setitem(heuristics.TUNED, (0, "assign", 4), row)
@@ -253,10 +300,39 @@ def all_launches():
 
 
 def test_sizes_are_runtime_values():
-    """Only tiles and flags are constexpr, and no size, stride or flag is specialised: one compilation for all shapes."""
-    allowed = {"BN", "BK", "BD", "BM", "BQ", "BI", "BJ", "TI", "TL", "BC", "R", "BLOCK", "BLOCK_E", "BLOCK_K", "HOLD",
-               "PRECISION", "CENTER", "SCALE", "CONTIG", "SPLIT", "MEDOIDS", "SORT", "MEAN", "FROM_TOKENS", "HAS_X",
-               "HAS_MASK", "HAS_WEIGHTS", "HAS_COUNTS", "HAS_INDEX"}
+    """Only tiles and flags are constexpr, and no size, stride or flag is specialised: one compilation for all
+    shapes."""
+    allowed = {
+        "BN",
+        "BK",
+        "BD",
+        "BM",
+        "BQ",
+        "BI",
+        "BJ",
+        "TI",
+        "TL",
+        "BC",
+        "R",
+        "BLOCK",
+        "BLOCK_E",
+        "BLOCK_K",
+        "HOLD",
+        "PRECISION",
+        "CENTER",
+        "SCALE",
+        "CONTIG",
+        "SPLIT",
+        "MEDOIDS",
+        "SORT",
+        "MEAN",
+        "FROM_TOKENS",
+        "HAS_X",
+        "HAS_MASK",
+        "HAS_WEIGHTS",
+        "HAS_COUNTS",
+        "HAS_INDEX",
+    }
     kernels = {one.kernel.fn.__name__: one for one in all_launches()}
     assert len(kernels) >= 14
     for name, one in kernels.items():
@@ -269,6 +345,7 @@ def test_sizes_are_runtime_values():
 
 def test_no_autotuning_and_no_float_atomics():
     import tokenpool_ext.triton
+
     for file in Path(tokenpool_ext.triton.__file__).parent.glob("*.py"):
         text = file.read_text()
         assert "triton.autotune" not in text and ".item()" not in text and "synchronize" not in text, file
@@ -297,10 +374,14 @@ def test_tf32_only_where_the_user_allows_it():
 def test_imports_go_downward():
     """Of the rest of the library this backend knows the exceptions alone; the registry knows the backend."""
     import tokenpool_ext.triton
+
     for file in Path(tokenpool_ext.triton.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level > 1:
-                assert node.module is None and [name.name for name in node.names] == ["errors"], (file, ast.unparse(node))
+                assert node.module is None and [name.name for name in node.names] == ["errors"], (
+                    file,
+                    ast.unparse(node),
+                )
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 assert "tokenpool_ext" not in ast.unparse(node), (file, ast.unparse(node))
 
@@ -312,9 +393,11 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def test_without_triton_the_reason_is_given():
-    code = ("import sys; sys.modules['triton'] = None\n"
-            "import torch, tokenpool_ext, tokenpool_ext.triton as t\n"
-            "print(t.unavailable()); print(t.can_run('kmeans', torch.zeros(1, 2, 3, device='meta')))")
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, tokenpool_ext, tokenpool_ext.triton as t\n"
+        "print(t.unavailable()); print(t.can_run('kmeans', torch.zeros(1, 2, 3, device='meta')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     first, second = done.stdout.strip().splitlines()
     assert "cannot be imported" in first and "got one on meta" in second, done.stdout
@@ -329,6 +412,7 @@ def test_plan_is_immutable_and_printable():
 
 def test_explain_counts_what_would_be_launched():
     import tokenpool_ext.triton as backend
+
     for B, N, D, K in ((4, 196, 384, 98), (400, 1030, 128, 343), (2, 4096, 64, 32)):
         found = backend.explain(B, N, K, D, 5, torch.bfloat16)
         assert found["launches"] == len(recorded(B, N, D, K))

@@ -1,4 +1,5 @@
 """Schedules and the cost model, against published totals and counts made by hand."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,8 +14,15 @@ DEIT_S = ViTSpec(depth=12, width=384, num_patches=196, num_heads=6)
 
 @pytest.mark.parametrize(
     "width, patches, depth, expected",
-    [(192, 196, 12, 1.254), (252, 196, 12, 2.074), (318, 196, 12, 3.213), (384, 196, 12, 4.599), (768, 196, 12, 17.56),
-     (768, 576, 12, 55.48), (1024, 576, 24, 191.1)],
+    [
+        (192, 196, 12, 1.254),
+        (252, 196, 12, 2.074),
+        (318, 196, 12, 3.213),
+        (384, 196, 12, 4.599),
+        (768, 196, 12, 17.56),
+        (768, 576, 12, 55.48),
+        (1024, 576, 24, 191.1),
+    ],
 )
 def test_published_totals(width, patches, depth, expected):
     """The x positions of the paper's DeiT points (Fig. 3), and standard ViT sizes."""
@@ -64,8 +72,13 @@ def test_schedules():
     assert normalise(4, {2: 3, 0: 8}) == {0: 8, 2: 3}
     assert tokens_after(3, 5, {0: 0.01}) == [1, 1, 1]
     for call in (
-        lambda: constant(12, 0), lambda: constant(0, 0.5), lambda: geometric(12, 10, 11), lambda: normalise(4, {0: 3, 1: 4}),
-        lambda: normalise(4, {}), lambda: normalise(4, {-1: 4}), lambda: normalise(4, {0: 2.0}),
+        lambda: constant(12, 0),
+        lambda: constant(0, 0.5),
+        lambda: geometric(12, 10, 11),
+        lambda: normalise(4, {0: 3, 1: 4}),
+        lambda: normalise(4, {}),
+        lambda: normalise(4, {-1: 4}),
+        lambda: normalise(4, {0: 2.0}),
     ):
         with pytest.raises(ValueError, match="schedule"):
             call()
@@ -81,8 +94,14 @@ def test_model_against_counted_products():
     from torch.utils.flop_counter import FlopCounterMode
 
     config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14, use_swiglu_ffn=True,
-        num_labels=5, attn_implementation="eager",  # the counter does not know the CPU's fused attention
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        use_swiglu_ffn=True,
+        num_labels=5,
+        attn_implementation="eager",  # the counter does not know the CPU's fused attention
     )
     model = transformers.Dinov2ForImageClassification(config).eval()
     spec = ViTSpec.from_model(model)

@@ -1,4 +1,5 @@
 """patch/unpatch on Hugging Face models with random weights: counts, bit-equality, scores, threads, copies, compile."""
+
 from __future__ import annotations
 
 import copy
@@ -14,14 +15,19 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tokenpool_ext.modules import TokenPooling
-from tokenpool_ext.vit import patch, patched_blocks, tokens_per_layer, unpatch
-from tokenpool_ext.vit import patching, schedule
+from tokenpool_ext.vit import patch, patched_blocks, patching, schedule, tokens_per_layer, unpatch
 
 transformers = pytest.importorskip("transformers")
 
 COMMON = dict(
-    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, num_labels=5,
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=56,
+    patch_size=14,
+    num_labels=5,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
 )
 PATCHES = 16
 
@@ -42,7 +48,6 @@ def build(name: str, **extra):
             elif "token" in name or "position" in name:
                 parameter.normal_()
     return model
-
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,8 +93,10 @@ def test_counts_and_unpatch(family, images):
     assert widths(patch(model, keep_ratio=0.5), images) == [p + n for n in (16, 16, 8, 4, 2)]
     assert unpatch(model) is model and not patched_blocks(model)
     assert torch.equal(model(images).logits, plain) and widths(model, images) == [p + 16] * 5
-    assert not any(m._forward_hooks and any(h in patching.HOOKS.values() for h in m._forward_hooks.values())
-                   for m in model.modules())
+    assert not any(
+        m._forward_hooks and any(h in patching.HOOKS.values() for h in m._forward_hooks.values())
+        for m in model.modules()
+    )
     assert unpatch(model) is model, "a second time: nothing to do"
 
 
@@ -134,7 +141,7 @@ def test_scores_and_keys_are_the_attention_s_own(family, images):
     seen = []
     patch(model, num_tokens={1: 8}, pooling=Spy, kept=seen, cluster_on="keys")
     out = model(images, output_attentions=True, output_hidden_states=True)
-    (tokens, scores, features), = seen
+    ((tokens, scores, features),) = seen
     attention = out.attentions[1]
     torch.testing.assert_close(scores, attention.mean(dim=(1, 2)), rtol=1e-4, atol=1e-6)
     assert scores.std() > 1e-3, "the test would prove nothing on uniform attention"
@@ -456,7 +463,9 @@ def test_export_without_the_user_s_mask(family, images):
     for strict in (False, True) if family == "vit" else (False,):
         exported = torch.export.export(model, (images,), strict=strict).module()
         torch.testing.assert_close(exported(images).logits, pooled)
-    given = {"attention_mask": torch.ones(2, PREFIX[family] + 16)}  # a mask of the user's stays one, whatever its values
+    given = {
+        "attention_mask": torch.ones(2, PREFIX[family] + 16)
+    }  # a mask of the user's stays one, whatever its values
     if patching.find_family(model).model.__dict__.get("forward") is not None:
         with pytest.raises(Exception, match="an attention mask was given"):
             torch.export.export(model, (images,), given)
@@ -486,7 +495,9 @@ def test_weights_that_torch_s_own_hooks_make(images):
 @torch.no_grad()
 def test_a_patched_base_model_keeps_its_signature(images):
     base = patch(build("vit"), keep_ratio=0.5).base_model
-    assert list(inspect.signature(base.forward).parameters) == list(inspect.signature(type(base).forward).parameters)[1:]
+    assert (
+        list(inspect.signature(base.forward).parameters) == list(inspect.signature(type(base).forward).parameters)[1:]
+    )
     twin = pickle.loads(pickle.dumps(base))
     assert torch.equal(twin(images).last_hidden_state, base(images).last_hidden_state)
     assert twin.__dict__["forward"].model is twin if "forward" in twin.__dict__ else True
@@ -558,8 +569,10 @@ def test_hooks_do_not_see_the_probe(images):
     block.layernorm_before = nn.LayerNorm(16)
     with pytest.raises(RuntimeError):
         patch(model, num_tokens={1: 8})
-    assert sum(len(a) + len(b) for a, b in hooks) == sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in block.modules()) + 2, "they are back after a failure, too"
+    assert (
+        sum(len(a) + len(b) for a, b in hooks)
+        == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in block.modules()) + 2
+    ), "they are back after a failure, too"
 
 
 @torch.no_grad()

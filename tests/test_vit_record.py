@@ -1,4 +1,5 @@
 """record: the assignments of a patched model's forward, composed over its blocks."""
+
 from __future__ import annotations
 
 import copy
@@ -10,8 +11,7 @@ from torch import nn
 
 import tokenpool_ext as tp
 from tokenpool_ext.modules import TokenReduction
-from tokenpool_ext.vit import patch, record, unpatch
-from tokenpool_ext.vit import patching
+from tokenpool_ext.vit import patch, patching, record, unpatch
 from tokenpool_ext.viz import compose
 
 transformers = pytest.importorskip("transformers")
@@ -31,8 +31,6 @@ def build(kind="Dinov2WithRegisters"):
 
 def photos(batch, seed=1):
     return torch.randn(batch, 3, 56, 56, generator=torch.Generator().manual_seed(seed))
-
-
 
 
 @torch.no_grad()
@@ -85,7 +83,7 @@ def test_each_forward_replaces_the_one_before():
     model = patch(build(), num_tokens={1: 6, 3: 6})
     with record(model) as r:
         with pytest.raises(RuntimeError, match="no forward of the patched model was seen"):
-            r.assignment
+            _ = r.assignment
         model(photos(2))
         first = r.assignment
         model(photos(3, seed=2))
@@ -167,7 +165,7 @@ def test_what_cannot_be_recorded_is_named():
     with record(model) as r:
         compiled(photos(2))
     with pytest.raises(RuntimeError, match="not through torch.compile"):
-        r.layers
+        _ = r.layers
     with record(model) as r:
         model(photos(2))
     assert r.assignment.shape == (2, 16)

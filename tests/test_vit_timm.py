@@ -1,4 +1,5 @@
 """patch/unpatch on timm's VisionTransformer with random weights (only where timm is installed)."""
+
 from __future__ import annotations
 
 import copy
@@ -8,8 +9,7 @@ import torch
 from torch import nn
 
 from tokenpool_ext import unpool
-from tokenpool_ext.vit import patch, record, tokens_per_layer, unpatch
-from tokenpool_ext.vit import patching
+from tokenpool_ext.vit import patch, patching, record, tokens_per_layer, unpatch
 
 timm = pytest.importorskip("timm")
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
@@ -26,10 +26,16 @@ def distilled(**extra):
 MODELS = {
     "vit": (1, lambda **kw: VisionTransformer(**{**SMALL, **kw})),
     "distilled": (2, distilled),
-    "dinov2-registers": (5, lambda **kw: VisionTransformer(
-        **{**SMALL, "init_values": 0.5, "reg_tokens": 4, "no_embed_class": True, **kw})),
-    "gap-qknorm-pre": (0, lambda **kw: VisionTransformer(
-        **{**SMALL, "class_token": False, "global_pool": "avg", "qk_norm": True, "pre_norm": True, **kw})),
+    "dinov2-registers": (
+        5,
+        lambda **kw: VisionTransformer(**{**SMALL, "init_values": 0.5, "reg_tokens": 4, "no_embed_class": True, **kw}),
+    ),
+    "gap-qknorm-pre": (
+        0,
+        lambda **kw: VisionTransformer(
+            **{**SMALL, "class_token": False, "global_pool": "avg", "qk_norm": True, "pre_norm": True, **kw}
+        ),
+    ),
 }
 
 
@@ -119,7 +125,7 @@ def test_scores_are_the_attention_s_own(family, images):
     qkv = attention.qkv(block.norm1(inputs[0])).reshape(2, -1, 3, 4, 8).permute(2, 0, 3, 1, 4)
     q, k = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
     expected = ((q * attention.scale) @ k.transpose(2, 3)).softmax(-1).mean((1, 2))
-    (_, scores, features), = seen
+    ((_, scores, features),) = seen
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(features, k.mean(1))
 
@@ -221,7 +227,9 @@ def test_feature_maps_of_pooled_tokens_are_refused(registers, images):
         lambda m: m.get_intermediate_layers(images, [0, 1], True),
     ):
         for other in (model, copy.deepcopy(model)):
-            with pytest.raises(ValueError, match="from block [123] on, this patched model has fewer than the 8 x 8 tokens"):
+            with pytest.raises(
+                ValueError, match="from block [123] on, this patched model has fewer than the 8 x 8 tokens"
+            ):
                 call(other)
         call(plain)
     maps = model.forward_intermediates(images, [0], intermediates_only=True)  # a block before the first that pools

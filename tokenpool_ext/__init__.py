@@ -1,16 +1,16 @@
 """Exact, weighted, batched, differentiable K-Means and K-Medoids of tokens, and Token Pooling for vision transformers.
 
-    import torch, tokenpool_ext as tp
-    clusters = tp.kmeans(torch.randn(64, 196, 384), 98)          # centers (64, 98, 384), assignment (64, 196), ...
-    model = tp.patch(model, keep_ratio=0.7)                       # a timm or Hugging Face ViT, pooled between layers
+import torch, tokenpool_ext as tp
+clusters = tp.kmeans(torch.randn(64, 196, 384), 98)          # centers (64, 98, 384), assignment (64, 196), ...
+model = tp.patch(model, keep_ratio=0.7)                       # a timm or Hugging Face ViT, pooled between layers
 """
 
 from ._version import __version__
-from .registry import backends
 from .baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from .functional import Clusters, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
 from .plan import Plan, explain
+from .registry import backends
 from .vit import patch, unpatch
 
 __all__ = [

@@ -18,13 +18,19 @@ USAGE = """usage: python -m tokenpool_ext COMMAND
 
 
 def info() -> int:
-    print(f"tokenpool_ext {__version__}, torch {torch.__version__}, python {platform.python_version()}, {platform.platform()}")
+    print(
+        f"tokenpool_ext {__version__}, torch {torch.__version__}, python {platform.python_version()}, "
+        f"{platform.platform()}"
+    )
     if loader.extension is not None:
         built = loader.extension.build_info()
         print(f"compiled extension: {built['built']}, {built['compiler']}, CPU kernels for {built['cpu_isa']}")
     print(f"threads: {torch.get_num_threads()}")
     if torch.cuda.is_available():
-        print(f"GPU: {torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}")
+        print(
+            f"GPU: {torch.cuda.get_device_name()}, compute capability "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}"
+        )
     print("backends, in order of preference:")
     for name, state in backends().items():
         print(f"  {name:10} {state}")

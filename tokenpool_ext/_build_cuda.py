@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -34,7 +33,7 @@ MINIMUM_TOOLKIT = (12, 8)  # the first that knows sm_100 and sm_120
 TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest the library loads under
 
 
-def find_nvcc() -> Optional[str]:
+def find_nvcc() -> str | None:
     """Path of nvcc: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and os.path.exists(os.path.join(home, "bin", "nvcc")):
@@ -42,7 +41,7 @@ def find_nvcc() -> Optional[str]:
     return shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if os.path.exists("/usr/local/cuda/bin/nvcc") else None)
 
 
-def cuda_home() -> Optional[str]:
+def cuda_home() -> str | None:
     """Root of the toolkit. nvcc on PATH may be a link or a wrapper, so nvcc itself is asked."""
     nvcc = find_nvcc()
     if nvcc is None:
@@ -53,85 +52,105 @@ def cuda_home() -> Optional[str]:
     return os.path.realpath(home)
 
 
-def toolkit_version() -> Optional[tuple]:
+def toolkit_version() -> tuple | None:
     nvcc = find_nvcc()
     if nvcc is None:
         return None
-    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    found = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     return (int(found[1]), int(found[2])) if found else None
 
 
-def torch_folder() -> Optional[str]:
+def torch_folder() -> str | None:
     spec = importlib.util.find_spec("torch")
     return os.path.dirname(spec.origin) if spec and spec.origin else None
 
 
-def compiler() -> Optional[str]:
+def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 
 
-def cannot_build() -> Optional[str]:
+def cannot_build() -> str | None:
     """Why the CUDA library cannot be built here, or None."""
     if find_nvcc() is None:
         return "nvcc was not found; install a CUDA toolkit and put nvcc on PATH, or set CUDA_HOME"
     version = toolkit_version()
     if version is not None and version < MINIMUM_TOOLKIT and "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        return (f"CUDA {version[0]}.{version[1]} does not know sm_100 and sm_120; use CUDA 12.8 or newer, or set "
-                'TORCH_CUDA_ARCH_LIST to what it knows, for example "8.0;9.0a"')
+        return (
+            f"CUDA {version[0]}.{version[1]} does not know sm_100 and sm_120; use CUDA 12.8 or newer, or set "
+            'TORCH_CUDA_ARCH_LIST to what it knows, for example "8.0;9.0a"'
+        )
     if torch_folder() is None:
         return "torch is not installed: its headers are needed; pip install torch"
     if not os.path.exists(os.path.join(torch_folder(), "include", "torch", "csrc", "stable", "library.h")):
         return "this torch has no stable ABI headers; torch >= 2.11 is needed to build"
     if compiler() is None:
         return "no C++ compiler was found; install g++ or set CXX"
-    if not (Path(cuda_home()) / "include" / "cuda_runtime_api.h").exists() and not list(Path(cuda_home()).glob("targets/*/include")):
+    if not (Path(cuda_home()) / "include" / "cuda_runtime_api.h").exists() and not list(
+        Path(cuda_home()).glob("targets/*/include")
+    ):
         return f"{cuda_home()} has no CUDA headers"
     return None
 
 
-def arch_flags(archs: Optional[str] = None) -> List[str]:
+def arch_flags(archs: str | None = None) -> list[str]:
     """-gencode flags for a list in the syntax of TORCH_CUDA_ARCH_LIST: "8.0;8.9+PTX;9.0a"."""
     flags = []
     for entry in re.split(r"[;,\s]+", (archs or os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).strip()):
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not found:
-            raise ValueError(f'architecture list: expected entries such as "8.0", "9.0a" or "8.9+PTX", got {entry!r}; '
-                             "set TORCH_CUDA_ARCH_LIST")
+            raise ValueError(
+                f'architecture list: expected entries such as "8.0", "9.0a" or "8.9+PTX", got {entry!r}; '
+                "set TORCH_CUDA_ARCH_LIST"
+            )
         number = found[1] + found[2] + found[3]
         if int(found[1]) < 8:
-            raise ValueError(f"architecture list: compute capability 8.0 or newer is needed, got {entry!r}; "
-                             "set TORCH_CUDA_ARCH_LIST")
+            raise ValueError(
+                f"architecture list: compute capability 8.0 or newer is needed, got {entry!r}; set TORCH_CUDA_ARCH_LIST"
+            )
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 
-def cuda_extension_parameters(archs: Optional[str] = None) -> Dict[str, List[str]]:
+def cuda_extension_parameters(archs: str | None = None) -> dict[str, list[str]]:
     """Everything a build of `_cuda` needs: sources, include folders, flags of nvcc, of the compiler and of the link."""
     home, torch_root = cuda_home(), torch_folder()
     includes = [str(path) for path in (Path(home) / "include", *Path(home).glob("targets/*/include")) if path.exists()]
     folders = [Path(home) / "lib64", *Path(home).glob("targets/*/lib"), Path(home) / "lib"]
     return {
         "kernels": [str(CSRC / "cuda" / f"{name}.cu") for name in KERNELS],
-        "cxx_sources": [str(CSRC / "cuda" / "ops_cuda.cpp"), str(CSRC / "cuda" / "pipeline.cpp"), str(CSRC / "planner_cuda.cpp")],
+        "cxx_sources": [
+            str(CSRC / "cuda" / "ops_cuda.cpp"),
+            str(CSRC / "cuda" / "pipeline.cpp"),
+            str(CSRC / "planner_cuda.cpp"),
+        ],
         "include_dirs": [os.path.join(torch_root, "include"), *includes],
         "nvcc_flags": ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", *arch_flags(archs)],
-        "cxx_flags": ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-DUSE_CUDA",
-                      f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"],
+        "cxx_flags": [
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-DUSE_CUDA",
+            f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+        ],
         "library_dirs": [os.path.join(torch_root, "lib"), *[str(path) for path in folders if path.exists()]],
         "libraries": ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
     }
 
 
-def _digest(command: List[str], inputs: List[Path]) -> str:
+def _digest(command: list[str], inputs: list[Path]) -> str:
     digest = hashlib.sha256("\0".join(command).encode())
     for path in inputs:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _with_includes(source: Path) -> List[Path]:
+def _with_includes(source: Path) -> list[Path]:
     """The file and the files of csrc it includes, directly or not."""
     found, waiting = [], [source.resolve()]
     while waiting:
@@ -143,31 +162,39 @@ def _with_includes(source: Path) -> List[Path]:
     return sorted(found)
 
 
-def _tasks(p: Dict[str, List[str]], build: Path) -> List[tuple]:
+def _tasks(p: dict[str, list[str]], build: Path) -> list[tuple]:
     """(command, files it depends on, object) of every compilation, the longest first."""
     tasks = []
     for source in map(Path, p["kernels"]):
         output = build / (source.stem + ".cu.o")
-        tasks.append(([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], _with_includes(source), output))
+        tasks.append(
+            ([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], _with_includes(source), output)
+        )
     for source in map(Path, p["cxx_sources"]):
         output = build / (source.stem + ".o")
         include = [f"-I{path}" for path in p["include_dirs"]]
-        tasks.append(([compiler(), *p["cxx_flags"], *include, "-c", str(source), "-o", str(output)], _with_includes(source), output))
+        tasks.append(
+            (
+                [compiler(), *p["cxx_flags"], *include, "-c", str(source), "-o", str(output)],
+                _with_includes(source),
+                output,
+            )
+        )
     return tasks
 
 
-def _is_done(command: List[str], inputs: List[Path], output: Path) -> bool:
+def _is_done(command: list[str], inputs: list[Path], output: Path) -> bool:
     stamp = output.with_suffix(".stamp")
     return output.exists() and stamp.exists() and stamp.read_text() == _digest(command, inputs)
 
 
-def is_fresh(build_dir: str, archs: Optional[str] = None) -> bool:
+def is_fresh(build_dir: str, archs: str | None = None) -> bool:
     """Whether the kernels' objects in `build_dir` were made from the present sources, with the present flags."""
     tasks = _tasks(cuda_extension_parameters(archs), Path(build_dir))
     return all(_is_done(*task) for task in tasks if task[2].name.endswith(".cu.o"))
 
 
-def _compile(command: List[str], inputs: List[Path], output: Path) -> float:
+def _compile(command: list[str], inputs: list[Path], output: Path) -> float:
     """Run `command` unless `output` was made by it from the same text. Keeps the tool's report beside it. Seconds."""
     if _is_done(command, inputs, output):
         return 0.0
@@ -181,7 +208,7 @@ def _compile(command: List[str], inputs: List[Path], output: Path) -> float:
     return time.time() - start
 
 
-def build_cuda(out_dir: str, archs: Optional[str] = None, build_dir: Optional[str] = None, say=print) -> Path:
+def build_cuda(out_dir: str, archs: str | None = None, build_dir: str | None = None, say=print) -> Path:
     """Compile and link `out_dir/_cuda.so`; MAX_JOBS bounds the compilers that run at once. Returns its path.
 
     `build_dir` keeps objects and the assembler's reports (one .log per kernel file) and makes the next build
@@ -208,12 +235,29 @@ def build_cuda(out_dir: str, archs: Optional[str] = None, build_dir: Optional[st
     stub = build / "stub"
     stub.mkdir(exist_ok=True)
     (stub / "stub.c").write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
-    subprocess.run([compiler(), "-x", "c", "-shared", "-fPIC", "-w", "-Wl,-soname,libtorch_cuda.so", "-o", str(stub / "libtorch_cuda.so"),
-                    str(stub / "stub.c")], check=True)
+    subprocess.run(
+        [
+            compiler(),
+            "-x",
+            "c",
+            "-shared",
+            "-fPIC",
+            "-w",
+            "-Wl,-soname,libtorch_cuda.so",
+            "-o",
+            str(stub / "libtorch_cuda.so"),
+            str(stub / "stub.c"),
+        ],
+        check=True,
+    )
     target = Path(out_dir) / LIBRARY
     target.parent.mkdir(parents=True, exist_ok=True)
     command = [compiler(), "-shared", "-o", str(target), *map(str, objects), f"-L{stub}"]
-    command += [f"-L{path}" for path in p["library_dirs"]] + ["-Wl,--exclude-libs,ALL"] + [f"-l{name}" for name in p["libraries"]]
+    command += (
+        [f"-L{path}" for path in p["library_dirs"]]
+        + ["-Wl,--exclude-libs,ALL"]
+        + [f"-l{name}" for name in p["libraries"]]
+    )
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stderr}")
@@ -221,7 +265,7 @@ def build_cuda(out_dir: str, archs: Optional[str] = None, build_dir: Optional[st
     return target
 
 
-def kernel_resources(build_dir: str) -> List[Dict]:
+def kernel_resources(build_dir: str) -> list[dict]:
     """The assembler's report of a build: one record per kernel and architecture with registers, stack and spills."""
     records, arch, kernel, stack = [], None, None, (0, 0, 0)
     for log in sorted(Path(build_dir).glob("*.log")):
@@ -236,14 +280,25 @@ def kernel_resources(build_dir: str) -> List[Dict]:
             elif used and kernel:
                 short = re.search(r"\d+(\w+?_kernel)(I(f|6__half|13__nv_bfloat16|j|t)E)?", kernel)
                 name = re.sub(r"^.*?cuda\d+", "", short[1]) if short else kernel
-                kind = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", None: ""}.get(short[3] if short else None, "")
-                records.append({"kernel": name, "dtype": kind, "arch": arch, "registers": int(used[1]), "stack": stack[0],
-                                "spill_stores": stack[1], "spill_loads": stack[2]})
+                kind = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", None: ""}.get(
+                    short[3] if short else None, ""
+                )
+                records.append(
+                    {
+                        "kernel": name,
+                        "dtype": kind,
+                        "arch": arch,
+                        "registers": int(used[1]),
+                        "stack": stack[0],
+                        "spill_stores": stack[1],
+                        "spill_loads": stack[2],
+                    }
+                )
                 kernel = None
     return records
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out_dir")
     parser.add_argument("--archs", help="as TORCH_CUDA_ARCH_LIST; default: that variable, then " + DEFAULT_ARCHS)

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
@@ -14,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import registry
 
 
-def wanted(*inputs: Optional[torch.Tensor]) -> bool:
+def wanted(*inputs: torch.Tensor | None) -> bool:
     """Does anything record how the result depends on these? If not, the op is called without the cost of a Function."""
     if torch.is_grad_enabled():
         for t in inputs:
@@ -106,5 +104,7 @@ class Unpool(torch.autograd.Function):
 
 def _pool_backward(ctx, grad_centers, x, centers, assignment, weights, mass):
     with registry.no_autocast(x):
-        grad_x, grad_weights = registry.call(ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass)
+        grad_x, grad_weights = registry.call(
+            ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass
+        )
     return grad_x, None if weights is None else grad_weights

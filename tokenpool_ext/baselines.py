@@ -1,14 +1,13 @@
 """The layers Token Pooling is compared with, behind the same ``forward`` (see ``modules.TokenReduction``).
 
 Selections keep K tokens as they are and drop the others: score pruning (PoWER-BERT), importance sampling, random.
-Mergers average: a regular grid (position only), and ToMe's bipartite matching. With ``return_clusters=True`` a selection
-assigns -1 to the tokens it dropped; ``Clusters.inertia`` is None, for none of them minimises it.
+Mergers average: a regular grid (position only), and ToMe's bipartite matching. With ``return_clusters=True`` a
+selection assigns -1 to the tokens it dropped; ``Clusters.inertia`` is None, for none of them minimises it.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling
 class _Selection(TokenReduction):
     """Keep the K tokens with the largest priority, in their order of appearance."""
 
-    def priority(self, x: Tensor, scores: Optional[Tensor]) -> Tensor:
+    def priority(self, x: Tensor, scores: Tensor | None) -> Tensor:
         """(B, n) float: larger is kept first; ties go to the lower index."""
         raise NotImplementedError
 
@@ -39,7 +38,7 @@ class _Selection(TokenReduction):
         tokens = take_tokens(x, index)
         return tokens, self._clusters(x, tokens, index, scores) if want_clusters else None
 
-    def _clusters(self, x: Tensor, tokens: Tensor, index: Tensor, scores: Optional[Tensor]) -> Clusters:
+    def _clusters(self, x: Tensor, tokens: Tensor, index: Tensor, scores: Tensor | None) -> Clusters:
         b, n, _ = x.shape
         k = index.shape[1]
         label = torch.arange(k, device=x.device).expand(b, k)
@@ -54,7 +53,7 @@ class _Selection(TokenReduction):
 class _ScoredSelection(_Selection):
     needs_scores = True
 
-    def _scores(self, scores: Optional[Tensor]) -> Tensor:
+    def _scores(self, scores: Tensor | None) -> Tensor:
         if scores is None:
             raise ValueError(
                 f"{type(self).__name__}: scores must be a (B, N) tensor, got None;"
@@ -76,7 +75,7 @@ class ScorePruning(_ScoredSelection):
 class _Seeded:
     """An optional seed: the same draw at every forward. None: torch's global generator."""
 
-    seed: Optional[int]
+    seed: int | None
 
     def _uniform(self, x: Tensor) -> Tensor:
         shape = x.shape[:2]
@@ -94,11 +93,11 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
 
     ``seed``: None draws from torch's global generator; an int makes every forward draw the same.
 
-    Source: the baseline "Importance Selection" of Marin et al. (arXiv 2110.03860), Fig. 3; its definition there could not
-    be read, so the name is taken at its word.
+    Source: the baseline "Importance Selection" of Marin et al. (arXiv 2110.03860), Fig. 3; its definition there could
+    not be read, so the name is taken at its word.
     """
 
-    def __init__(self, num_tokens: Optional[int] = None, *, seed: Optional[int] = None, **common) -> None:
+    def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
         if seed is not None:
             check_int(type(self).__name__, "seed", seed, 0)
@@ -112,7 +111,7 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
 class RandomSelection(_Seeded, _Selection):
     """Keep K tokens drawn uniformly at random. ``seed`` as in :class:`ImportanceSampling`."""
 
-    def __init__(self, num_tokens: Optional[int] = None, *, seed: Optional[int] = None, **common) -> None:
+    def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
         if seed is not None:
             check_int(type(self).__name__, "seed", seed, 0)
@@ -126,13 +125,14 @@ class GridPooling(TokenReduction):
     """Average pooling over a regular grid of exactly K cells, whatever the tokens hold.
 
     The image is cut into about ``sqrt(K h / w)`` horizontal bands and each band into equal cells, so K need not be a
-    product; for a 16x16 image K = 64 gives plain 2x2 average pooling. Pooling again merges the cells of the layer before.
+    product; for a 16x16 image K = 64 gives plain 2x2 average pooling. Pooling again merges the cells of the layer
+    before.
 
     Args:
         grid_size: (h, w) of the image's patches. None: a square.
     """
 
-    def __init__(self, num_tokens: Optional[int] = None, *, grid_size: Optional[tuple[int, int]] = None, **common) -> None:
+    def __init__(self, num_tokens: int | None = None, *, grid_size: tuple[int, int] | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
         if grid_size is not None:
             name = type(self).__name__
@@ -145,7 +145,9 @@ class GridPooling(TokenReduction):
 
     def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
         b, n, _ = x.shape
-        find = grid_cells.__wrapped__ if torch.compiler.is_compiling() else grid_cells  # the compiler sees through caches
+        find = (
+            grid_cells.__wrapped__ if torch.compiler.is_compiling() else grid_cells
+        )  # the compiler sees through caches
         cells = find(n, k, *(self.grid_size or (1, 1)))
         assignment = torch.tensor(cells, device=x.device).expand(b, n)
         if mask is not None:
@@ -185,24 +187,27 @@ def _split(total: int, parts: int) -> list[int]:
 
 
 class BipartiteMatching(TokenReduction):
-    """ToMe's merging: tokens are dealt alternately into sets A and B, every token of A points to its most similar one in B
-    (cosine), and the strongest pairs are merged into their size-weighted mean.
+    """ToMe's merging: tokens are dealt alternately into sets A and B, every token of A points to its most similar one
+    in B (cosine), and the strongest pairs are merged into their size-weighted mean.
 
-    One round can remove at most half of the tokens; for a smaller K further rounds follow (ToMe merges a little in every
+    One round can remove at most half of the tokens; for a smaller K further rounds follow (ToMe merges a little in
+    every
     layer instead). Give attention keys as ``features``, as its authors do. ``sort`` orders the result by each cluster's
     first token.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461), section 3, written from the paper.
     """
 
-    def __init__(self, num_tokens: Optional[int] = None, *, sort: bool = True, **common) -> None:
+    def __init__(self, num_tokens: int | None = None, *, sort: bool = True, **common) -> None:
         super().__init__(num_tokens, **common)
         check_bool(type(self).__name__, "sort", sort)
         self.sort = sort
 
     def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
         if mask is not None:
-            raise ValueError("BipartiteMatching: mask must be None, got a tensor; the matching has no notion of padding")
+            raise ValueError(
+                "BipartiteMatching: mask must be None, got a tensor; the matching has no notion of padding"
+            )
         metric = (x if features is None else features).detach()
         weights = sizes
         assignment = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,22 +36,22 @@ class Clusters(NamedTuple):
     centers: Tensor
     assignment: Tensor
     mass: Tensor
-    medoids: Optional[Tensor]
+    medoids: Tensor | None
     inertia: Tensor
 
 
 def kmeans(
     x: Tensor,
-    num_clusters: Union[int, Tensor],
+    num_clusters: int | Tensor,
     *,
-    weights: Optional[Tensor] = None,
-    init: Union[str, Tensor, None] = None,
+    weights: Tensor | None = None,
+    init: str | Tensor | None = None,
     num_iters: int = 5,
-    mask: Optional[Tensor] = None,
+    mask: Tensor | None = None,
     sort: bool = False,
-    generator: Optional[torch.Generator] = None,
+    generator: torch.Generator | None = None,
     check_finite: bool = False,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> Clusters:
     """Exact weighted K-Means of every image's tokens, batched and differentiable.
 
@@ -66,9 +66,10 @@ def kmeans(
             GPU tensor synchronises with it: the output's shape depends on it.
         weights: significance of each token, (B, N), finite and >= 0, taken as acc. None: all ones. Only ratios matter.
         init: where to start. "topk": the K heaviest tokens (default with weights); "strided": evenly spaced tokens
-            (default without); "random"; "kmeans++"; "farthest"; "bipartite" (the clusters of ToMe's matching, K >= N/2);
-            a (B, K) integer tensor of token indices (one of padding means the next valid token); or a (B, K, D) tensor of centers. A tie in
-            "farthest" that rounding breaks may fall differently on another backend.
+            (default without); "random"; "kmeans++"; "farthest"; "bipartite" (the clusters of ToMe's matching, K >=
+            N/2);
+            a (B, K) integer tensor of token indices (one of padding means the next valid token); or a (B, K, D) tensor
+            of centers. A tie in "farthest" that rounding breaks may fall differently on another backend.
         num_iters: upper bound on iterations, >= 1. The paper: converges "usually within 5".
         mask: (B, N) bool, True for real tokens. Padding is assigned -1 and never influences anything, even NaN.
         sort: order clusters by their smallest token index (keeps spatial order) instead of by `init`.
@@ -95,21 +96,22 @@ def kmeans(
 
 def kmedoids(
     x: Tensor,
-    num_clusters: Union[int, Tensor],
+    num_clusters: int | Tensor,
     *,
-    weights: Optional[Tensor] = None,
-    init: Union[str, Tensor, None] = None,
+    weights: Tensor | None = None,
+    init: str | Tensor | None = None,
     num_iters: int = 5,
-    mask: Optional[Tensor] = None,
+    mask: Tensor | None = None,
     sort: bool = False,
-    generator: Optional[torch.Generator] = None,
+    generator: torch.Generator | None = None,
     check_finite: bool = False,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> Clusters:
     """Exact weighted K-Medoids (alternating, squared Euclidean): like `kmeans`, but centers are tokens.
 
     The new medoid of a cluster is the member with the least weighted sum of squared distances to the others, which is
-    the member nearest to the cluster's weighted mean; ties go to the lowest index. Arguments, errors and result are those
+    the member nearest to the cluster's weighted mean; ties go to the lowest index. Arguments, errors and result are
+    those
     of `kmeans`, except that `init` may not be a tensor of centers, and `medoids` holds the (B, K) token indices with
     `centers[b, j] == x[b, medoids[b, j]]` bit for bit.
 
@@ -121,7 +123,7 @@ def kmedoids(
 
 
 def pool(
-    x: Tensor, assignment: Tensor, num_clusters: int, *, weights: Optional[Tensor] = None, backend: Optional[str] = None
+    x: Tensor, assignment: Tensor, num_clusters: int, *, weights: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """Weighted mean of any per-token tensor over the clusters of an assignment.
 
@@ -129,7 +131,8 @@ def pool(
 
     Args:
         x: (B, N, D) or (N, D), floating.
-        assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored. Others raise on a CPU, and are ignored on a GPU and
+        assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored. Others raise on a CPU, and are ignored on a GPU
+        and
             where ops are recorded (torch.compile, export), where values are not looked at.
         num_clusters: K >= 1.
         weights: (B, N) or (N,), >= 0; None: all ones. A cluster whose weights add up to zero gets its plain mean.
@@ -154,7 +157,7 @@ def pool(
     return centers if batched else centers[0]
 
 
-def unpool(centers: Tensor, assignment: Tensor, *, backend: Optional[str] = None) -> Tensor:
+def unpool(centers: Tensor, assignment: Tensor, *, backend: str | None = None) -> Tensor:
     """Give every token its cluster's center: the inverse of pooling, up to the reconstruction error.
 
     Args:
@@ -183,14 +186,14 @@ def attention_received(
     q: Tensor,
     k: Tensor,
     *,
-    scale: Optional[float] = None,
-    lse: Optional[Tensor] = None,
-    backend: Optional[str] = None,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Significance score of every token: the softmax attention it receives, averaged over heads and queries.
 
-    score_i = mean_{h, q} softmax_i(scale * q . k_i), from queries and keys alone; no N x N matrix is in memory, so models
-    keep their fused attention.
+    score_i = mean_{h, q} softmax_i(scale * q . k_i), from queries and keys alone; no N x N matrix is in memory, so
+    models keep their fused attention.
 
     Args:
         q: queries (B, H, Nq, d), floating, any strides.
@@ -266,7 +269,9 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     if check_finite and start.is_floating_point():
         used = start if counts is None else start[torch.arange(k, device=x3.device) < counts[:, None]]
         if not torch.isfinite(used).all():
-            raise ValueError(f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it")
+            raise ValueError(
+                f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it"
+            )
     arguments = (x3, weights, mask, counts, start, k, num_iters, sort)
     if autograd.wanted(x3, weights):
         result = (autograd.KMeans if name == "kmeans" else autograd.KMedoids).apply(chain, *arguments)
@@ -285,7 +290,8 @@ def _check_tensor(name: str, argument: str, value) -> None:
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
         raise TypeError(
-            f"{name}: {argument} must be a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor and pass mask"
+            f"{name}: {argument} must be a dense tensor, got a nested one; pad it with "
+            "torch.nested.to_padded_tensor and pass mask"
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}; call .to_dense() first")
@@ -295,7 +301,8 @@ def _check_floating(name: str, argument: str, value) -> None:
     _check_tensor(name, argument, value)
     if value.dtype not in FLOATING:
         raise TypeError(
-            f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {value.dtype}; convert it with .float()"
+            f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {value.dtype}; convert "
+            "it with .float()"
         )
 
 
@@ -308,7 +315,8 @@ def _check_dims(name: str, argument: str, value: Tensor, least: int, most: int, 
 def _check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:
     if value.device != x.device:
         raise ValueError(
-            f"{name}: {argument} must be on the device of the tokens, {x.device}, got {value.device}; move it with .to()"
+            f"{name}: {argument} must be on the device of the tokens, {x.device}, got {value.device}; move "
+            "it with .to()"
         )
 
 
@@ -335,7 +343,7 @@ def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)  # asking torch first takes two microseconds
 
 
-def _check_mask(name: str, mask, x3: Tensor, batched: bool) -> Optional[Tensor]:
+def _check_mask(name: str, mask, x3: Tensor, batched: bool) -> Tensor | None:
     if mask is None:
         return None
     _check_tensor(name, "mask", mask)
@@ -344,7 +352,7 @@ def _check_mask(name: str, mask, x3: Tensor, batched: bool) -> Optional[Tensor]:
     return _per_token(name, "mask", mask, x3, batched)
 
 
-def _check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Optional[Tensor] = None) -> Optional[Tensor]:
+def _check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Tensor | None = None) -> Tensor | None:
     if weights is None:
         return None
     _check_tensor(name, "weights", weights)
@@ -368,10 +376,14 @@ def _check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
                 f"{name}: num_clusters must be an int or a (B,) integer tensor, got {type(num_clusters).__name__}"
             )
         if num_clusters < 1 or (num_clusters > n and b > 0):
-            raise ValueError(f"{name}: num_clusters must be from 1 to N = {n}, got {num_clusters}{_clusters_hint(num_clusters, n)}")
+            raise ValueError(
+                f"{name}: num_clusters must be from 1 to N = {n}, got {num_clusters}{_clusters_hint(num_clusters, n)}"
+            )
         return num_clusters, None
     if num_clusters.dtype not in INTEGER:
-        raise TypeError(f"{name}: num_clusters must be an int or an integer tensor, got a tensor of {num_clusters.dtype}")
+        raise TypeError(
+            f"{name}: num_clusters must be an int or an integer tensor, got a tensor of {num_clusters.dtype}"
+        )
     expected = (b,) if batched else ()
     if tuple(num_clusters.shape) not in {expected, (b,)}:
         raise ValueError(f"{name}: num_clusters must have shape (B,) = {(b,)}, got {tuple(num_clusters.shape)}")
@@ -397,15 +409,20 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         init = "strided" if weights is None else "topk"
     if isinstance(init, str):
         if init not in STRATEGIES:
-            raise ValueError(f"{name}: init must be one of {', '.join(map(repr, STRATEGIES))} or a tensor, got {init!r}")
+            raise ValueError(
+                f"{name}: init must be one of {', '.join(map(repr, STRATEGIES))} or a tensor, got {init!r}"
+            )
         if init == "bipartite" and counts is None and mask is None and 2 * k < n:
-            raise ValueError(f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init")
+            raise ValueError(
+                f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init"
+            )
         if init == "bipartite" and (counts is not None or mask is not None) and values.visible(x3) and b:
             num_valid = torch.full((b,), n) if mask is None else mask.sum(1)
             fewest = torch.full((b,), k) if counts is None else counts
             if (2 * fewest < num_valid).any():
                 raise ValueError(
-                    f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid tokens; use another init"
+                    f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid "
+                    "tokens; use another init"
                 )
         if all(init in registry.REGISTRY[backend].starts for backend in chain):
             return x3.new_empty(b, 0, dtype=torch.int64)  # no indices: the op chooses this start itself
@@ -422,19 +439,25 @@ def _check_init(name, init, x3, k, weights, mask, counts, generator, batched, ch
         expected = (b, k) if batched else (k,)
         if init.shape != expected:
             label = "(B, K)" if batched else "(K,)"
-            raise ValueError(f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}")
+            raise ValueError(
+                f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}"
+            )
         init = _converted(init if batched else init[None], torch.int64)
         if init.numel() and values.visible(init):
             # Entries of clusters that an image does not have may be anything: every backend clamps what it reads.
             used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
             low, high = values.extremes(used)
             if low < 0 or high >= n:
-                raise ValueError(f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}")
+                raise ValueError(
+                    f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}"
+                )
         return init if mask is None or n == 0 else _next_valid(mask).gather(1, init.clamp(0, n - 1))
     if init.dtype not in FLOATING:
         raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")
     if name == "kmedoids":
-        raise TypeError(f"{name}: init must be token indices (integers) or a strategy, got {init.dtype}; medoids are tokens")
+        raise TypeError(
+            f"{name}: init must be token indices (integers) or a strategy, got {init.dtype}; medoids are tokens"
+        )
     expected = (b, k, d) if batched else (k, d)
     if init.shape != expected:
         label = "(B, K, D)" if batched else "(K, D)"
@@ -451,14 +474,15 @@ def _next_valid(mask: Tensor) -> Tensor:
     return torch.where(after < n, after, last)
 
 
-def _check_finite(name: str, x3: Tensor, weights: Optional[Tensor], mask: Optional[Tensor]) -> None:
+def _check_finite(name: str, x3: Tensor, weights: Tensor | None, mask: Tensor | None) -> None:
     bad = ~torch.isfinite(x3).all(2)
     if mask is not None:
         bad &= mask
     if bad.any():
         image, token = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
-            f"{name}: x must be finite, got NaN or infinity at image {image}, token {token} ({int(bad.sum())} tokens in all);"
+            f"{name}: x must be finite, got NaN or infinity at image {image}, token {token} "
+            f"({int(bad.sum())} tokens in all);"
             " mask them or pass check_finite=False"
         )
     if weights is not None:
@@ -466,7 +490,8 @@ def _check_finite(name: str, x3: Tensor, weights: Optional[Tensor], mask: Option
         if bad.any():
             image, token = (int(i) for i in bad.nonzero()[0])
             raise ValueError(
-                f"{name}: weights must be finite, got {float(weights[image, token].detach()):g} at image {image}, token {token};"
+                f"{name}: weights must be finite, got {float(weights[image, token].detach()):g} at image "
+                f"{image}, token {token};"
                 " replace it or pass check_finite=False"
             )
 
@@ -497,5 +522,6 @@ def _check_labels(name: str, assignment: Tensor, num_clusters) -> None:
         low, high = values.extremes(assignment)
         if low < -1 or high >= num_clusters:
             raise ValueError(
-                f"{name}: assignment must hold labels from -1 to K-1 = {num_clusters - 1}, got values from {low} to {high}"
+                f"{name}: assignment must hold labels from -1 to K-1 = {num_clusters - 1}, got values from "
+                f"{low} to {high}"
             )

@@ -11,8 +11,6 @@ scores; "bipartite" is the matching of Bolya et al. 2023 (ToMe, section 3). The 
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -26,9 +24,10 @@ SORTED_HERE = 1 << 15  # scores of "topk"; torch sorts more of them with all thr
 
 
 def without_ops(
-    name: str, x: Tensor, num_clusters: int, weights: Optional[Tensor], mask: Optional[Tensor], counts: Optional[Tensor]
-) -> Optional[Tensor]:
-    """The indices of `initial` where the extension can make them at once, in a microsecond instead of twenty; else None."""
+    name: str, x: Tensor, num_clusters: int, weights: Tensor | None, mask: Tensor | None, counts: Tensor | None
+) -> Tensor | None:
+    """The indices of `initial` where the extension can make them at once, in a microsecond instead of twenty; else
+    None."""
     b, n, _ = x.shape
     if mask is not None or b == 0:
         return None
@@ -37,7 +36,9 @@ def without_ops(
         loader.extension.fill_strided(start.data_ptr(), b, n, num_clusters)
         return start
     if name == "topk" and weights is not None and weights.dtype == torch.float32 and values.plain(weights):
-        if weights.is_contiguous() and b * n <= SORTED_HERE:  # sizes last: where ops are recorded they would become guards
+        if (
+            weights.is_contiguous() and b * n <= SORTED_HERE
+        ):  # sizes last: where ops are recorded they would become guards
             start = weights.new_empty(b, num_clusters, dtype=torch.int64)
             loader.extension.fill_largest(start.data_ptr(), weights.data_ptr(), b, n, num_clusters)
             return start
@@ -48,10 +49,10 @@ def initial(
     name: str,
     x: Tensor,  # (B, N, D)
     num_clusters: int,
-    weights: Optional[Tensor],  # (B, N) acc
-    mask: Optional[Tensor],  # (B, N) bool
-    counts: Optional[Tensor],  # (B,) int64
-    generator: Optional[torch.Generator],
+    weights: Tensor | None,  # (B, N) acc
+    mask: Tensor | None,  # (B, N) bool
+    counts: Tensor | None,  # (B,) int64
+    generator: torch.Generator | None,
     as_indices: bool,  # K-Medoids needs tokens; K-Means may also start from means ("bipartite")
 ) -> Tensor:
     """Token indices (B, K) int64, or for "bipartite" with `as_indices=False` centers (B, K, D) in acc."""
@@ -69,23 +70,23 @@ def initial(
     return _bipartite(x, num_clusters, weights, mask, counts, as_indices)
 
 
-def _significance(x: Tensor, weights: Optional[Tensor]) -> Tensor:
+def _significance(x: Tensor, weights: Tensor | None) -> Tensor:
     return torch.ones(x.shape[:2], dtype=accumulate_dtype(x.dtype), device=x.device) if weights is None else weights
 
 
-def _largest(score: Tensor, mask: Optional[Tensor], k: int) -> Tensor:
+def _largest(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     """Indices of the K largest scores of each image, ties to the lowest index; valid tokens before padding."""
     if mask is not None:
         score = torch.where(mask, score, -torch.inf)
     return score.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
-def _num_valid(x: Tensor, mask: Optional[Tensor]) -> Tensor:
+def _num_valid(x: Tensor, mask: Tensor | None) -> Tensor:
     b, n, _ = x.shape
     return torch.full((b,), n, device=x.device) if mask is None else mask.sum(1)
 
 
-def _strided(x: Tensor, k: int, mask: Optional[Tensor], counts: Optional[Tensor]) -> Tensor:
+def _strided(x: Tensor, k: int, mask: Tensor | None, counts: Tensor | None) -> Tensor:
     """Evenly spaced valid tokens: number floor((j + 1/2) n / K) of n, for j < K."""
     b, tokens, _ = x.shape
     if mask is None and counts is None:
@@ -105,7 +106,7 @@ def _strided(x: Tensor, k: int, mask: Optional[Tensor], counts: Optional[Tensor]
 
 
 def _random(
-    x: Tensor, k: int, weights: Optional[Tensor], mask: Optional[Tensor], generator: Optional[torch.Generator]
+    x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     """K distinct tokens, uniformly at random; tokens of zero weight only after all others."""
     key = torch.rand(x.shape[:2], generator=generator, device=x.device)
@@ -117,9 +118,9 @@ def _random(
 def _bipartite(
     x: Tensor,
     k: int,
-    weights: Optional[Tensor],
-    mask: Optional[Tensor],
-    counts: Optional[Tensor],
+    weights: Tensor | None,
+    mask: Tensor | None,
+    counts: Tensor | None,
     as_indices: bool,
 ) -> Tensor:
     """The clusters of ToMe's one-shot matching at the same K: alternate tokens form sets A and B, every A token names

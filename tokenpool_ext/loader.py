@@ -1,7 +1,7 @@
 """Loads the two compiled libraries and keeps the reason when one is absent. Importing this never fails.
 
-`_C` holds the op schemas, the CPU kernels and the introspection module; `_cuda` the CUDA kernels. `_cuda` is loaded only
-under a CUDA build of torch.
+`_C` holds the op schemas, the CPU kernels and the introspection module; `_cuda` the CUDA kernels. `_cuda` is loaded
+only under a CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import importlib
 import os
-from typing import Optional
 
 import torch
 
@@ -19,8 +18,8 @@ _HERE = os.path.dirname(__file__)
 MINIMUM_TORCH = (2, 11)
 
 extension = None  # the module tokenpool_ext._C, once loaded
-extension_reason: Optional[str] = None  # why not
-cuda_reason: Optional[str] = None
+extension_reason: str | None = None  # why not
+cuda_reason: str | None = None
 
 
 def _load_extension() -> None:
@@ -47,7 +46,10 @@ def _load_cuda() -> None:
     else:
         found = sorted(glob.glob(os.path.join(_HERE, "_cuda*.so")))
         if not found:
-            cuda_reason = "the CUDA kernels were not built; build them with: TOKENPOOL_EXT_CUDA=1 pip install --no-build-isolation -e ."
+            cuda_reason = (
+                "the CUDA kernels were not built; build them with: "
+                "TOKENPOOL_EXT_CUDA=1 pip install --no-build-isolation -e ."
+            )
             return
         try:
             torch.ops.load_library(found[0])

@@ -1,18 +1,18 @@
 """``nn.Module`` layers that replace the N patch tokens of an image by K tokens.
 
-:class:`TokenPooling` is the layer of Marin et al., "Token Pooling in Vision Transformers" (arXiv 2110.03860), section 3:
+:class:`TokenPooling` is the layer of Marin et al., "Token Pooling in Vision Transformers" (arXiv 2110.03860), section
+3:
 it has no parameters and no buffers, so it adds nothing to a checkpoint, and it keeps nothing between forwards.
 :class:`TokenReduction` holds what every such layer shares; the baselines of ``baselines.py`` build on it.
 
-Shapes: B images, N tokens an image of which the first P are prefix tokens (class, distillation, registers), n = N - P patch
-tokens, D features a token, K patch tokens kept.
+Shapes: B images, N tokens an image of which the first P are prefix tokens (class, distillation, registers), n = N - P
+patch tokens, D features a token, K patch tokens kept.
 """
 
 from __future__ import annotations
 
 import numbers
 from fractions import Fraction
-from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,12 @@ class TokenReduction(nn.Module):
 
     def __init__(
         self,
-        num_tokens: Optional[int] = None,
+        num_tokens: int | None = None,
         *,
-        keep_ratio: Optional[float] = None,
+        keep_ratio: float | None = None,
         num_prefix_tokens: int = 1,
         return_clusters: bool = False,
-        backend: Optional[str] = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -84,23 +84,24 @@ class TokenReduction(nn.Module):
         self,
         x: Tensor,
         k: int,
-        scores: Optional[Tensor],
-        features: Optional[Tensor],
-        mask: Optional[Tensor],
-        sizes: Optional[Tensor],
+        scores: Tensor | None,
+        features: Tensor | None,
+        mask: Tensor | None,
+        sizes: Tensor | None,
         want_clusters: bool,
-    ) -> tuple[Tensor, Optional[Clusters]]:
-        """Patch tokens (B, n, D) to (B, k, D), k < n; and the clusters when wanted. All arguments: patch tokens only."""
+    ) -> tuple[Tensor, Clusters | None]:
+        """Patch tokens (B, n, D) to (B, k, D), k < n; and the clusters when wanted. All arguments: patch tokens
+        only."""
         raise NotImplementedError(f"{type(self).__name__} must implement reduce(...)")
 
     def forward(
         self,
         x: Tensor,
-        scores: Optional[Tensor] = None,
+        scores: Tensor | None = None,
         *,
-        features: Optional[Tensor] = None,
-        mask: Optional[Tensor] = None,
-        sizes: Optional[Tensor] = None,
+        features: Tensor | None = None,
+        mask: Tensor | None = None,
+        sizes: Tensor | None = None,
     ):
         """Pool the patch tokens of ``x``; prefix tokens stay in front, unchanged.
 
@@ -169,7 +170,7 @@ class TokenReduction(nn.Module):
     def _options(self) -> list[str]:
         return []
 
-    def _patches(self, argument: str, value: Optional[Tensor], x: Tensor, dims: int) -> Optional[Tensor]:
+    def _patches(self, argument: str, value: Tensor | None, x: Tensor, dims: int) -> Tensor | None:
         """The part of a per-token tensor that belongs to the patch tokens; it may or may not include the prefix."""
         if value is None:
             return None
@@ -181,7 +182,8 @@ class TokenReduction(nn.Module):
         if value.dim() != dims or value.shape[0] != b or value.shape[1] not in (total, n):
             tail = ", E" if dims == 3 else ""
             raise ValueError(
-                f"{name}: {argument} must have shape ({b}, {total}{tail}), all tokens, or ({b}, {n}{tail}), patch tokens"
+                f"{name}: {argument} must have shape ({b}, {total}{tail}), all tokens, or ({b}, {n}{tail}), "
+                "patch tokens"
                 f" only, for x of shape {tuple(x.shape)}, got {tuple(value.shape)}"
             )
         if argument == "mask" and value.dtype != torch.bool:
@@ -192,8 +194,8 @@ class TokenReduction(nn.Module):
 class TokenPooling(TokenReduction):
     """Replace the patch tokens by K that reconstruct them best: exact (weighted) K-Means or K-Medoids.
 
-    Minimises ``sum_i w_i min_j ||x_i - c_j||^2`` with w the significance scores. K is the same for every image. Gradients
-    flow through the means (or the medoids' rows), the assignment is constant.
+    Minimises ``sum_i w_i min_j ||x_i - c_j||^2`` with w the significance scores. K is the same for every image.
+    Gradients flow through the means (or the medoids' rows), the assignment is constant.
 
     Args:
         num_tokens, keep_ratio, num_prefix_tokens, return_clusters, backend: see :class:`TokenReduction`.
@@ -202,7 +204,8 @@ class TokenPooling(TokenReduction):
         num_iters: upper bound on iterations; the paper: converges "usually within 5".
         init: how to start, see :func:`~tokenpool_ext.kmeans`; a name or None. None: the K heaviest tokens with scores,
             evenly spaced ones without.
-        emit: what stands for a cluster: ``"mean"`` (weighted), or ``"medoid"``, a token of the input; the default is the
+        emit: what stands for a cluster: ``"mean"`` (weighted), or ``"medoid"``, a token of the input; the default is
+        the
             medoid for K-Medoids and the mean for K-Means. ``"medoid"`` needs ``algorithm="kmedoids"``.
         sort: order the pooled tokens by their cluster's first token (keeps the spatial order).
 
@@ -211,21 +214,24 @@ class TokenPooling(TokenReduction):
 
     def __init__(
         self,
-        num_tokens: Optional[int] = None,
+        num_tokens: int | None = None,
         *,
-        keep_ratio: Optional[float] = None,
+        keep_ratio: float | None = None,
         algorithm: str = "kmeans",
         weighted: bool = True,
         num_iters: int = 5,
         num_prefix_tokens: int = 1,
-        init: Optional[str] = None,
-        emit: Optional[str] = None,
+        init: str | None = None,
+        emit: str | None = None,
         sort: bool = True,
         return_clusters: bool = False,
-        backend: Optional[str] = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__(
-            num_tokens, keep_ratio=keep_ratio, num_prefix_tokens=num_prefix_tokens, return_clusters=return_clusters,
+            num_tokens,
+            keep_ratio=keep_ratio,
+            num_prefix_tokens=num_prefix_tokens,
+            return_clusters=return_clusters,
             backend=backend,
         )
         name = type(self).__name__
@@ -241,12 +247,16 @@ class TokenPooling(TokenReduction):
         if init is not None:
             check_choice(name, "init", init, STRATEGIES)
         if init == "bipartite" and self.keep_ratio is not None and self.keep_ratio < 0.5:
-            raise ValueError(f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {self.keep_ratio:g}; use another init")
+            raise ValueError(
+                f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {self.keep_ratio:g}; use another init"
+            )
         if emit is None:
             emit = "medoid" if algorithm == "kmedoids" else "mean"
         check_choice(name, "emit", emit, ("mean", "medoid"))
         if emit == "medoid" and algorithm == "kmeans":
-            raise ValueError(f"{name}: emit='medoid' needs algorithm='kmedoids', got {algorithm!r}; K-Means has no medoids")
+            raise ValueError(
+                f"{name}: emit='medoid' needs algorithm='kmedoids', got {algorithm!r}; K-Means has no medoids"
+            )
         self.algorithm = algorithm
         self.weighted = weighted
         self.num_iters = num_iters
@@ -279,7 +289,9 @@ class TokenPooling(TokenReduction):
 
     def _options(self) -> list[str]:
         options = [
-            f"algorithm={self.algorithm!r}", f"weighted={self.weighted}", f"num_iters={self.num_iters}",
+            f"algorithm={self.algorithm!r}",
+            f"weighted={self.weighted}",
+            f"num_iters={self.num_iters}",
             f"emit={self.emit!r}",
         ]
         if self.init is not None:
@@ -301,7 +313,7 @@ def _cluster_sums(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     return sizes.new_zeros(sizes.shape[0], k).scatter_add(1, assignment.clamp(min=0), sizes)
 
 
-def _identity(x: Tensor, scores: Optional[Tensor], mask: Optional[Tensor]) -> Clusters:
+def _identity(x: Tensor, scores: Tensor | None, mask: Tensor | None) -> Clusters:
     """The clusters of a sequence that was short enough: one a token."""
     acc = accumulate_dtype(x.dtype)
     b, n, _ = x.shape

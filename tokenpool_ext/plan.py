@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Optional, Tuple, Union
 
 import torch
 
@@ -22,8 +21,8 @@ class Plan:
     """How one clustering would be computed. Prints as one readable paragraph.
 
     backend: its name; path: "gram", "direct" or a backend's own name for it; flops and bytes: of the whole batch
-    (a multiply-add is 2 flops; bytes read and written at least once); workspace_bytes: memory beyond inputs and outputs;
-    threads: CPU threads, or None on a GPU; launches: kernel launches, or None on a CPU; reason: why this path.
+    (a multiply-add is 2 flops; bytes read and written at least once); workspace_bytes: memory beyond inputs and
+    outputs; threads: CPU threads, or None on a GPU; launches: kernel launches, or None on a CPU; reason: why this path.
     """
 
     problem: str
@@ -32,8 +31,8 @@ class Plan:
     flops: float
     bytes: float
     workspace_bytes: float
-    threads: Optional[int]
-    launches: Optional[int]
+    threads: int | None
+    launches: int | None
     reason: str
     refusals: str
 
@@ -56,16 +55,16 @@ def explain(
     D: int,
     *,
     dtype: torch.dtype = torch.float32,
-    device: Union[str, torch.device] = "cpu",
+    device: str | torch.device = "cpu",
     num_iters: int = 5,
-    init: Optional[str] = None,
+    init: str | None = None,
     algorithm: str = "kmeans",
-    compute_capability: Optional[Tuple[int, int]] = None,
+    compute_capability: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan for `kmeans` (or `kmedoids`) of B images of N tokens of D features into K clusters. Nothing is run.
 
-    init: the name `kmeans` would get, or "centers" for a tensor of centers; the path depends on whether the start is tokens,
-    centers (those, and K-Means' "bipartite") or chosen inside ("farthest"). algorithm: "kmeans" or "kmedoids".
+    init: the name `kmeans` would get, or "centers" for a tensor of centers; the path depends on whether the start is
+    tokens, centers (those, and K-Means' "bipartite") or chosen inside ("farthest"). algorithm: "kmeans" or "kmedoids".
 
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 
@@ -110,7 +109,11 @@ def explain(
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
         forced = _forced("TOKENPOOL_EXT_CPU_PATH", CPU_PATHS)
         if forced and forced != plan["path"]:
-            plan = {**plan, "path": forced, "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}"}
+            plan = {
+                **plan,
+                "path": forced,
+                "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}",
+            }
         threads = torch.get_num_threads()
         return Plan(
             path=plan["path"],
@@ -133,8 +136,20 @@ def explain(
         )
     if name == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        return _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, (gpu.major, gpu.minor), refusals,
-                          gpu.multi_processor_count)
+        return _plan_cuda(
+            B,
+            N,
+            K,
+            D,
+            dtype,
+            num_iters,
+            medoids,
+            given,
+            farthest,
+            (gpu.major, gpu.minor),
+            refusals,
+            gpu.multi_processor_count,
+        )
     found = registry.REGISTRY[name].ops().explain(B, N, K, D, num_iters, dtype)
     return Plan(
         path=found["path"],
@@ -156,7 +171,18 @@ def _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, capabilit
     major, minor = capability
     forced = _forced("TOKENPOOL_EXT_CUDA_PATH", CUDA_PATHS)
     found = loader.extension.plan_cuda(
-        B, N, K, D, num_iters, code, medoids, major, minor, multiprocessors, centers_given=given, farthest=farthest,
+        B,
+        N,
+        K,
+        D,
+        num_iters,
+        code,
+        medoids,
+        major,
+        minor,
+        multiprocessors,
+        centers_given=given,
+        farthest=farthest,
         force_path=CUDA_PATHS.index(forced) if forced else -1,
     )
     return Plan(
@@ -173,7 +199,7 @@ def _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, capabilit
     )
 
 
-def _forced(variable: str, paths: Tuple[str, ...]) -> Optional[str]:
+def _forced(variable: str, paths: tuple[str, ...]) -> str | None:
     path = os.environ.get(variable) or None
     if path and path not in paths:
         raise ValueError(f"explain: {variable} must be one of {', '.join(paths)}, got {path}")

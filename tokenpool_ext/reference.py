@@ -14,7 +14,7 @@ Source of the method: Marin et al., "Token Pooling in Vision Transformers" (arXi
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def power_of_two_scale(largest: Tensor) -> Tuple[Tensor, Tensor]:
+def power_of_two_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
     """Powers of two (scale, 1/scale) that bring `largest` into [1, 2); 1 where it is zero, NaN or infinite."""
     limit = 126 if largest.dtype == torch.float32 else 1022
     ordinary = torch.isfinite(largest) & (largest > 0)
@@ -67,7 +67,7 @@ def power_of_two_scale(largest: Tensor) -> Tuple[Tensor, Tensor]:
     return _power_of_two(exponent, largest.dtype), _power_of_two(-exponent, largest.dtype)
 
 
-def _prepare(x: Tensor, weights: Optional[Tensor], mask: Optional[Tensor], counts: Optional[Tensor], k: int) -> _Problem:
+def _prepare(x: Tensor, weights: Tensor | None, mask: Tensor | None, counts: Tensor | None, k: int) -> _Problem:
     acc = accumulate_dtype(x.dtype)
     b, n, _ = x.shape
     valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -92,7 +92,7 @@ def _prepare(x: Tensor, weights: Optional[Tensor], mask: Optional[Tensor], count
 # The steps of one iteration
 
 
-def _assign(centered: Tensor, centers: Tensor, active: Tensor) -> Tuple[Tensor, Tensor]:
+def _assign(centered: Tensor, centers: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest center of every token, lowest index on a tie; and the squared distance to it. (B, N), (B, N)."""
     center_norm = centers.square().sum(-1)[:, None, :]
     labels, distances = [], []
@@ -125,13 +125,15 @@ def _repair(assignment: Tensor, cost: Tensor, p: _Problem) -> Tensor:
     donor_rank = donor.cumsum(1) - 1
 
     empty = p.active & (last < 0)
-    empty_clusters = empty.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # the empty ones first, ascending
+    empty_clusters = empty.to(torch.uint8).argsort(
+        dim=1, descending=True, stable=True
+    )  # the empty ones first, ascending
     moves = donor & (donor_rank < empty.sum(1, keepdim=True))
     target = empty_clusters.gather(1, donor_rank.clamp(0, k - 1))
     return torch.empty_like(assignment).scatter(1, order, torch.where(moves, target, label))
 
 
-def _membership(assignment: Tensor, weights: Tensor, k: int) -> Tuple[Tensor, Tensor]:
+def _membership(assignment: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Summed weights W (B, K) and each token's share of its cluster's mean (B, N): w/W, or 1/count where W = 0."""
     index = assignment.clamp(min=0)
     inside = assignment >= 0
@@ -155,7 +157,9 @@ def _cluster_sums(values: Tensor, assignment: Tensor, coefficient: Tensor, k: in
     """sum over the members i of each cluster of coefficient_i * values_i: (B, K, D)."""
     b, _, d = values.shape
     total = values.new_zeros(b, k, d)
-    for v, a, c in zip(values.split(TOKEN_CHUNK, 1), assignment.split(TOKEN_CHUNK, 1), coefficient.split(TOKEN_CHUNK, 1)):
+    for v, a, c in zip(
+        values.split(TOKEN_CHUNK, 1), assignment.split(TOKEN_CHUNK, 1), coefficient.split(TOKEN_CHUNK, 1)
+    ):
         total = total + (_one_hot(a, k, v.dtype) * c[:, :, None]).transpose(1, 2) @ v
     return total
 
@@ -165,7 +169,8 @@ def _medoids(assignment: Tensor, centers: Tensor, mass: Tensor, p: _Problem) -> 
 
     This is the member with the least weighted sum of squared distances to the others, since
     sum_l w_l ||x_l - x_i||^2 = W ||x_i - mean||^2 + const. With W = 0 all sums are 0: the lowest index. Two members are
-    at sums w_2 d and w_1 d, so the heavier one wins: decided on the weights, for rounding would toss a coin on every tie.
+    at sums w_2 d and w_1 d, so the heavier one wins: decided on the weights, for rounding would toss a coin on every
+    tie.
     """
     n = assignment.shape[1]
     k = p.active.shape[1]
@@ -175,9 +180,7 @@ def _medoids(assignment: Tensor, centers: Tensor, mass: Tensor, p: _Problem) -> 
     count = torch.zeros_like(mass).scatter_add(1, index, p.valid.to(mass.dtype))
     distance = torch.where(count.gather(1, index) == 2, -p.weights, distance)
     distance = torch.where(mass.gather(1, index) > 0, distance, 0)
-    least = torch.full_like(mass, torch.inf).scatter_reduce(
-        1, index, torch.where(p.valid, distance, torch.inf), "amin"
-    )
+    least = torch.full_like(mass, torch.inf).scatter_reduce(1, index, torch.where(p.valid, distance, torch.inf), "amin")
     nearest = p.valid & (distance == least.gather(1, index))
     token = torch.where(nearest, torch.arange(n, device=assignment.device), n)
     medoids = torch.full((len(mass), k), n, device=assignment.device)
@@ -190,7 +193,7 @@ def _gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
-def _sort_clusters(assignment: Tensor, k: int) -> Tuple[Tensor, Tensor]:
+def _sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Relabel so that the smallest member index ascends. Returns (assignment, order): new cluster j is old order[j]."""
     n = assignment.shape[1]
     index = torch.arange(n, device=assignment.device).expand_as(assignment)
@@ -202,7 +205,7 @@ def _sort_clusters(assignment: Tensor, k: int) -> Tuple[Tensor, Tensor]:
 
 
 def spread(
-    x: Tensor, k: int, weights: Optional[Tensor], mask: Optional[Tensor], generator: Optional[torch.Generator], sample: bool
+    x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None, sample: bool
 ) -> Tensor:
     """K tokens one by one. k-means++: drawn with probability w_i * (squared distance to the nearest chosen so far), the
     first by weight. Farthest: the token of largest such distance, the first the heaviest. Zero weights come last."""
@@ -247,29 +250,32 @@ def spread(
 
 def kmeans(
     x: Tensor,
-    weights: Optional[Tensor],
-    mask: Optional[Tensor],
-    counts: Optional[Tensor],
+    weights: Tensor | None,
+    mask: Tensor | None,
+    counts: Tensor | None,
     init: Tensor,
     num_clusters: int,
     num_iters: int,
     sort: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted Lloyd iterations (paper section 3.2). Returns (centers, assignment, mass, inertia); see functional.kmeans."""
-    centers, assignment, mass, _, inertia = _cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted Lloyd iterations (paper section 3.2). Returns (centers, assignment, mass, inertia); see
+    functional.kmeans."""
+    centers, assignment, mass, _, inertia = _cluster(
+        x, weights, mask, counts, init, num_clusters, num_iters, sort, False
+    )
     return centers, assignment, mass, inertia
 
 
 def kmedoids(
     x: Tensor,
-    weights: Optional[Tensor],
-    mask: Optional[Tensor],
-    counts: Optional[Tensor],
+    weights: Tensor | None,
+    mask: Tensor | None,
+    counts: Tensor | None,
     init: Tensor,
     num_clusters: int,
     num_iters: int,
     sort: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Alternating K-Medoids (paper section 3.3). Returns (centers, assignment, mass, medoids, inertia)."""
     return _cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, True)
 
@@ -336,7 +342,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     return centers[:, :, :d], assignment, mass, medoids, inertia
 
 
-def pool(x: Tensor, assignment: Tensor, weights: Optional[Tensor], num_clusters: int) -> Tuple[Tensor, Tensor]:
+def pool(x: Tensor, assignment: Tensor, weights: Tensor | None, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Weighted mean of the tokens of each cluster. Returns (centers (B, K, D) in x.dtype, mass (B, K))."""
     acc = accumulate_dtype(x.dtype)
     inside = (assignment >= 0) & (assignment < num_clusters)
@@ -349,9 +355,10 @@ def pool(x: Tensor, assignment: Tensor, weights: Optional[Tensor], num_clusters:
 
 
 def pool_backward(
-    grad_centers: Tensor, x: Tensor, centers: Tensor, assignment: Tensor, weights: Optional[Tensor], mass: Tensor
-) -> Tuple[Tensor, Tensor]:
-    """Gradient of the weighted mean: (grad_x (B, N, D) in x.dtype, grad_weights (B, N) in acc; zeros without weights)."""
+    grad_centers: Tensor, x: Tensor, centers: Tensor, assignment: Tensor, weights: Tensor | None, mass: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the weighted mean: (grad_x (B, N, D) in x.dtype, grad_weights (B, N) in acc; zeros without
+    weights)."""
     acc = accumulate_dtype(x.dtype)
     k = centers.shape[1]
     inside = (assignment >= 0) & (assignment < k)
@@ -382,12 +389,15 @@ def unpool_backward(grad: Tensor, assignment: Tensor, num_clusters: int) -> Tens
     acc = accumulate_dtype(grad.dtype)
     inside = (assignment >= 0) & (assignment < num_clusters)
     total = _cluster_sums(
-        torch.where(inside[:, :, None], grad.to(acc), 0), torch.where(inside, assignment, -1), inside.to(acc), num_clusters
+        torch.where(inside[:, :, None], grad.to(acc), 0),
+        torch.where(inside, assignment, -1),
+        inside.to(acc),
+        num_clusters,
     )
     return total.to(grad.dtype)
 
 
-def attention_received(q: Tensor, k: Tensor, scale: float, lse: Optional[Tensor]) -> Tensor:
+def attention_received(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
     """Mean over heads and queries of softmax(scale * q k^T): (B, N) in acc. One head at a time."""
     acc = accumulate_dtype(q.dtype)
     b, heads, num_queries, _ = q.shape

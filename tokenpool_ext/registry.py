@@ -5,8 +5,8 @@
     cpu        hand-written C++ kernels (torch.ops.tokenpool_ext, library _C)
     reference  plain PyTorch (tokenpool_ext.reference), on any device
 
-With `backend=None` the first that can run is taken, and a kernel that fails to compile on a device hands over to the next
-with one warning. A backend asked for by name never falls back. TOKENPOOL_EXT_BACKEND=name asks for every call.
+With `backend=None` the first that can run is taken, and a kernel that fails to compile on a device hands over to the
+next with one warning. A backend asked for by name never falls back. TOKENPOOL_EXT_BACKEND=name asks for every call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from typing import Callable, Dict, Optional, Tuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,25 +29,27 @@ ENVIRONMENT = "TOKENPOOL_EXT_BACKEND"
 class Backend:
     """A name, a reason for being absent, a check of one problem, and the operators."""
 
-    def __init__(self, name: str, unavailable: Callable, refuses: Callable, ops: Callable, starts: Tuple[str, ...] = ()):
+    def __init__(
+        self, name: str, unavailable: Callable, refuses: Callable, ops: Callable, starts: tuple[str, ...] = ()
+    ):
         self.name = name
         self.unavailable = unavailable  # () -> reason or None
         self.refuses = refuses  # (op, x) -> reason or None
         self.ops = ops  # () -> namespace with one function per op
         self.starts = starts  # strategies of `init` that kmeans and kmedoids choose themselves when given no indices
 
-    def can_run(self, op: str, x: Tensor) -> Optional[str]:
+    def can_run(self, op: str, x: Tensor) -> str | None:
         """None when this backend can run `op` on tokens like `x`, else the reason why not."""
         return self.unavailable() or self.refuses(op, x)
 
 
-def _cuda_unavailable() -> Optional[str]:
+def _cuda_unavailable() -> str | None:
     if loader.cuda_reason:
         return loader.cuda_reason
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-def _cuda_refuses(op: str, x: Tensor) -> Optional[str]:
+def _cuda_refuses(op: str, x: Tensor) -> str | None:
     if not x.is_cuda:
         return f"the tokens are on {x.device}, not on a CUDA device"
     if x.dtype == torch.float64:
@@ -55,15 +57,15 @@ def _cuda_refuses(op: str, x: Tensor) -> Optional[str]:
     return None
 
 
-def _cpu_unavailable() -> Optional[str]:
+def _cpu_unavailable() -> str | None:
     return loader.extension_reason
 
 
-def _cpu_refuses(op: str, x: Tensor) -> Optional[str]:
+def _cpu_refuses(op: str, x: Tensor) -> str | None:
     return None if x.is_cpu else f"the tokens are on {x.device}, not on the CPU"
 
 
-REGISTRY: Dict[str, Backend] = {
+REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cuda", _cuda_unavailable, _cuda_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
@@ -74,12 +76,12 @@ REGISTRY: Dict[str, Backend] = {
 }
 
 
-def backends() -> Dict[str, str]:
+def backends() -> dict[str, str]:
     """Every backend by name: "ok", or the reason why it cannot run here. The order is the order of preference."""
     return {name: backend.unavailable() or "ok" for name, backend in REGISTRY.items()}
 
 
-def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
+def select(op: str, x: Tensor, name: str | None = None) -> tuple[str, ...]:
     """The backends to try for `op` on tokens like `x`, best first; exactly one when asked for by name.
 
     Raises:
@@ -105,7 +107,7 @@ def select(op: str, x: Tensor, name: Optional[str] = None) -> Tuple[str, ...]:
     return (name,)
 
 
-def _willing(op: str, x: Tensor) -> Tuple[str, ...]:
+def _willing(op: str, x: Tensor) -> tuple[str, ...]:
     if x.is_cpu and REGISTRY["cpu"].can_run(op, x) is None:
         return ("cpu",)
     device = x.device.type
@@ -134,7 +136,7 @@ def no_autocast(x: Tensor):
 _warned = set()
 
 
-def call(chain: Tuple[str, ...], op: str, *args):
+def call(chain: tuple[str, ...], op: str, *args):
     """Run `op` on the first backend of `chain` whose kernel works, warning once for each that does not."""
     for name in chain[:-1]:
         try:
@@ -143,7 +145,8 @@ def call(chain: Tuple[str, ...], op: str, *args):
             if (name, op) not in _warned:
                 _warned.add((name, op))
                 warnings.warn(
-                    f"tokenpool_ext: {op} cannot run on backend {name!r} here ({error}); using {chain[chain.index(name) + 1]!r}",
+                    f"tokenpool_ext: {op} cannot run on backend {name!r} here ({error}); using "
+                    f"{chain[chain.index(name) + 1]!r}",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -1,13 +1,13 @@
-"""Looking at the values of tensors on the CPU, for validation and simple starts: whether it is allowed, and how it is quick.
+"""Looking at the values of tensors on the CPU, for validation and simple starts: whether it is allowed, and how it is
+quick.
 
-An op of torch takes five to ten microseconds to start; the extension (csrc/values.h) looks at memory in one. No value is looked
-at where ops are recorded without values, nor on another device, where it would synchronise.
+An op of torch takes five to ten microseconds to start; the extension (csrc/values.h) looks at memory in one. No value
+is looked at where ops are recorded without values, nor on another device, where it would synchronise.
 """
 
 from __future__ import annotations
 
 import numbers
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ def visible(t: Tensor) -> bool:
 
 
 def plain(t: Tensor) -> bool:
-    """May the extension look at this tensor's memory, or write that of one made beside it? Only where no op is recorded or
-    replaced, and what is in memory is the tensor's value."""
+    """May the extension look at this tensor's memory, or write that of one made beside it? Only where no op is
+    recorded or replaced, and what is in memory is the tensor's value."""
     return (
         not torch.compiler.is_compiling()
         and t.is_cpu
@@ -52,7 +52,7 @@ def plain(t: Tensor) -> bool:
     )
 
 
-def any_negative(t: Tensor, mask: Optional[Tensor] = None) -> bool:
+def any_negative(t: Tensor, mask: Tensor | None = None) -> bool:
     """Is a value of a visible float32 or float64 tensor below 0, where the mask is True?"""
     if mask is None and t.is_contiguous() and plain(t):
         return loader.extension.any_negative(t.data_ptr(), t.numel(), t.element_size())
@@ -60,7 +60,7 @@ def any_negative(t: Tensor, mask: Optional[Tensor] = None) -> bool:
     return bool((negative if mask is None else negative & mask).any())
 
 
-def extremes(t: Tensor) -> Tuple[int, int]:
+def extremes(t: Tensor) -> tuple[int, int]:
     """The least and the largest value of a visible int64 tensor that is not empty."""
     if t.is_contiguous() and plain(t):
         return loader.extension.extremes(t.data_ptr(), t.numel())

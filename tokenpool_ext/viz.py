@@ -17,8 +17,9 @@ def _pillow():
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise ImportError(f"Pillow is needed to draw clusters ({error}). "
-                          'Install it with: pip install "tokenpool_ext[demo]"') from None
+        raise ImportError(
+            f'Pillow is needed to draw clusters ({error}). Install it with: pip install "tokenpool_ext[demo]"'
+        ) from None
     return Image, ImageDraw, ImageFont
 
 
@@ -41,8 +42,10 @@ def compose(*assignments: torch.Tensor) -> torch.Tensor:
 def _check(image, labels: torch.Tensor) -> tuple[int, int]:
     labels = torch.as_tensor(labels)
     if labels.dim() != 2 or labels.numel() == 0 or labels.is_floating_point():
-        raise ValueError(f"labels: expected a (rows, cols) integer tensor, got shape {tuple(labels.shape)}, "
-                         f"{labels.dtype}; for a (N,) assignment use labels.view(rows, cols)")
+        raise ValueError(
+            f"labels: expected a (rows, cols) integer tensor, got shape {tuple(labels.shape)}, "
+            f"{labels.dtype}; for a (N,) assignment use labels.view(rows, cols)"
+        )
     return tuple(labels.shape)
 
 
@@ -86,8 +89,17 @@ def edges(labels: torch.Tensor, cell: int, width: int) -> torch.Tensor:
     return line
 
 
-def draw_clusters(image, labels: torch.Tensor, *, size: int = 448, fill: float = 1.0, outline="auto",
-                  line: int | None = None, line_opacity: float = 0.85, dropped: float = 0.18):
+def draw_clusters(
+    image,
+    labels: torch.Tensor,
+    *,
+    size: int = 448,
+    fill: float = 1.0,
+    outline="auto",
+    line: int | None = None,
+    line_opacity: float = 0.85,
+    dropped: float = 0.18,
+):
     """One photo with its clusters over it.
 
     Args:
@@ -95,8 +107,8 @@ def draw_clusters(image, labels: torch.Tensor, *, size: int = 448, fill: float =
         labels: ``(rows, cols)`` integers; equal labels are one cluster (it need not be connected); -1 dropped.
         size: width of the result in pixels, rounded to a whole number of pixels a patch.
         fill: 0 shows the photo, 1 the cluster's mean colour, between: a mixture.
-        outline: colour of the cluster outlines, ``"auto"`` (white, but dark where the picture is nearly white), or None.
-        line, line_opacity: their width in pixels (default: a twelfth of a patch) and opacity.
+        outline: colour of the cluster outlines, ``"auto"`` (white, but dark where the picture is nearly white), or
+        None. line, line_opacity: their width in pixels (default: a twelfth of a patch) and opacity.
         dropped: brightness that is left of dropped patches.
 
     Returns a ``PIL.Image`` (RGB).
@@ -131,12 +143,21 @@ def draw_grid(image, rows: int, cols: int, *, size: int = 448, opacity: float = 
     return draw_clusters(image, every, size=size, fill=0.0, line=1, line_opacity=opacity)
 
 
-def sheet(rows: Sequence[Sequence], columns: Sequence[tuple[str, str]], *, title: str = "", note: str = "",
-          group: int = 0, gap: int = 12, margin: int = 20):
+def sheet(
+    rows: Sequence[Sequence],
+    columns: Sequence[tuple[str, str]],
+    *,
+    title: str = "",
+    note: str = "",
+    group: int = 0,
+    gap: int = 12,
+    margin: int = 20,
+):
     """Arrange images in a labelled grid.
 
     ``rows``: rows of ``PIL.Image`` of one size, ``None`` for a hole; ``columns``: a (heading, small print) pair for
-    each column; ``title`` above, ``note`` below; a wider gap after every ``group`` columns (0: none). Returns a ``PIL.Image``.
+    each column; ``title`` above, ``note`` below; a wider gap after every ``group`` columns (0: none). Returns a
+    ``PIL.Image``.
     """
     Image, ImageDraw, ImageFont = _pillow()
     if not rows or any(len(row) != len(columns) for row in rows):
@@ -148,15 +169,17 @@ def sheet(rows: Sequence[Sequence], columns: Sequence[tuple[str, str]], *, title
     def font(scale: float):
         try:
             return ImageFont.load_default(size=round(unit * scale))
-        except TypeError:                                   # Pillow before 10.1 has one bitmap size
+        except TypeError:  # Pillow before 10.1 has one bitmap size
             return ImageFont.load_default()
 
     big, normal, small = font(1.25), font(1.0), font(0.72)
     top = margin + (round(unit * 2.1) if title else 0)
     head = round(unit * 2.5)
     left = [margin + c * (width + gap) + (c // group * 2 * gap if group else 0) for c in range(len(columns))]
-    total = (left[-1] + width + margin,
-             top + head + len(rows) * height + (len(rows) - 1) * gap + (round(unit * 1.5) if note else 0) + margin)
+    total = (
+        left[-1] + width + margin,
+        top + head + len(rows) * height + (len(rows) - 1) * gap + (round(unit * 1.5) if note else 0) + margin,
+    )
     page = Image.new("RGB", total, PAPER)
     pen = ImageDraw.Draw(page)
     if title:

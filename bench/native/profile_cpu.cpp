@@ -49,17 +49,19 @@ struct Profile : Clustering<float> {
 
   void phases(double floor) {
     run(0, 1);
-    std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", best([&] { run(0, 1); }), best([&] { run(0, 1); }) / floor,
-                gram_path_ ? "gram" : this->group_ > 1 ? "streamed" : "direct");
+    std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", best([&] { run(0, 1); }),
+                best([&] { run(0, 1); }) / floor,
+                gram_path_         ? "gram"
+                : this->group_ > 1 ? "streamed"
+                                   : "direct");
     std::printf("  mean, scale      %8.1f\n", best([&] { measure(); }));
     if (gram_path_) {
       std::printf("  pack             %8.1f\n", best([&] {
-        for (int64_t p = 0; p < padded_ / P; ++p) pack(p * P, packed_ + p * P * a.features);
-      }));
+                    for (int64_t p = 0; p < padded_ / P; ++p) pack(p * P, packed_ + p * P * a.features);
+                  }));
       const int64_t panels = padded_ / P;
-      std::printf("  Gram product     %8.1f\n", best([&] {
-        gram_tiles(packed_, a.features, n_, 0, panels * (panels + 1) / 2, gram_, row_stride_);
-      }));
+      std::printf("  Gram product     %8.1f\n",
+                  best([&] { gram_tiles(packed_, a.features, n_, 0, panels * (panels + 1) / 2, gram_, row_stride_); }));
       std::printf("  mirror           %8.1f\n", best([&] { mirror(n_, gram_, row_stride_); }));
       std::printf("  one assignment   %8.1f\n", best([&] { assign_gram(); }));
     } else {
@@ -70,7 +72,8 @@ struct Profile : Clustering<float> {
       group_members();
       std::printf("  first update     %8.1f\n", best([&] { update_direct(true); }));
       std::memcpy(previous_, label_, size_t(n_) * sizeof(I));
-      std::printf("  bounds           %8.1f  (nothing moved since the last)\n", best([&] { assign_bounded(previous_); }));
+      std::printf("  bounds           %8.1f  (nothing moved since the last)\n",
+                  best([&] { assign_bounded(previous_); }));
     }
     run(0, 1);
     std::printf("  means, inertia   %8.1f\n", best([&] { finish(); }));
@@ -82,7 +85,8 @@ int main(int argc, char** argv) {
                 K = argc > 3 ? std::atol(argv[3]) : 128;
   volatile float sink;
   const long rounds = 100000;
-  const double rate = rounds * 12 * kLanes<float> * 2 / best([&] { sink = multiply_adds(rounds); });  // flops a microsecond
+  const double rate =
+      rounds * 12 * kLanes<float> * 2 / best([&] { sink = multiply_adds(rounds); });  // flops a microsecond
   (void)sink;
   std::vector<float> x(N * D), centers(K * D), mass(K), inertia(1);
   std::vector<int64_t> start(K), assignment(N);

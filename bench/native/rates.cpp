@@ -17,33 +17,57 @@
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr int kAccumulators = 12;   // >= FMA latency (4) x FMA units (2), fits the 16 AVX2 registers
-constexpr int kSteps = 20000;       // FMAs an accumulator between two looks at the clock
+constexpr int kAccumulators = 12;  // >= FMA latency (4) x FMA units (2), fits the 16 AVX2 registers
+constexpr int kSteps = 20000;      // FMAs an accumulator between two looks at the clock
 
 #if defined(__AVX512F__)
 constexpr int kFloats = 16;
 using VecF = __m512;
 using VecD = __m512d;
-inline VecF set(float v) { return _mm512_set1_ps(v); }
-inline VecD set(double v) { return _mm512_set1_pd(v); }
-inline VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
-inline VecD fma(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a, b, c); }
+inline VecF set(float v) {
+  return _mm512_set1_ps(v);
+}
+inline VecD set(double v) {
+  return _mm512_set1_pd(v);
+}
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int kFloats = 8;
 using VecF = __m256;
 using VecD = __m256d;
-inline VecF set(float v) { return _mm256_set1_ps(v); }
-inline VecD set(double v) { return _mm256_set1_pd(v); }
-inline VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
-inline VecD fma(VecD a, VecD b, VecD c) { return _mm256_fmadd_pd(a, b, c); }
+inline VecF set(float v) {
+  return _mm256_set1_ps(v);
+}
+inline VecD set(double v) {
+  return _mm256_set1_pd(v);
+}
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
 #else
 constexpr int kFloats = 1;
 using VecF = float;
 using VecD = double;
-inline VecF set(float v) { return v; }
-inline VecD set(double v) { return v; }
-inline VecF fma(VecF a, VecF b, VecF c) { return __builtin_fmaf(a, b, c); }
-inline VecD fma(VecD a, VecD b, VecD c) { return __builtin_fma(a, b, c); }
+inline VecF set(float v) {
+  return v;
+}
+inline VecD set(double v) {
+  return v;
+}
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return __builtin_fmaf(a, b, c);
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return __builtin_fma(a, b, c);
+}
 #endif
 
 // Flops done by one thread until the deadline; acc *= 0.5, += 0.5 converges to 1, so no denormals and no overflow.
@@ -86,7 +110,10 @@ double rate(int threads, const std::function<double(int)>& work) {
     });
   }
   double total = 0;
-  for (int t = 0; t < threads; ++t) { pool[t].join(); total += rates[t]; }
+  for (int t = 0; t < threads; ++t) {
+    pool[t].join();
+    total += rates[t];
+  }
   return total;
 }
 
@@ -103,7 +130,10 @@ int main(int argc, char** argv) {
 
   const size_t part = bytes / threads / 64 * 64;
   std::vector<std::vector<char>> from(threads), to(threads);
-  for (int t = 0; t < threads; ++t) { from[t].assign(part, char(1 + t)); to[t].assign(part, 0); }
+  for (int t = 0; t < threads; ++t) {
+    from[t].assign(part, char(1 + t));
+    to[t].assign(part, 0);
+  }
   const double copied = rate(threads, [&](int t) {
     double moved = 0;
     const auto deadline = Clock::now() + span;
@@ -115,8 +145,9 @@ int main(int argc, char** argv) {
     return moved;
   });
 
-  std::printf("{\"threads\": %d, \"vector_bits\": %d, \"fma_float32_gflops\": %.2f, "
-              "\"fma_float64_gflops\": %.2f, \"copy_gbytes\": %.3f}\n",
-              threads, kFloats * 32, f32 * 1e-9, f64 * 1e-9, copied * 1e-9);
+  std::printf(
+      "{\"threads\": %d, \"vector_bits\": %d, \"fma_float32_gflops\": %.2f, "
+      "\"fma_float64_gflops\": %.2f, \"copy_gbytes\": %.3f}\n",
+      threads, kFloats * 32, f32 * 1e-9, f64 * 1e-9, copied * 1e-9);
   return 0;
 }

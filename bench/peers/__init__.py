@@ -6,8 +6,8 @@ A peer module has
     setup(data) -> call                     everything that is not part of the job; `call()` does the whole job
     centers(result, data) -> (B, K', D)     cluster centers (or medoids) of `call()`'s result, for the inertia check
 and optionally `variant(data) -> str` (which formulation was picked), START = "own" for a peer that cannot be given
-initial centers, NATIVE_DTYPE = True for one that takes the problem's dtype (others get float32 copies, made beforehand),
-and TOLERANCE, the relative difference of its loss that is accepted.
+initial centers, NATIVE_DTYPE = True for one that takes the problem's dtype (others get float32 copies, made
+beforehand), and TOLERANCE, the relative difference of its loss that is accepted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,25 @@ import importlib
 
 from ..machine import package_version
 
-NAMES = ("scikit_learn", "faiss_cpu", "torch_eager", "torch_eager_gram", "torch_compile", "flash_kmeans",
-         "fast_pytorch_kmeans", "fastkmeans", "superkmeans", "torch_kmeans", "kmedoids_alternating", "kmedoids_fasterpam",
-         "cluster_loop", "ward", "bipartite", "attention_matrix", "pool_backward_eager")
+NAMES = (
+    "scikit_learn",
+    "faiss_cpu",
+    "torch_eager",
+    "torch_eager_gram",
+    "torch_compile",
+    "flash_kmeans",
+    "fast_pytorch_kmeans",
+    "fastkmeans",
+    "superkmeans",
+    "torch_kmeans",
+    "kmedoids_alternating",
+    "kmedoids_fasterpam",
+    "cluster_loop",
+    "ward",
+    "bipartite",
+    "attention_matrix",
+    "pool_backward_eager",
+)
 
 
 def load(name: str):

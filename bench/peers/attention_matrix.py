@@ -31,7 +31,7 @@ def setup(data):
     def by_image():
         return torch.cat([_score(q[None], k[None]) for q, k in zip(data.x, data.k)])
 
-    if data.problem.B * data.problem.K * data.problem.N ** 2 * 4 > 6 << 30:
+    if data.problem.B * data.problem.K * data.problem.N**2 * 4 > 6 << 30:
         return by_image
     times = []
     for run in (whole, by_image):

@@ -39,6 +39,7 @@ def setup(data):
                 cost = local.sum(-1).masked_fill_(~member, float("inf"))
                 medoids[:, j] = cost.argmin(-1)
         return medoids
+
     return call
 
 

@@ -25,11 +25,11 @@ def setup(data):
     def call():
         found = []
         for x, c in pairs:
-            kmeans = faiss.Kmeans(p.D, p.K, niter=p.iters, min_points_per_centroid=1,
-                                  max_points_per_centroid=1 << 30)
+            kmeans = faiss.Kmeans(p.D, p.K, niter=p.iters, min_points_per_centroid=1, max_points_per_centroid=1 << 30)
             kmeans.train(x, init_centroids=c)
             found.append(kmeans.centroids)
         return found
+
     return call
 
 

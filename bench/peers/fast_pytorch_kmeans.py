@@ -28,6 +28,7 @@ def setup(data):
             kmeans.fit_predict(x, centroids=c)
             found.append(kmeans.centroids)
         return found
+
     return call
 
 

@@ -41,11 +41,19 @@ def setup(data):
     def call():
         found = []
         for x in arrays:
-            kmeans = FastKMeans(p.D, p.K, niter=p.iters, tol=-1, seed=SEED, gpu=p.device == "cuda",
-                                use_triton=None if p.device == "cuda" else False)
+            kmeans = FastKMeans(
+                p.D,
+                p.K,
+                niter=p.iters,
+                tol=-1,
+                seed=SEED,
+                gpu=p.device == "cuda",
+                use_triton=None if p.device == "cuda" else False,
+            )
             kmeans.train(x)
             found.append(kmeans.centroids)
         return found
+
     return call
 
 

@@ -9,8 +9,10 @@ PACKAGE = "kmedoids"
 OPS = ("kmedoids",)
 DEVICES = ("cpu",)
 OBJECTIVE = "same"
-NOTE = ("kmedoids.alternating(max_iter=T); squared Euclidean distances from one sgemm an image are counted; "
-        "it keeps the old medoid in a tie, so pairs never move and it ends early, in a 5 to 10 % higher loss")
+NOTE = (
+    "kmedoids.alternating(max_iter=T); squared Euclidean distances from one sgemm an image are counted; "
+    "it keeps the old medoid in a tie, so pairs never move and it ends early, in a 5 to 10 % higher loss"
+)
 TOLERANCE = 0.2
 
 

@@ -24,5 +24,4 @@ def setup(data):
 
     p = data.problem
     pairs = [(x.numpy(), i.numpy().astype(np.uint64)) for x, i in zip(data.x32, data.init)]
-    return lambda: [kmedoids.fasterpam(squared_distances(x), i.copy(), max_iter=p.iters)
-                    for x, i in pairs]
+    return lambda: [kmedoids.fasterpam(squared_distances(x), i.copy(), max_iter=p.iters) for x, i in pairs]

@@ -23,6 +23,7 @@ def setup(data):
     def call():
         index = assignment[..., None].expand(-1, -1, data.problem.D)
         return (grad / mass.clamp(min=1)[..., None].to(grad.dtype)).gather(1, index)
+
     return call
 
 

@@ -25,8 +25,8 @@ def setup(data):
     def call():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return [KMeans(p.K, init=c, n_init=1, max_iter=p.iters, tol=0, algorithm="lloyd").fit(x)
-                    for x, c in pairs]
+            return [KMeans(p.K, init=c, n_init=1, max_iter=p.iters, tol=0, algorithm="lloyd").fit(x) for x, c in pairs]
+
     return call
 
 

@@ -23,9 +23,20 @@ def setup(data):
     arrays = [x.numpy() for x in data.x32]
 
     def call():
-        return [SuperKMeans(p.K, p.D, hierarchical=False, iters=p.iters, sampling_fraction=1.0,
-                            max_points_per_cluster=p.N, n_threads=threads, early_termination=False).train(x)
-                for x in arrays]
+        return [
+            SuperKMeans(
+                p.K,
+                p.D,
+                hierarchical=False,
+                iters=p.iters,
+                sampling_fraction=1.0,
+                max_points_per_cluster=p.N,
+                n_threads=threads,
+                early_termination=False,
+            ).train(x)
+            for x in arrays
+        ]
+
     return call
 
 

@@ -15,8 +15,11 @@ NOTE = "one Lloyd step under torch.compile (Inductor, static shapes); compilatio
 SLOW_SETUP = True
 
 unavailable = torch_eager.unavailable
-STEPS = {"one_hot": torch_eager.step_one_hot, "index_add": torch_eager.step_index_add,
-         "scatter_add": torch_eager.step_scatter_add}
+STEPS = {
+    "one_hot": torch_eager.step_one_hot,
+    "index_add": torch_eager.step_index_add,
+    "scatter_add": torch_eager.step_scatter_add,
+}
 
 
 def variant(data):

@@ -83,9 +83,10 @@ def formulations(data):
     p, x, c = data.problem, data.x32, data.centers
     if p.op == "kmedoids":
         return {"cdist + one_hot bmm": lambda n=data.images: kmedoids(x[:n], data.init[:n], p.iters)}
-    found = {name: (lambda n=data.images, step=step: run_steps(step, x[:n], c[:n], p.iters))
-             for name, step in (("one_hot", step_one_hot), ("index_add", step_index_add),
-                                ("scatter_add", step_scatter_add))}
+    found = {
+        name: (lambda n=data.images, step=step: run_steps(step, x[:n], c[:n], p.iters))
+        for name, step in (("one_hot", step_one_hot), ("index_add", step_index_add), ("scatter_add", step_scatter_add))
+    }
     if 4 * p.N * p.K * min(p.B, 4) > 1 << 30:
         del found["one_hot"]
     return found

@@ -27,7 +27,9 @@ def setup(data):
 
     def call():
         return KMeans(num_init=1, max_iter=p.iters, tol=0, n_clusters=p.K, verbose=False)(
-            data.x32, k=p.K, centers=data.centers)
+            data.x32, k=p.K, centers=data.centers
+        )
+
     return call
 
 

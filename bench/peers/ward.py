@@ -28,6 +28,7 @@ def setup(data):
         sums = np.zeros((labels.max() + 1, p.D), np.float32)
         np.add.at(sums, labels, x)
         return sums / np.bincount(labels)[:, None].astype(np.float32)
+
     return lambda: [one(x) for x in arrays]
 
 

@@ -33,7 +33,7 @@ inline void prefer_large_pages(void* from, int64_t bytes) {
 struct ClusterArgs {
   DType dtype;
   int64_t images, tokens, features, clusters, iterations;
-  const void* x;              // [B, N, D] dtype; features contiguous
+  const void* x;  // [B, N, D] dtype; features contiguous
   int64_t x_image_stride, x_token_stride;
   const void* weights;        // [B, N] acc or null
   const bool* mask;           // [B, N] or null
@@ -41,20 +41,20 @@ struct ClusterArgs {
   const int64_t* init_index;  // [B, K] or null
   const void* init_centers;   // [B, K, D] acc, or null; without either the farthest-first start is chosen here
   bool medoids, sort;
-  int path;                   // -1: the planner decides for each image
+  int path;  // -1: the planner decides for each image
   int threads;
   ParallelFor parallel_for;
-  void* centers;              // [B, K, D] dtype
-  int64_t* assignment;        // [B, N]
-  void* mass;                 // [B, K] acc
-  int64_t* medoid_index;      // [B, K] or null
-  void* inertia;              // [B] acc
+  void* centers;          // [B, K, D] dtype
+  int64_t* assignment;    // [B, N]
+  void* mass;             // [B, K] acc
+  int64_t* medoid_index;  // [B, K] or null
+  void* inertia;          // [B] acc
 };
 
 struct PoolArgs {
   DType dtype;
   int64_t images, tokens, features, clusters;
-  const void* x;              // [B, N, D] dtype; features contiguous
+  const void* x;  // [B, N, D] dtype; features contiguous
   int64_t x_image_stride, x_token_stride;
   const int64_t* assignment;  // [B, N]
   const void* weights;        // [B, N] acc or null
@@ -64,28 +64,28 @@ struct PoolArgs {
   // pool_backward: centers, mass and grad_centers are read, grad_x and grad_weights (if weights) written.
   // unpool: centers is read and grad_x is written.
   bool plain_sum;
-  void* centers;              // [B, K, D] dtype
+  void* centers;  // [B, K, D] dtype
   int64_t centers_image_stride, centers_row_stride;
-  void* mass;                 // [B, K] acc
-  const void* grad_centers;   // [B, K, D] dtype
+  void* mass;                // [B, K] acc
+  const void* grad_centers;  // [B, K, D] dtype
   int64_t grad_image_stride, grad_row_stride;
-  void* grad_x;               // [B, N, D] dtype, contiguous
-  void* grad_weights;         // [B, N] acc or null
+  void* grad_x;        // [B, N, D] dtype, contiguous
+  void* grad_weights;  // [B, N] acc or null
 };
 
 struct AttentionArgs {
   DType dtype;
   int64_t images, heads, queries, keys, width;
-  const void* q;              // [B, H, Nq, d] dtype; width contiguous
+  const void* q;  // [B, H, Nq, d] dtype; width contiguous
   int64_t q_strides[3];
-  const void* k;              // [B, H, N, d] dtype; width contiguous
+  const void* k;  // [B, H, N, d] dtype; width contiguous
   int64_t k_strides[3];
-  const void* lse;            // [B, H, Nq] acc, contiguous, or null
+  const void* lse;  // [B, H, Nq] acc, contiguous, or null
   double scale;
   int threads;
   ParallelFor parallel_for;
-  void* partial;              // [B, H, N] acc workspace
-  void* received;             // [B, N] acc
+  void* partial;   // [B, H, N] acc workspace
+  void* received;  // [B, N] acc
 };
 
 struct Kernels {

@@ -1,8 +1,8 @@
 // The attention every token receives: column sums of softmax(scale * q k^T), a few rows at a time.
 //
 // For each image and head: the keys are packed once; for kRows queries the logits of all keys are made in a row buffer,
-// turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Heads are summed
-// in order at the end.
+// turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Heads are
+// summed in order at the end.
 
 // exp of every lane (relative error about 2e-7; nothing below exp(-87)): 2^n * p(r), with x = n ln 2 + r.
 TP_INLINE Vec<float> exp_lanes(Vec<float> x) {
@@ -119,9 +119,13 @@ inline void attention_all(const AttentionArgs& a) {
 
 static void attention_received(const AttentionArgs& a) {
   switch (a.dtype) {
-    case DType::Float32: return attention_all<float>(a);
-    case DType::Float64: return attention_all<double>(a);
-    case DType::BFloat16: return attention_all<BF16>(a);
-    case DType::Float16: return attention_all<FP16>(a);
+    case DType::Float32:
+      return attention_all<float>(a);
+    case DType::Float64:
+      return attention_all<double>(a);
+    case DType::BFloat16:
+      return attention_all<BF16>(a);
+    case DType::Float16:
+      return attention_all<FP16>(a);
   }
 }

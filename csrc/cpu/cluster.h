@@ -1,19 +1,19 @@
 // K-Means and K-Medoids of one image: the start, the assignment of tokens, the update.
 //
-// With a Gram matrix (gram path) every center keeps its products with all tokens, a row as long as a row of that matrix, and
-// only centers whose members changed get a new one. Without it: direct.h.
+// With a Gram matrix (gram path) every center keeps its products with all tokens, a row as long as a row of that
+// matrix, and only centers whose members changed get a new one. Without it: direct.h.
 
 template <class In>
 class Clustering : protected Direct<In> {
  protected:
   using Base = Direct<In>;
+  using Base::a, Base::image_, Base::n_, Base::weight_, Base::scale_, Base::mean_, Base::k_, Base::padded_;
+  using Base::center_, Base::center_norm_, Base::best_, Base::changed_;
+  using Base::center_token, Base::parallel_;
+  using Base::label_, Base::norm_, Base::member_, Base::share_, Base::start_, Base::count_, Base::medoid_, Base::total_;
+  using Base::local_index, Base::row, Base::pack, Base::squared_norm, Base::squared_difference, Base::worth;
   using typename Base::C;
   using typename Base::I;
-  using Base::a, Base::image_, Base::n_, Base::weight_, Base::scale_, Base::mean_, Base::k_, Base::padded_;
-  using Base::label_, Base::norm_, Base::member_, Base::share_, Base::start_, Base::count_, Base::medoid_, Base::total_;
-  using Base::center_, Base::center_norm_, Base::best_, Base::changed_;
-  using Base::local_index, Base::row, Base::pack, Base::squared_norm, Base::squared_difference, Base::worth;
-  using Base::center_token, Base::parallel_;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
  public:
@@ -95,8 +95,10 @@ class Clustering : protected Direct<In> {
 
   void clear_padding() {  // rows and columns past the last token, as far as vectors reach
     const int64_t end = round_up(n_, L);
-    for (int64_t i = round_up(n_, kRows); i < end; ++i) std::memset(gram_ + i * row_stride_, 0, size_t(end) * sizeof(C));
-    for (int64_t i = 0; i < n_; ++i) std::memset(gram_ + i * row_stride_ + end, 0, size_t(row_stride_ - end) * sizeof(C));
+    for (int64_t i = round_up(n_, kRows); i < end; ++i)
+      std::memset(gram_ + i * row_stride_, 0, size_t(end) * sizeof(C));
+    for (int64_t i = 0; i < n_; ++i)
+      std::memset(gram_ + i * row_stride_ + end, 0, size_t(row_stride_ - end) * sizeof(C));
   }
 
   // -------------------------------------------------------------------------------------------------- start
@@ -130,9 +132,9 @@ class Clustering : protected Direct<In> {
     for (int64_t j = 0; j < k_; ++j) center_token(medoid_[j], center_ + j * D);
   }
 
-  // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a tie;
-  // a tie that rounding breaks may fall differently on the two paths).
-  // Tokens of zero weight come after all others.
+  // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a
+  // tie; a tie that rounding breaks may fall differently on the two paths). Tokens of zero weight come after all
+  // others.
   void farthest_first() {
     C* distance = best_;  // to the nearest chosen token; -1: zero weight, -2: chosen or padding
     for (int64_t i = 0; i < padded_; ++i) {
@@ -358,7 +360,8 @@ class Clustering : protected Direct<In> {
     int32_t nearest = member[0];
     C least = std::numeric_limits<C>::infinity();
     for (int64_t m = 0; m < count; ++m) {
-      const C distance = gram_path_ ? norm_[member[m]] - C(2) * mean[member[m]] : squared_difference(row(member[m]), mean);
+      const C distance =
+          gram_path_ ? norm_[member[m]] - C(2) * mean[member[m]] : squared_difference(row(member[m]), mean);
       if (distance < least) {
         least = distance;
         nearest = member[m];
@@ -368,15 +371,15 @@ class Clustering : protected Direct<In> {
   }
 
   bool gram_path_ = false;
-  int64_t row_stride_ = 0;      // of products and the Gram matrix
+  int64_t row_stride_ = 0;                 // of products and the Gram matrix
   C *packed_ = nullptr, *gram_ = nullptr;  // gram path: [panels][D][P]; [padded][row_stride]
-  C* product_ = nullptr;        // gram path: [k][row_stride]
-  const C** row_of_ = nullptr;  // gram path: where center j's products are
-  I* previous_ = nullptr;       // [n] labels of the last iteration
+  C* product_ = nullptr;                   // gram path: [k][row_stride]
+  const C** row_of_ = nullptr;             // gram path: where center j's products are
+  I* previous_ = nullptr;                  // [n] labels of the last iteration
 };
 
-// Images are handed to the threads one by one: they need not take equally long, nor are all cores equally fast. An image
-// that needs much memory gets all threads, so that only one is in memory.
+// Images are handed to the threads one by one: they need not take equally long, nor are all cores equally fast. An
+// image that needs much memory gets all threads, so that only one is in memory.
 template <class In>
 inline void cluster_all(const ClusterArgs& a) {
   constexpr int64_t kLarge = 4 << 20;  // elements
@@ -395,9 +398,13 @@ inline void cluster_all(const ClusterArgs& a) {
 
 static void cluster(const ClusterArgs& a) {
   switch (a.dtype) {
-    case DType::Float32: return cluster_all<float>(a);
-    case DType::Float64: return cluster_all<double>(a);
-    case DType::BFloat16: return cluster_all<BF16>(a);
-    case DType::Float16: return cluster_all<FP16>(a);
+    case DType::Float32:
+      return cluster_all<float>(a);
+    case DType::Float64:
+      return cluster_all<double>(a);
+    case DType::BFloat16:
+      return cluster_all<BF16>(a);
+    case DType::Float16:
+      return cluster_all<FP16>(a);
   }
 }

@@ -1,15 +1,27 @@
 // Rows of any dtype to and from the accumulation type, a vector at a time.
 
-struct BF16 { uint16_t bits; };
-struct FP16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct FP16 {
+  uint16_t bits;
+};
 
 template <class In>
-struct AccOf { using Type = float; };
+struct AccOf {
+  using Type = float;
+};
 template <>
-struct AccOf<double> { using Type = double; };
+struct AccOf<double> {
+  using Type = double;
+};
 
-TP_INLINE float to_float(float v) { return v; }
-TP_INLINE double to_float(double v) { return v; }
+TP_INLINE float to_float(float v) {
+  return v;
+}
+TP_INLINE double to_float(double v) {
+  return v;
+}
 TP_INLINE float to_float(BF16 v) {
   uint32_t bits = uint32_t(v.bits) << 16;
   float f;
@@ -49,7 +61,7 @@ inline FP16 to_fp16(float f) {  // round to nearest even
   uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return FP16{uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) return FP16{uint16_t(sign | 0x7c00)};  // rounds to infinity
-  if (magnitude < 0x38800000) {  // subnormal: let the addition round
+  if (magnitude < 0x38800000) {                                       // subnormal: let the addition round
     float a;
     std::memcpy(&a, &magnitude, 4);
     a += 0.5f;
@@ -63,19 +75,23 @@ inline FP16 to_fp16(float f) {  // round to nearest even
 }
 
 // A vector of acc from consecutive inputs.
-TP_INLINE Vec<float> load_acc(const float* in) { return load(in); }
-TP_INLINE Vec<double> load_acc(const double* in) { return load(in); }
+TP_INLINE Vec<float> load_acc(const float* in) {
+  return load(in);
+}
+TP_INLINE Vec<double> load_acc(const double* in) {
+  return load(in);
+}
 TP_INLINE Vec<float> load_acc(const BF16* in) {
 #if defined(__x86_64__) && TP_VECTOR_BYTES == 32
   // Both halves hold all eight: one shuffle puts each where it belongs, above 16 bits of zero.
   const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
   return (Vec<float>)_mm256_shuffle_epi8(
-      all, _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13,
-                            -1, -1, 14, 15));
+      all, _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1,
+                            -1, 12, 13, -1, -1, 14, 15));
 #elif defined(__x86_64__) && TP_VECTOR_BYTES == 64
   // Each 16 bits to the upper half of a lane, by one instruction, with zeros between.
-  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0,
-                                         1, 0, 0, 0);
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0,
+                                         3, 0, 2, 0, 1, 0, 0, 0);
   const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
   return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, all);
 #else
@@ -97,8 +113,12 @@ TP_INLINE Vec<float> load_acc(const FP16* in) {
 }
 
 // out[i] = in[i] as acc.
-inline void widen(const float* in, float* out, int64_t n) { std::memcpy(out, in, size_t(n) * sizeof(float)); }
-inline void widen(const double* in, double* out, int64_t n) { std::memcpy(out, in, size_t(n) * sizeof(double)); }
+inline void widen(const float* in, float* out, int64_t n) {
+  std::memcpy(out, in, size_t(n) * sizeof(float));
+}
+inline void widen(const double* in, double* out, int64_t n) {
+  std::memcpy(out, in, size_t(n) * sizeof(double));
+}
 inline void widen(const BF16* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
 }
@@ -132,8 +152,12 @@ inline void narrow(const float* in, float factor, FP16* out, int64_t n) {
 }
 
 // A row as acc: the row itself when it already is, else converted into `scratch`.
-TP_INLINE const float* as_acc(const float* row, float*, int64_t) { return row; }
-TP_INLINE const double* as_acc(const double* row, double*, int64_t) { return row; }
+TP_INLINE const float* as_acc(const float* row, float*, int64_t) {
+  return row;
+}
+TP_INLINE const double* as_acc(const double* row, double*, int64_t) {
+  return row;
+}
 template <class In>
 TP_INLINE const float* as_acc(const In* row, float* scratch, int64_t n) {
   widen(row, scratch, n);

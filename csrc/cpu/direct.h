@@ -1,16 +1,18 @@
 // Clustering without a Gram matrix: products with all centers once, afterwards bounds.
 //
-// The first iteration multiplies every token with every center. Later ones first ask where a center can have come nearer than
-// a token's own: one that was at distance d and has moved by m since is at least d - m away (triangle inequality; Elkan, "Using
-// the triangle inequality to accelerate k-means", ICML 2003). Of a ViT's tokens and centers, a pair in a hundred is left.
-// There is a bound for every token and center or, where those need too much memory, for every token and group of consecutive
-// centers (path "streamed"; Ding et al., "Yinyang k-means", ICML 2015). Where bounds leave much of a panel open, products
-// tighten them; what is open then is computed from differences, ties going to the lowest center. The result is that of
-// comparing with all centers: bounds leave room for rounding (slack_, kExact), and what is not a number rules nothing out.
+// The first iteration multiplies every token with every center. Later ones first ask where a center can have come
+// nearer than a token's own: one that was at distance d and has moved by m since is at least d - m away (triangle
+// inequality; Elkan, "Using the triangle inequality to accelerate k-means", ICML 2003). Of a ViT's tokens and centers,
+// a pair in a hundred is left. There is a bound for every token and center or, where those need too much memory, for
+// every token and group of consecutive centers (path "streamed"; Ding et al., "Yinyang k-means", ICML 2015). Where
+// bounds leave much of a panel open, products tighten them; what is open then is computed from differences, ties going
+// to the lowest center. The result is that of comparing with all centers: bounds leave room for rounding (slack_,
+// kExact), and what is not a number rules nothing out.
 //
-// That lets products be rough: where float32 is computed with, tokens and centers are rounded to 16 bits, each panel and each
-// center in a unit of its own. Rounding moves a token by at most an error that is known, so what the products say of the rounded
-// ones bounds the distances of the true ones; a token whose nearest center that leaves open is settled by differences.
+// That lets products be rough: where float32 is computed with, tokens and centers are rounded to 16 bits, each panel
+// and each center in a unit of its own. Rounding moves a token by at most an error that is known, so what the products
+// say of the rounded ones bounds the distances of the true ones; a token whose nearest center that leaves open is
+// settled by differences.
 
 // The nearest centers of a panel's tokens so far, by score: ||center||^2 - 2 <token, center>.
 template <class C>
@@ -49,15 +51,18 @@ template <class In>
 class Direct : protected Result<In> {
  protected:
   using Base = Result<In>;
+  using Base::a, Base::n_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_, Base::share_;
+  using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference,
+      Base::squared_differences;
+  using Base::start_, Base::medoid_, Base::scale_, Base::mean_, Base::center_, Base::best_, Base::changed_;
+  using Base::worth, Base::center_token;
   using typename Base::C;
   using typename Base::I;
-  using Base::a, Base::n_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_, Base::share_;
-  using Base::start_, Base::medoid_, Base::scale_, Base::mean_, Base::center_, Base::best_, Base::changed_;
-  using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference, Base::squared_differences;
-  using Base::worth, Base::center_token;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
-  static constexpr C kExact = 16 * std::numeric_limits<C>::epsilon();  // room for what is done to products without error
-  static constexpr int64_t kCenters = 64, kPanels = 8;  // centers whose products wait; panels that centers are fetched for
+  static constexpr C kExact =
+      16 * std::numeric_limits<C>::epsilon();  // room for what is done to products without error
+  static constexpr int64_t kCenters = 64,
+                           kPanels = 8;  // centers whose products wait; panels that centers are fetched for
 
   using Base::Base;
 
@@ -70,9 +75,10 @@ class Direct : protected Result<In> {
   struct Unit {
     C unit, error;
   };
-  // The same of a panel's tokens. With e for how far rounding moves a token and its center together, and r for the distance of
-  // the rounded ones (so r^2 is norm_ / keep + score), the true distance is at least r - e, and for any keep below 1
-  // (r - e)^2 >= keep r^2 - e^2 (1 / (1 - keep) - 1): a bound without a square root. It is sharp where r = e / (1 - keep).
+  // The same of a panel's tokens. With e for how far rounding moves a token and its center together, and r for the
+  // distance of the rounded ones (so r^2 is norm_ / keep + score), the true distance is at least r - e, and for any
+  // keep below 1 (r - e)^2 >= keep r^2 - e^2 (1 / (1 - keep) - 1): a bound without a square root. It is sharp where r =
+  // e / (1 - keep).
   struct Rounding : Unit {
     C keep, loss;  // loss: 1 / (1 - keep) - 1
   };
@@ -80,23 +86,31 @@ class Direct : protected Result<In> {
   // What a thread needs while it looks at panels.
   struct Scratch {
     Scratch(const Direct& d)
-        : products(kCenters * P), packed(d.together_ * P * d.a.features), rounded(d.rough_ ? d.together_ * P * d.lanes_ : 0),
-          second(d.group_ > 1 ? d.together_ * d.groups_ * P : 0), group(d.groups_), of_token(P * d.groups_),
-          center(d.group_ > 1 ? d.k_ : 0), open(d.rough_ ? d.k_ : 0), tokens(d.groups_), distance(d.k_) {
-      std::memset(products, 0, kCenters * P * sizeof(C));  // lanes past the last token are looked at, too, whatever they hold
+        : products(kCenters * P),
+          packed(d.together_ * P * d.a.features),
+          rounded(d.rough_ ? d.together_ * P * d.lanes_ : 0),
+          second(d.group_ > 1 ? d.together_ * d.groups_ * P : 0),
+          group(d.groups_),
+          of_token(P * d.groups_),
+          center(d.group_ > 1 ? d.k_ : 0),
+          open(d.rough_ ? d.k_ : 0),
+          tokens(d.groups_),
+          distance(d.k_) {
+      std::memset(products, 0,
+                  kCenters * P * sizeof(C));  // lanes past the last token are looked at, too, whatever they hold
     }
     int64_t ask_all(int64_t groups) {
       for (int64_t g = 0; g < groups; ++g) group[g] = int32_t(g);
       return groups;
     }
     Buffer<C> products, packed;
-    Buffer<int32_t> rounded;             // panels of 16-bit pairs
-    Buffer<C> second;                    // [group][panel][P]: the second lowest score of a group
-    Buffer<int32_t> group;               // groups to look at
-    Buffer<int32_t> of_token, center;    // the groups to look at for each token; one token's candidates
-    Buffer<int32_t> open;                // which of those rounding leaves open
-    Buffer<uint64_t> tokens;             // for which tokens a group is looked at, one bit each
-    Buffer<C> distance;                  // how far a token's candidates are, squared
+    Buffer<int32_t> rounded;           // panels of 16-bit pairs
+    Buffer<C> second;                  // [group][panel][P]: the second lowest score of a group
+    Buffer<int32_t> group;             // groups to look at
+    Buffer<int32_t> of_token, center;  // the groups to look at for each token; one token's candidates
+    Buffer<int32_t> open;              // which of those rounding leaves open
+    Buffer<uint64_t> tokens;           // for which tokens a group is looked at, one bit each
+    Buffer<C> distance;                // how far a token's candidates are, squared
   };
 
   void take_direct() {
@@ -111,7 +125,8 @@ class Direct : protected Result<In> {
     travelled_ = take<C>(groups_);
     for (int64_t g = 0; g < groups_; ++g) travelled_[g] = 0;
     held_ = take<I>(padded_);
-    together_ = std::min(kPanels, std::max<int64_t>(1, ((kRounds<C> ? 2 : 1) << 15) / std::max<int64_t>(P * a.features, 1)));
+    together_ =
+        std::min(kPanels, std::max<int64_t>(1, ((kRounds<C> ? 2 : 1) << 15) / std::max<int64_t>(P * a.features, 1)));
     slack_ = C(2) * C(a.features + 16) * std::numeric_limits<C>::epsilon();
     C nothing = 0;
     for (int64_t d = 0; d < a.features; ++d) nothing += mean_[d] * 0;  // NaN from a token that is not finite
@@ -126,7 +141,8 @@ class Direct : protected Result<In> {
     }
   }
 
-  // Where the centers are tokens, these are brought forward: products of whole panels of them with each other are made once.
+  // Where the centers are tokens, these are brought forward: products of whole panels of them with each other are made
+  // once.
   void take_starts() {
     starts_ = 0;
     if constexpr (kRounds<C>) {
@@ -136,7 +152,8 @@ class Direct : protected Result<In> {
     }
   }
 
-  // Products of the centers which[0..count) (rows of this length) with so many vectors of a panel: out[i] gets those of the i-th.
+  // Products of the centers which[0..count) (rows of this length) with so many vectors of a panel: out[i] gets those of
+  // the i-th.
   template <class T>
   TP_INLINE void multiply_panel(const T* centers, int64_t length, const int32_t* which, int64_t count, int64_t vectors,
                                 const T* panel, T* const* out, Ahead* ahead = nullptr) const {
@@ -172,8 +189,8 @@ class Direct : protected Result<In> {
 
   // ------------------------------------------------------------------------------------------------ assignment
 
-  // A unit in which vectors of at most this length have whole numbers below 2^15, and how far rounding to them moves a vector:
-  // half a unit a feature, and some room for the rounding of the arithmetic.
+  // A unit in which vectors of at most this length have whole numbers below 2^15, and how far rounding to them moves a
+  // vector: half a unit a feature, and some room for the rounding of the arithmetic.
   Unit unit_of(C longest) const {
     const C unit = std::max(longest, C(1e-13)) / C(32000);
     return {unit, unit * (C(0.51) * std::sqrt(C(a.features)) + C(0.02))};
@@ -215,8 +232,8 @@ class Direct : protected Result<In> {
     }
     Rounding rounding;
     static_cast<Unit&>(rounding) = unit_of(std::sqrt(longest));
-    // Sharp at two thirds of the tokens' distance from the mean (e is twice the error, if the center is as long), about where
-    // the nearest centers are that have to be ruled out.
+    // Sharp at two thirds of the tokens' distance from the mean (e is twice the error, if the center is as long), about
+    // where the nearest centers are that have to be ruled out.
     const C part = std::min(C(3) * rounding.error / (std::sqrt(total / C(count)) + C(1e-30)), C(0.5));
     rounding.keep = C(1) - part;
     rounding.loss = C(1) / part - C(1);
@@ -248,7 +265,8 @@ class Direct : protected Result<In> {
     if (!rough_) measure_centers();
     Ahead ahead;
     if (!rough_) starts_ = 0;
-    const int64_t blocks = rough_ ? (lanes_ + kRoundedBlock - 1) / kRoundedBlock : (a.features + kDepthBlock - 1) / kDepthBlock;
+    const int64_t blocks =
+        rough_ ? (lanes_ + kRoundedBlock - 1) / kRoundedBlock : (a.features + kDepthBlock - 1) / kDepthBlock;
     const int64_t strips = (k_ + kRows - 1) / kRows, once = starts_ * (starts_ - 1) / 2 * (P / kRows);
     this->want_image(next, (padded_ / P * strips - once) * blocks, ahead);
     split(a.parallel_for, worth(n_ * k_ * a.features / 8), padded_ / P, [&](int64_t begin, int64_t end) {
@@ -279,14 +297,16 @@ class Direct : protected Result<In> {
     });
   }
 
-  // After the first assignment of rounded tokens best_ is no more than a bound: the true distances, where those are wanted.
+  // After the first assignment of rounded tokens best_ is no more than a bound: the true distances, where those are
+  // wanted.
   void measure_distances() {
     split(a.parallel_for, worth(n_ * a.features), n_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) measure_own(i, label_[i]);
     });
   }
 
-  // Tokens against those centers that bounds do not rule out. own: the cluster each token is in; best_: its distance there.
+  // Tokens against those centers that bounds do not rule out. own: the cluster each token is in; best_: its distance
+  // there.
   void assign_bounded(const I* own) {
     split(a.parallel_for, worth(n_ * k_), padded_ / P, [&](int64_t begin, int64_t end) {
       Scratch s(*this);
@@ -303,8 +323,8 @@ class Direct : protected Result<In> {
     this->squared_differences(tokens, centers, best_ + i);
   }
 
-  // A panel's tokens against those centers that bounds do not rule out. known: best_ holds distances, not upper bounds of them (as
-  // it does after rounded products, when bounds are as tight as such products make them).
+  // A panel's tokens against those centers that bounds do not rule out. known: best_ holds distances, not upper bounds
+  // of them (as it does after rounded products, when bounds are as tight as such products make them).
   void settle(int64_t p, const I* own, bool known, Scratch& s) {
     const Panel panel = take_up(p, own);
     int64_t count = s.ask_all(groups_), pairs = 0;
@@ -374,7 +394,8 @@ class Direct : protected Result<In> {
     return panel;
   }
 
-  // Of the groups s.group[0..count) those that may hold a center nearer than a token's own, and for which tokens (s.tokens).
+  // Of the groups s.group[0..count) those that may hold a center nearer than a token's own, and for which tokens
+  // (s.tokens).
   void find(int64_t p, const Panel& panel, Scratch& s, int64_t& count, int64_t& pairs) const {
     constexpr uint32_t kAll = (uint64_t(1) << L) - 1;
     const int64_t asked = count;
@@ -386,7 +407,8 @@ class Direct : protected Result<In> {
       decltype(larger_lanes(Vec<C>{}, Vec<C>{})) farther[TP_VECTORS], all;
 #pragma GCC unroll 4
       for (int v = 0; v < TP_VECTORS; ++v) {
-        // norm + bound > (reach + travelled)^2. A NaN rules nothing out; nor does equality: lengths of zero leave no room.
+        // norm + bound > (reach + travelled)^2. A NaN rules nothing out; nor does equality: lengths of zero leave no
+        // room.
         farther[v] = larger_lanes(load(at + v * L), panel.least[v] + travelled * (panel.twice[v] + travelled));
         all = v == 0 ? farther[v] : all & farther[v];
       }
@@ -408,7 +430,8 @@ class Direct : protected Result<In> {
     for (int64_t f = 0; f < count; ++f)
       for (uint64_t tokens = s.tokens[f]; tokens; tokens &= tokens - 1) {
         const int r = __builtin_ctzll(tokens);
-        if (best_[p * P + r] == 0 && s.group[f] * group_ > own[p * P + r]) continue;  // zero loses to lower centers only
+        if (best_[p * P + r] == 0 && s.group[f] * group_ > own[p * P + r])
+          continue;  // zero loses to lower centers only
         s.of_token[r * groups_ + found[r]++] = s.group[f];
       }
     for (int64_t r = 0; r < P; ++r) {
@@ -423,7 +446,8 @@ class Direct : protected Result<In> {
       if (group_ > 1) {
         candidates = 0;
         for (int64_t f = 0; f < found[r]; ++f)
-          for (int64_t j = group[f] * group_; j < std::min((group[f] + 1) * group_, k_); ++j) s.center[candidates++] = int32_t(j);
+          for (int64_t j = group[f] * group_; j < std::min((group[f] + 1) * group_, k_); ++j)
+            s.center[candidates++] = int32_t(j);
         center = s.center;
       }
       const C before = best_[i];
@@ -466,7 +490,8 @@ class Direct : protected Result<In> {
     old = std::min(old, bound(squared, g, norm_[p * P + r]));
   }
 
-  // s.distance: a token's squared distances from centers; for those surely farther than `best`, something between best and that.
+  // s.distance: a token's squared distances from centers; for those surely farther than `best`, something between best
+  // and that.
   void measure_candidates(int64_t p, int64_t i, C best, const int32_t* center, int64_t count, Scratch& s) const {
     if constexpr (kRounds<C>) {
       constexpr int64_t kFew = 3;  // candidates that are not worth rounding the token first
@@ -481,7 +506,8 @@ class Direct : protected Result<In> {
             const int32_t j = center[e];
             const Unit& other = center_unit_[j];
             const C squared = norm + rounded_norm_[j] - C(2) * mine.unit * other.unit * C(products[e - c]);
-            const C far = std::sqrt(std::max(squared - kExact * (norm + rounded_norm_[j]), C(0))) - (mine.error + other.error);
+            const C far =
+                std::sqrt(std::max(squared - kExact * (norm + rounded_norm_[j]), C(0))) - (mine.error + other.error);
             s.distance[e] = far > 0 ? far * far : C(0);
             if (!(s.distance[e] > best * (C(1) + slack_))) s.open[open++] = int32_t(e);
           }
@@ -550,8 +576,9 @@ class Direct : protected Result<In> {
     }
   }
 
-  // The products of the packed panels p .. p + panels - 1 with the centers of the groups s.group[0..count), in ascending order:
-  // use(panel, how many centers, which, places of their groups, products). T: C, or int32_t for rounded ones.
+  // The products of the packed panels p .. p + panels - 1 with the centers of the groups s.group[0..count), in
+  // ascending order: use(panel, how many centers, which, places of their groups, products). T: C, or int32_t for
+  // rounded ones.
   template <class T, class F>
   TP_INLINE void each_center(int64_t p, int64_t panels, int64_t count, Scratch& s, Ahead* ahead, const F& use) {
     int32_t center[kCenters], place[kCenters];
@@ -578,8 +605,8 @@ class Direct : protected Result<In> {
     }
   }
 
-  // What the products of a center with a panel's tokens say: their scores, ||center||^2 - 2 <token, center>, and what those are at
-  // least; with rounded ones, as parts of squared distances times keep.
+  // What the products of a center with a panel's tokens say: their scores, ||center||^2 - 2 <token, center>, and what
+  // those are at least; with rounded ones, as parts of squared distances times keep.
   template <class T>
   struct Reading {
     static constexpr bool rounded = !std::is_same<T, C>::value;
@@ -599,11 +626,15 @@ class Direct : protected Result<In> {
       }
     }
     TP_INLINE Vec<C> score(const T* products) const {
-      if constexpr (rounded) return splat(norm) - splat(factor) * __builtin_convertvector(load(products), Vec<C>);
-      else return splat(norm) - C(2) * load(products);
+      if constexpr (rounded)
+        return splat(norm) - splat(factor) * __builtin_convertvector(load(products), Vec<C>);
+      else
+        return splat(norm) - C(2) * load(products);
     }
     template <class V>
-    TP_INLINE V least(V score) const { return (rounded ? score * keep : score) - room; }
+    TP_INLINE V least(V score) const {
+      return (rounded ? score * keep : score) - room;
+    }
   };
 
   // Panel p against centers first .. first + count - 1, each of which has a bound of its own.
@@ -629,29 +660,30 @@ class Direct : protected Result<In> {
   void nearest_of_all(int64_t p, int64_t panels, Scratch& s, Ahead* ahead) {
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
     Nearest<C> nearest[kPanels];
-    each_center<T>(p, panels, groups_, s, ahead, [&](int64_t q, int64_t block, const int32_t* center, const int32_t* place,
-                                                     const T* products) {
-      if (group_ == 1) return compare<T>(p + q, center[0], block, products, nearest[q]);
-      const Rounding rounding = rounding_of(p + q);
-      Nearest<C> found = nearest[q];
-      for (int64_t c = 0; c < block; ++c, products += P) {
-        const Reading<T> reading(*this, rounding, center[c]);
-        const bool fresh = center[c] % group_ == 0;
-        C* lowest = bounds(p + q, place[c]);
-        C* second = s.second + (place[c] * together_ + q) * P;
+    each_center<T>(p, panels, groups_, s, ahead,
+                   [&](int64_t q, int64_t block, const int32_t* center, const int32_t* place, const T* products) {
+                     if (group_ == 1) return compare<T>(p + q, center[0], block, products, nearest[q]);
+                     const Rounding rounding = rounding_of(p + q);
+                     Nearest<C> found = nearest[q];
+                     for (int64_t c = 0; c < block; ++c, products += P) {
+                       const Reading<T> reading(*this, rounding, center[c]);
+                       const bool fresh = center[c] % group_ == 0;
+                       C* lowest = bounds(p + q, place[c]);
+                       C* second = s.second + (place[c] * together_ + q) * P;
 #pragma GCC unroll 4
-        for (int v = 0; v < TP_VECTORS; ++v) {
-          const Vec<C> score = reading.score(products + v * L), low = reading.least(score);
-          found.take(v, center[c], score);
-          const Vec<C> m1 = fresh ? infinity : load(lowest + v * L), m2 = fresh ? infinity : load(second + v * L);
-          const auto lower = low < m1;
-          const Vec<C> higher = lower ? m1 : low;
-          store(lowest + v * L, lower ? low : m1);
-          store(second + v * L, higher < m2 ? higher : m2);
-        }
-      }
-      nearest[q] = found;
-    });
+                       for (int v = 0; v < TP_VECTORS; ++v) {
+                         const Vec<C> score = reading.score(products + v * L), low = reading.least(score);
+                         found.take(v, center[c], score);
+                         const Vec<C> m1 = fresh ? infinity : load(lowest + v * L),
+                                      m2 = fresh ? infinity : load(second + v * L);
+                         const auto lower = low < m1;
+                         const Vec<C> higher = lower ? m1 : low;
+                         store(lowest + v * L, lower ? low : m1);
+                         store(second + v * L, higher < m2 ? higher : m2);
+                       }
+                     }
+                     nearest[q] = found;
+                   });
     for (int64_t q = 0; q < panels; ++q) take_nearest<T>(p + q, nearest[q], s.second + q * P);
   }
 
@@ -679,9 +711,9 @@ class Direct : protected Result<In> {
     }
   }
 
-  // Panels of starting tokens against all centers, most of which are these tokens. One panel after another is multiplied with
-  // the centers up to its own last, and with those that fill no panel; what lies before it, transposed, are the products of
-  // earlier panels with its tokens as centers.
+  // Panels of starting tokens against all centers, most of which are these tokens. One panel after another is
+  // multiplied with the centers up to its own last, and with those that fill no panel; what lies before it, transposed,
+  // are the products of earlier panels with its tokens as centers.
   void nearest_of_starts(Scratch& s, Ahead* ahead) {
     constexpr int64_t kBlock = 2 * P;  // centers
     const int64_t whole = starts_ * P;
@@ -725,23 +757,23 @@ class Direct : protected Result<In> {
   template <class T>
   void tighten(int64_t p, int64_t count, const I* own, Scratch& s) {
     const Vec<C> infinity = splat(std::numeric_limits<C>::infinity());
-    each_center<T>(p, 1, count, s, nullptr, [&](int64_t, int64_t block, const int32_t* center, const int32_t* place,
-                                                const T* products) {
-      const Rounding rounding = rounding_of(p);
-      for (int64_t c = 0; c < block; ++c, products += P) {
-        const Reading<T> reading(*this, rounding, center[c]);
-        const Vec<I> index = splat(I(center[c]));
-        const bool fresh = center[c] % group_ == 0;
-        C* lowest = bounds(p, s.group[place[c]]);
+    each_center<T>(p, 1, count, s, nullptr,
+                   [&](int64_t, int64_t block, const int32_t* center, const int32_t* place, const T* products) {
+                     const Rounding rounding = rounding_of(p);
+                     for (int64_t c = 0; c < block; ++c, products += P) {
+                       const Reading<T> reading(*this, rounding, center[c]);
+                       const Vec<I> index = splat(I(center[c]));
+                       const bool fresh = center[c] % group_ == 0;
+                       C* lowest = bounds(p, s.group[place[c]]);
 #pragma GCC unroll 4
-        for (int v = 0; v < TP_VECTORS; ++v) {
-          const Vec<C> low = reading.least(reading.score(products + v * L));
-          const Vec<C> other = index == load(own + p * P + v * L) ? infinity : low;
-          const Vec<C> least = fresh ? infinity : load(lowest + v * L);
-          store(lowest + v * L, least < other ? least : other);
-        }
-      }
-    });
+                       for (int v = 0; v < TP_VECTORS; ++v) {
+                         const Vec<C> low = reading.least(reading.score(products + v * L));
+                         const Vec<C> other = index == load(own + p * P + v * L) ? infinity : low;
+                         const Vec<C> least = fresh ? infinity : load(lowest + v * L);
+                         store(lowest + v * L, least < other ? least : other);
+                       }
+                     }
+                   });
     C norm[P];  // norm_ may be that of rounded tokens
     if constexpr (Reading<T>::rounded)
       std::memcpy(norm, norm_ + p * P, sizeof norm);
@@ -796,7 +828,8 @@ class Direct : protected Result<In> {
     });
     C widest = 0;
     for (int64_t i = 0; i < n_; ++i) widest = std::max(widest, norm_[i]);
-    const C far = 16 * std::sqrt(widest);  // only a given center can come from so far (or from where nothing can be computed)
+    const C far =
+        16 * std::sqrt(widest);  // only a given center can come from so far (or from where nothing can be computed)
     for (int64_t g = 0; g < groups_; ++g) {
       C most = 0;
       bool usable = true;
@@ -831,24 +864,25 @@ class Direct : protected Result<In> {
       for (int64_t r = 0; r < P; ++r) bounds(p, g)[r] = -std::numeric_limits<C>::infinity();
   }
 
-  C* center_norm_ = nullptr;    // [k] squared norms
+  C* center_norm_ = nullptr;        // [k] squared norms
   int64_t group_ = 1, groups_ = 0;  // consecutive centers that share a bound; how many groups
-  int32_t* group_of_ = nullptr; // [k]
-  // [panels][groups][P] the norm of the token plus this is a lower bound of (distance + travelled)^2, where the distance is
-  // that of the group's nearest center other than the token's own when it was last computed, and travelled what the group had
-  // then: so a center is nearer than `reach` only if it is below (reach + what the group has travelled by now)^2.
+  int32_t* group_of_ = nullptr;     // [k]
+  // [panels][groups][P] the norm of the token plus this is a lower bound of (distance + travelled)^2, where the
+  // distance is that of the group's nearest center other than the token's own when it was last computed, and travelled
+  // what the group had then: so a center is nearer than `reach` only if it is below (reach + what the group has
+  // travelled by now)^2.
   C* bound_ = nullptr;
-  C* travelled_ = nullptr;      // [groups] the sum over iterations of the longest way one of its centers moved
-  C* drift_ = nullptr;          // [k] how far a center moved in the last update
-  I* held_ = nullptr;           // [n] the cluster whose center a token's bounds leave out
-  C slack_ = 0;                 // relative room for rounding
-  bool finite_ = true;          // all tokens
-  bool rough_ = false;          // the first products are those of rounded tokens and centers
-  int64_t lanes_ = 0;           // lanes of a rounded row: pairs of features
-  int32_t* center_rounded_ = nullptr;    // [k][lanes]
-  Unit* center_unit_ = nullptr;          // [k]
-  C* rounded_norm_ = nullptr;   // [k] squared norms of the rounded centers
-  Rounding* rounding_ = nullptr;  // [panels]
-  int64_t starts_ = 0;          // panels of starting tokens whose products with each other are made once
-  int64_t together_ = 1;        // panels multiplied at a time
+  C* travelled_ = nullptr;             // [groups] the sum over iterations of the longest way one of its centers moved
+  C* drift_ = nullptr;                 // [k] how far a center moved in the last update
+  I* held_ = nullptr;                  // [n] the cluster whose center a token's bounds leave out
+  C slack_ = 0;                        // relative room for rounding
+  bool finite_ = true;                 // all tokens
+  bool rough_ = false;                 // the first products are those of rounded tokens and centers
+  int64_t lanes_ = 0;                  // lanes of a rounded row: pairs of features
+  int32_t* center_rounded_ = nullptr;  // [k][lanes]
+  Unit* center_unit_ = nullptr;        // [k]
+  C* rounded_norm_ = nullptr;          // [k] squared norms of the rounded centers
+  Rounding* rounding_ = nullptr;       // [panels]
+  int64_t starts_ = 0;                 // panels of starting tokens whose products with each other are made once
+  int64_t together_ = 1;               // panels multiplied at a time
 };

@@ -1,19 +1,24 @@
 // Packed panels of tokens and the register tile: products of kRows rows with kPanel tokens.
 //
 // A panel holds kPanel tokens feature by feature: panel[d * kPanel + lane]. It serves as the right operand (vectors of
-// tokens) and, one lane at a time, as the left one. Every product is summed in the same order wherever its tile lies, so
-// results depend neither on the batch nor on the number of threads.
+// tokens) and, one lane at a time, as the left one. Every product is summed in the same order wherever its tile lies,
+// so results depend neither on the batch nor on the number of threads.
 
 template <class C>
 struct Tile {
   Vec<C> v[kRows][TP_VECTORS];
 };
 
-TP_INLINE void add_product(Vec<float>& sum, Vec<float> a, Vec<float> b) { sum += a * b; }
-TP_INLINE void add_product(Vec<double>& sum, Vec<double> a, Vec<double> b) { sum += a * b; }
+TP_INLINE void add_product(Vec<float>& sum, Vec<float> a, Vec<float> b) {
+  sum += a * b;
+}
+TP_INLINE void add_product(Vec<double>& sum, Vec<double> a, Vec<double> b) {
+  sum += a * b;
+}
 
-// Tokens rounded to 16 bits: a lane holds two features, and one instruction adds up both products, without error. That is 1.6
-// times as fast as floats (Zen 3), from half the memory. Elsewhere than on x86-64 there is no such instruction: no rounding.
+// Tokens rounded to 16 bits: a lane holds two features, and one instruction adds up both products, without error. That
+// is 1.6 times as fast as floats (Zen 3), from half the memory. Elsewhere than on x86-64 there is no such instruction:
+// no rounding.
 #if defined(__x86_64__)
 template <class C>
 constexpr bool kRounds = std::is_same<C, float>::value;
@@ -36,7 +41,8 @@ TP_INLINE void add_product(Vec<int32_t>& sum, Vec<int32_t> a, Vec<int32_t> b) { 
 
 // tile[r][:] = sum over d < depth of left[r][d * left_step] * panel[d][:], for the first V vectors of the panel
 template <class C, int V = TP_VECTORS>
-TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const C* panel, int64_t depth, Tile<C>& tile) {
+TP_INLINE void multiply(const C* const (&left)[kRows], int64_t left_step, const C* panel, int64_t depth,
+                        Tile<C>& tile) {
   Vec<C> acc[kRows][V] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vec<C> b[V];
@@ -71,13 +77,15 @@ TP_INLINE void pack_rows(const In* const* row, int rows, int64_t features, C sca
     for (int i = 0; i < L; ++i) store(panel + (d + i) * kPanel<C>, r[i]);
   }
   for (; d < features; ++d)
-    for (int i = 0; i < L; ++i) panel[d * kPanel<C> + i] = All || i < rows ? C(to_float(row[i][d])) * scale - mean[d] : C(0);
+    for (int i = 0; i < L; ++i)
+      panel[d * kPanel<C> + i] = All || i < rows ? C(to_float(row[i][d])) * scale - mean[d] : C(0);
 }
 
-// Rows of any dtype -> panel [features][kPanel] of acc: element (d, lane) = row[lane][d] * scale - mean[d], and zero from
-// lane `rows` on.
+// Rows of any dtype -> panel [features][kPanel] of acc: element (d, lane) = row[lane][d] * scale - mean[d], and zero
+// from lane `rows` on.
 template <class In, class C>
-inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t rows, int64_t features, C scale, const C* mean, C* panel) {
+inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t rows, int64_t features, C scale, const C* mean,
+                       C* panel) {
   constexpr int L = kLanes<C>;
   for (int g = 0; g < kPanel<C>; g += L) {
     if (rows >= g + L)
@@ -89,20 +97,21 @@ inline void pack_panel(const In* const (&row)[kPanel<C>], int64_t rows, int64_t 
 
 // A row times `fine`, rounded to whole numbers: those of features low and high share a lane. |row * fine| < 2^15.
 TP_INLINE Vec<int32_t> round_pair(Vec<float> low, Vec<float> high, Vec<float> fine) {
-  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: whatever is added to it is rounded, and stands in its low bits
+  const Vec<float> magic =
+      splat(12582912.0f);  // 1.5 * 2^23: whatever is added to it is rounded, and stands in its low bits
   typedef Vec<uint32_t> Bits;
   return (Vec<int32_t>)(((Bits)(low * fine + magic) & 0xffff) | ((Bits)(high * fine + magic) << 16));
 }
 
 // As many lanes as `features` fill when rounded: whole vectors.
 constexpr int64_t rounded_lanes(int64_t features) {
-  return (features + 2 * kLanes<float> - 1) / (2 * kLanes<float>) * kLanes<float>;
+  return (features + 2 * kLanes<float> - 1) / (2 * kLanes<float>)*kLanes<float>;
 }
 
 // Rows of any dtype -> panel of pairs [rounded_lanes][kPanel] of (row * scale - mean) * fine; zero from row `rows` on.
 template <class In>
-inline void round_panel(const In* const* row, int64_t rows, int64_t features, float scale, const float* mean, float fine,
-                        int32_t* panel) {
+inline void round_panel(const In* const* row, int64_t rows, int64_t features, float scale, const float* mean,
+                        float fine, int32_t* panel) {
   constexpr int L = kLanes<float>;
   const Vec<float> factor = splat(scale), finer = splat(fine);
   for (int g = 0; g < kPanel<float>; g += L)
@@ -129,8 +138,9 @@ inline void round_panel(const In* const* row, int64_t rows, int64_t features, fl
     }
 }
 
-constexpr int64_t kDepthBlock = 128;    // features a pass: two panels' blocks stay in the first-level cache
-constexpr int64_t kRoundedBlock = 512;  // lanes a pass of rounded ones, where every pass more costs more than the cache gains
+constexpr int64_t kDepthBlock = 128;  // features a pass: two panels' blocks stay in the first-level cache
+constexpr int64_t kRoundedBlock =
+    512;  // lanes a pass of rounded ones, where every pass more costs more than the cache gains
 
 // Products of kRows rows with a panel over `depth` features, stored or added to what `out` holds.
 template <class C, int V>
@@ -181,8 +191,8 @@ class Ahead {
 // diagonal only the vectors that reach below it, at the end only rows of tokens.
 // gram: [panels * kPanel][stride]
 template <class C>
-inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t first, int64_t last, C* gram, int64_t stride,
-                       Ahead* ahead = nullptr) {
+inline void gram_tiles(const C* packed, int64_t features, int64_t n, int64_t first, int64_t last, C* gram,
+                       int64_t stride, Ahead* ahead = nullptr) {
   constexpr int P = kPanel<C>;
   const int64_t panels = (n + P - 1) / P;
   for (int64_t d0 = 0; d0 == 0 || d0 < features; d0 += kDepthBlock) {

@@ -1,7 +1,7 @@
 // Member lists of clusters, shares of means, and the repair of empty clusters.
 
-// Memory handed out in pieces and taken back all at once. Every thread has one and keeps its blocks from image to image,
-// and, if they come to kKept bytes or less, from call to call.
+// Memory handed out in pieces and taken back all at once. Every thread has one and keeps its blocks from image to
+// image, and, if they come to kKept bytes or less, from call to call.
 class Arena {
  public:
   static Arena& of_this_thread() {
@@ -51,8 +51,9 @@ class Arena {
   int64_t block_ = 0, used_ = 0;
 };
 
-// The largest power of two not above `largest`, as a factor that brings it into [1, 2). 1 inside the range where no square
-// can overflow or vanish (the factor is exact, so it changes no bit of a result there), and 1 for zero or non-finite.
+// The largest power of two not above `largest`, as a factor that brings it into [1, 2). 1 inside the range where no
+// square can overflow or vanish (the factor is exact, so it changes no bit of a result there), and 1 for zero or
+// non-finite.
 template <class C>
 inline C safe_scale(C largest, int ordinary = std::is_same<C, float>::value ? 40 : 300) {
   const int limit = std::is_same<C, float>::value ? 126 : 1022;
@@ -66,7 +67,8 @@ inline C safe_scale(C largest, int ordinary = std::is_same<C, float>::value ? 40
 // Members of every cluster in the order in which `order` lists the tokens (null: ascending): member[start[j]] ..
 // member[start[j + 1]]. Labels outside 0..k-1 are left out.
 template <class Label>
-inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int32_t* member, const int32_t* order = nullptr) {
+inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int32_t* member,
+                  const int32_t* order = nullptr) {
   std::memset(start, 0, size_t(k + 1) * sizeof(int32_t));
   for (int64_t i = 0; i < n; ++i)
     if (label[i] >= 0 && label[i] < k) ++start[label[i] + 1];
@@ -79,8 +81,8 @@ inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int3
   start[0] = 0;
 }
 
-// Each member's share of its cluster's mean: w/W, or 1/count where W = 0. Returns W (saturated). Weights are brought to a
-// safe range by an exact power of two, so that neither huge nor tiny ones are lost.
+// Each member's share of its cluster's mean: w/W, or 1/count where W = 0. Returns W (saturated). Weights are brought to
+// a safe range by an exact power of two, so that neither huge nor tiny ones are lost.
 template <class C>
 inline C shares(const int32_t* member, int64_t count, const C* weight, C* share) {
   C total = 0, scale = 1;
@@ -96,8 +98,8 @@ inline C shares(const int32_t* member, int64_t count, const C* weight, C* share)
   return std::min(total / scale, std::numeric_limits<C>::max());
 }
 
-// Fill every empty cluster below k, in ascending order, with the token of the largest cost whose cluster has at least two
-// members (tie: the first in `order`; null: ascending). Needs n >= k.
+// Fill every empty cluster below k, in ascending order, with the token of the largest cost whose cluster has at least
+// two members (tie: the first in `order`; null: ascending). Needs n >= k.
 template <class C, class Label>
 inline void repair_empty(int64_t n, int64_t k, const C* weight, const C* distance, const int32_t* order, Label* label,
                          int32_t* count) {

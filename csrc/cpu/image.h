@@ -24,8 +24,8 @@ class Image {
       if (mask[i]) valid_[n_++] = int32_t(i);
   }
 
-  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch: where it fits the second-level cache beside
-  // this one.
+  // Image b, if there is one, is to be fetched in `times` calls of ahead.fetch: where it fits the second-level cache
+  // beside this one.
   void want_image(int64_t b, int64_t times, Ahead& ahead) const {
     constexpr int64_t kFits = 256 << 10;
     const int64_t bytes = a.tokens * a.features * int64_t(sizeof(In));
@@ -95,7 +95,8 @@ class Image {
       C* weight = arena_.take<C>(n_);
       C heaviest = 0;
       for (int64_t i = 0; i < n_; ++i) heaviest = given[token(i)] > heaviest ? given[token(i)] : heaviest;
-      weight_scale_ = safe_scale(heaviest, std::is_same<C, float>::value ? 20 : 200);  // a weight times a distance must fit, too
+      weight_scale_ =
+          safe_scale(heaviest, std::is_same<C, float>::value ? 20 : 200);  // a weight times a distance must fit, too
       for (int64_t i = 0; i < n_; ++i) weight[i] = given[token(i)] * weight_scale_;
       weight_ = weight;
     }
@@ -109,7 +110,8 @@ class Image {
     pack_panel<In, C>(rows, count, a.features, scale_, mean_, panel);
   }
 
-  void panel_norms(const C* panel, C* norm) const {  // summed as products are: a token's norm is its product with itself
+  void panel_norms(const C* panel,
+                   C* norm) const {  // summed as products are: a token's norm is its product with itself
     Vec<C> sum[TP_VECTORS] = {};
     for (int64_t d0 = 0; d0 < a.features; d0 += kDepthBlock) {
       Vec<C> block[TP_VECTORS] = {};
@@ -220,7 +222,8 @@ class Image {
     return lane_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
-  // out[t * M + m] = ||x[t] * scale - mean - center[m]||^2, summed alike for every T and M: equal centers are equally far.
+  // out[t * M + m] = ||x[t] * scale - mean - center[m]||^2, summed alike for every T and M: equal centers are equally
+  // far.
   template <int T, int M>
   TP_INLINE void squared_differences(const In* const (&x)[T], const C* const (&center)[M], C* out) const {
     constexpr int W = 2;
@@ -260,11 +263,11 @@ class Image {
 
   const ClusterArgs& a;
   Arena& arena_;
-  int64_t image_ = 0, n_ = 0;   // which image; its number of valid tokens
+  int64_t image_ = 0, n_ = 0;  // which image; its number of valid tokens
   const In* x_ = nullptr;
-  int32_t* valid_ = nullptr;    // [n] token indices, or null: all
-  int32_t* ascending_ = nullptr;  // [n] the order sums and ties go by, that of the image, or null: as they stand
-  const C* weight_ = nullptr;   // [n] scaled, or null
+  int32_t* valid_ = nullptr;        // [n] token indices, or null: all
+  int32_t* ascending_ = nullptr;    // [n] the order sums and ties go by, that of the image, or null: as they stand
+  const C* weight_ = nullptr;       // [n] scaled, or null
   C scale_ = 1, weight_scale_ = 1;  // powers of two
-  C* mean_ = nullptr;           // [D] the image's mean token, scaled
+  C* mean_ = nullptr;               // [D] the image's mean token, scaled
 };

@@ -9,7 +9,7 @@
 #endif
 #define TP_ISA avx2
 #define TP_VECTOR_BYTES 32
-#define TP_ROWS 4  // rows of the register tile
+#define TP_ROWS 4     // rows of the register tile
 #define TP_VECTORS 3  // its columns, in vectors
 #define TP_F16C 1
 #include "kernels.h"

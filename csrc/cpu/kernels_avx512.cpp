@@ -1,5 +1,5 @@
-// The CPU kernels for processors with AVX-512 and its 16-bit dot products (VNNI). Standard headers come first: what they
-// define keeps the baseline.
+// The CPU kernels for processors with AVX-512 and its 16-bit dot products (VNNI). Standard headers come first: what
+// they define keeps the baseline.
 #include "headers.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -11,7 +11,7 @@
 #endif
 #define TP_ISA avx512
 #define TP_VECTOR_BYTES 64
-#define TP_ROWS 8  // rows of the register tile
+#define TP_ROWS 8     // rows of the register tile
 #define TP_VECTORS 2  // its columns, in vectors
 #define TP_F16C 1
 #include "kernels.h"

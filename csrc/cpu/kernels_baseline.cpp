@@ -2,6 +2,6 @@
 #include "headers.h"
 #define TP_ISA baseline
 #define TP_VECTOR_BYTES 16
-#define TP_ROWS 2  // rows of the register tile
+#define TP_ROWS 2     // rows of the register tile
 #define TP_VECTORS 3  // its columns, in vectors
 #include "kernels.h"

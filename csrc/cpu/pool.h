@@ -17,8 +17,9 @@ inline void copy_past_caches(void* out, const void* row, int64_t bytes) {
   }
 }
 
-// Rows of all tokens: zeros for those without a cluster, the others by f(begin, end, token, count, past_caches): token[begin..end]
-// are to be written, and count[j] are the members of cluster j. A large output is written cluster after cluster: each is read once.
+// Rows of all tokens: zeros for those without a cluster, the others by f(begin, end, token, count, past_caches):
+// token[begin..end] are to be written, and count[j] are the members of cluster j. A large output is written cluster
+// after cluster: each is read once.
 template <class F>
 inline void write_rows(const PoolArgs& a, const int64_t* label, void* out, int64_t bytes, bool parallel, const F& f) {
   const int64_t N = a.tokens, K = a.clusters;
@@ -92,32 +93,32 @@ inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
   C* grad_weights = a.grad_weights ? static_cast<C*>(a.grad_weights) + b * N : nullptr;
   if (grad_weights) std::memset(static_cast<void*>(grad_weights), 0, size_t(N) * sizeof(C));
   const int64_t bytes = D * int64_t(sizeof(In));
-  write_rows(a, label, grad_x, bytes, parallel, [&](int64_t begin, int64_t end, const int32_t* token, const int32_t* count,
-                                                    bool past_caches) {
-    Buffer<C> x_row(D), center_row(D), grad_row(D);
-    Buffer<In> scratch(D);
-    const C* g = nullptr;
-    int64_t last = -1;
-    for (int64_t m = begin; m < end; ++m) {
-      const int64_t i = token[m], j = label[i];
-      const C total = mass[j];
-      In* row = past_caches ? scratch : grad_x + i * D;
-      if (j != last) g = as_acc(grad + j * a.grad_row_stride, static_cast<C*>(grad_row), D);
-      if (j != last || weight || !past_caches)
-        narrow(g, total > 0 ? (weight ? weight[i] : C(1)) / total : C(1) / C(count[j]), row, D);
-      if (past_caches) copy_past_caches(grad_x + i * D, row, bytes);
-      last = j;
-      if (!grad_weights) continue;
-      const C* v = as_acc(x + i * a.x_token_stride, static_cast<C*>(x_row), D);
-      const C* c = as_acc(centers + j * a.centers_row_stride, static_cast<C*>(center_row), D);
-      Vec<C> sum = {};
-      C rest = 0;
-      int64_t d = 0;
-      for (; d + L <= D; d += L) sum += (load(v + d) - load(c + d)) * load(g + d);
-      for (; d < D; ++d) rest += (v[d] - c[d]) * g[d];
-      grad_weights[i] = total > 0 ? (lane_sum<C>(sum) + rest) / total : C(0);
-    }
-  });
+  write_rows(a, label, grad_x, bytes, parallel,
+             [&](int64_t begin, int64_t end, const int32_t* token, const int32_t* count, bool past_caches) {
+               Buffer<C> x_row(D), center_row(D), grad_row(D);
+               Buffer<In> scratch(D);
+               const C* g = nullptr;
+               int64_t last = -1;
+               for (int64_t m = begin; m < end; ++m) {
+                 const int64_t i = token[m], j = label[i];
+                 const C total = mass[j];
+                 In* row = past_caches ? scratch : grad_x + i * D;
+                 if (j != last) g = as_acc(grad + j * a.grad_row_stride, static_cast<C*>(grad_row), D);
+                 if (j != last || weight || !past_caches)
+                   narrow(g, total > 0 ? (weight ? weight[i] : C(1)) / total : C(1) / C(count[j]), row, D);
+                 if (past_caches) copy_past_caches(grad_x + i * D, row, bytes);
+                 last = j;
+                 if (!grad_weights) continue;
+                 const C* v = as_acc(x + i * a.x_token_stride, static_cast<C*>(x_row), D);
+                 const C* c = as_acc(centers + j * a.centers_row_stride, static_cast<C*>(center_row), D);
+                 Vec<C> sum = {};
+                 C rest = 0;
+                 int64_t d = 0;
+                 for (; d + L <= D; d += L) sum += (load(v + d) - load(c + d)) * load(g + d);
+                 for (; d < D; ++d) rest += (v[d] - c[d]) * g[d];
+                 grad_weights[i] = total > 0 ? (lane_sum<C>(sum) + rest) / total : C(0);
+               }
+             });
 }
 
 // out_i = centers[a_i], zeros where there is none. Moves bytes only.
@@ -126,32 +127,37 @@ inline void unpool_image(const PoolArgs& a, int64_t element, int64_t b, bool par
   const int64_t* label = a.assignment + b * a.tokens;
   const char* centers = static_cast<const char*>(a.centers) + b * a.centers_image_stride * element;
   char* out = static_cast<char*>(a.grad_x) + b * a.tokens * bytes;
-  write_rows(a, label, out, bytes, parallel, [&](int64_t begin, int64_t end, const int32_t* token, const int32_t*,
-                                                 bool past_caches) {
-    for (int64_t m = begin; m < end; ++m) {
-      const int64_t i = token[m];
-      const char* row = centers + label[i] * a.centers_row_stride * element;
-      if (past_caches)
-        copy_past_caches(out + i * bytes, row, bytes);
-      else
-        std::memcpy(out + i * bytes, row, size_t(bytes));
-    }
-  });
+  write_rows(a, label, out, bytes, parallel,
+             [&](int64_t begin, int64_t end, const int32_t* token, const int32_t*, bool past_caches) {
+               for (int64_t m = begin; m < end; ++m) {
+                 const int64_t i = token[m];
+                 const char* row = centers + label[i] * a.centers_row_stride * element;
+                 if (past_caches)
+                   copy_past_caches(out + i * bytes, row, bytes);
+                 else
+                   std::memcpy(out + i * bytes, row, size_t(bytes));
+               }
+             });
 }
 
 template <class F>
 inline void each_image(const PoolArgs& a, const F& f) {
   const bool over_images = a.images >= a.threads && a.threads > 1;
-  hand_out(a.parallel_for, over_images ? a.threads : 1, a.images, [&](int64_t b) { f(b, !over_images && a.threads > 1); });
+  hand_out(a.parallel_for, over_images ? a.threads : 1, a.images,
+           [&](int64_t b) { f(b, !over_images && a.threads > 1); });
 }
 
 static void pool(const PoolArgs& a) {
   each_image(a, [&](int64_t b, bool parallel) {
     switch (a.dtype) {
-      case DType::Float32: return pool_image<float>(a, b, parallel);
-      case DType::Float64: return pool_image<double>(a, b, parallel);
-      case DType::BFloat16: return pool_image<BF16>(a, b, parallel);
-      case DType::Float16: return pool_image<FP16>(a, b, parallel);
+      case DType::Float32:
+        return pool_image<float>(a, b, parallel);
+      case DType::Float64:
+        return pool_image<double>(a, b, parallel);
+      case DType::BFloat16:
+        return pool_image<BF16>(a, b, parallel);
+      case DType::Float16:
+        return pool_image<FP16>(a, b, parallel);
     }
   });
 }
@@ -159,10 +165,14 @@ static void pool(const PoolArgs& a) {
 static void pool_backward(const PoolArgs& a) {
   each_image(a, [&](int64_t b, bool parallel) {
     switch (a.dtype) {
-      case DType::Float32: return pool_backward_image<float>(a, b, parallel);
-      case DType::Float64: return pool_backward_image<double>(a, b, parallel);
-      case DType::BFloat16: return pool_backward_image<BF16>(a, b, parallel);
-      case DType::Float16: return pool_backward_image<FP16>(a, b, parallel);
+      case DType::Float32:
+        return pool_backward_image<float>(a, b, parallel);
+      case DType::Float64:
+        return pool_backward_image<double>(a, b, parallel);
+      case DType::BFloat16:
+        return pool_backward_image<BF16>(a, b, parallel);
+      case DType::Float16:
+        return pool_backward_image<FP16>(a, b, parallel);
     }
   });
 }

@@ -4,10 +4,10 @@ template <class In>
 class Result : protected Image<In> {
  protected:
   using Base = Image<In>;
-  using typename Base::C;
-  using typename Base::I;
   using Base::a, Base::image_, Base::n_, Base::weight_, Base::scale_, Base::weight_scale_, Base::mean_;
   using Base::token, Base::row, Base::squared_difference;
+  using typename Base::C;
+  using typename Base::I;
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
   Result(const ClusterArgs& args, bool parallel) : Base(args), parallel_(parallel) {}
@@ -39,7 +39,8 @@ class Result : protected Image<In> {
       total_[j] = shares(member_ + start_[j], start_[j + 1] - start_[j], weight_, share_ + start_[j]);
   }
 
-  // W vectors of a mean: out (added to if `add`) = sum over r of share[r] * (x[r] * scale - mean); Centered or without mean.
+  // W vectors of a mean: out (added to if `add`) = sum over r of share[r] * (x[r] * scale - mean); Centered or without
+  // mean.
   template <int W, bool Centered>
   TP_INLINE void add_members(const In* const* x, const C* share, int64_t count, int64_t d, bool add, C* out) const {
     const Vec<C> scale = splat(scale_);
@@ -74,7 +75,8 @@ class Result : protected Image<In> {
       for (; d + L <= D; d += L) add_members<1, Centered>(x, share, count, d, add, out);
       for (; d < D; ++d) {
         C sum = add ? out[d] : C(0);
-        for (int64_t r = 0; r < count; ++r) sum += share[r] * (C(to_float(x[r][d])) * scale_ - (Centered ? mean_[d] : C(0)));
+        for (int64_t r = 0; r < count; ++r)
+          sum += share[r] * (C(to_float(x[r][d])) * scale_ - (Centered ? mean_[d] : C(0)));
         out[d] = sum;
       }
     }
@@ -152,13 +154,14 @@ class Result : protected Image<In> {
 
   const bool parallel_;
   int64_t k_ = 0, padded_ = 0;
-  I* label_ = nullptr;          // [n]
-  C* norm_ = nullptr;           // [n] squared norms of the tokens, scaled and centered (rounded ones: times Rounding::keep)
-  C* center_ = nullptr;         // [k][D] scaled, centered
-  C* best_ = nullptr;           // [n] squared distance to its center, or an upper bound of it (direct.h: assign_first)
+  I* label_ = nullptr;   // [n]
+  C* norm_ = nullptr;    // [n] squared norms of the tokens, scaled and centered (rounded ones: times Rounding::keep)
+  C* center_ = nullptr;  // [k][D] scaled, centered
+  C* best_ = nullptr;    // [n] squared distance to its center, or an upper bound of it (direct.h: assign_first)
   uint8_t* changed_ = nullptr;  // [k] members differ from those the center was last made of
-  bool settled_ = false;        // center_ and best_ are right for clusters that did not change since (never with a NaN in mean_)
+  bool settled_ =
+      false;  // center_ and best_ are right for clusters that did not change since (never with a NaN in mean_)
   int32_t *member_ = nullptr, *start_ = nullptr, *count_ = nullptr, *medoid_ = nullptr;
   C *share_ = nullptr, *total_ = nullptr;  // [n] by place in member_; [k] summed weights
-  double* error_ = nullptr;     // [k]
+  double* error_ = nullptr;                // [k]
 };

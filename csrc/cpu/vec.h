@@ -5,9 +5,13 @@
 template <class T>
 struct Lane;
 template <>
-struct Lane<float> { using Int = int32_t; };
+struct Lane<float> {
+  using Int = int32_t;
+};
 template <>
-struct Lane<double> { using Int = int64_t; };
+struct Lane<double> {
+  using Int = int64_t;
+};
 
 template <class T>
 struct VecOf {
@@ -24,9 +28,13 @@ template <class T>
 constexpr int kPanel = TP_VECTORS * kLanes<T>;  // tokens in a packed panel
 
 template <class T>
-TP_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const typename VecOf<T>::Loose*>(p); }
+TP_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::Loose*>(p);
+}
 template <class T>
-TP_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename VecOf<T>::Loose*>(p) = v; }
+TP_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecOf<T>::Loose*>(p) = v;
+}
 
 // A store that leaves the caches alone, to an aligned address; others see it after finish_past_caches().
 TP_INLINE void store_past_caches(float* p, Vec<float> v) {
@@ -47,7 +55,9 @@ inline void finish_past_caches() {
 }
 
 template <class T>
-TP_INLINE Vec<T> splat(T value) { return value - Vec<T>{}; }
+TP_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
 
 // Sum of the lanes, in a fixed order: halves folded together.
 template <class V, int... I>
@@ -57,8 +67,10 @@ TP_INLINE auto fold(V v, std::integer_sequence<int, I...>) {
 template <class T, class V>
 TP_INLINE T lane_sum(V v) {
   constexpr int n = sizeof(V) / sizeof(T);
-  if constexpr (n == 2) return v[0] + v[1];
-  else return lane_sum<T>(fold(v, std::make_integer_sequence<int, n / 2>{}));
+  if constexpr (n == 2)
+    return v[0] + v[1];
+  else
+    return lane_sum<T>(fold(v, std::make_integer_sequence<int, n / 2>{}));
 }
 
 template <class T>
@@ -67,25 +79,38 @@ TP_INLINE Vec<T> root(Vec<T> v) {  // one instruction, since the build says -fno
   return v;
 }
 
-// Which lanes of `a` are larger than those of `b`: as bits where the processor compares into bits, else as lanes of ones.
+// Which lanes of `a` are larger than those of `b`: as bits where the processor compares into bits, else as lanes of
+// ones.
 #if defined(__x86_64__) && TP_VECTOR_BYTES == 64
-TP_INLINE uint32_t larger_lanes(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
-TP_INLINE uint32_t larger_lanes(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ); }
-TP_INLINE uint32_t lane_bits(uint32_t bits) { return bits; }  // as larger_lanes gave them
+TP_INLINE uint32_t larger_lanes(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+}
+TP_INLINE uint32_t larger_lanes(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+}
+TP_INLINE uint32_t lane_bits(uint32_t bits) {
+  return bits;
+}  // as larger_lanes gave them
 #else
 template <class V>
-TP_INLINE auto larger_lanes(V a, V b) { return a > b; }
+TP_INLINE auto larger_lanes(V a, V b) {
+  return a > b;
+}
 
 // What larger_lanes gave as bits, the first lane's the lowest.
 template <class V>
 TP_INLINE uint32_t lane_bits(V v) {
   constexpr bool single = sizeof(v[0]) == 4;
 #if defined(__x86_64__) && TP_VECTOR_BYTES == 32
-  if constexpr (single) return uint32_t(_mm256_movemask_ps((__m256)v));
-  else return uint32_t(_mm256_movemask_pd((__m256d)v));
+  if constexpr (single)
+    return uint32_t(_mm256_movemask_ps((__m256)v));
+  else
+    return uint32_t(_mm256_movemask_pd((__m256d)v));
 #elif defined(__x86_64__) && TP_VECTOR_BYTES == 16
-  if constexpr (single) return uint32_t(_mm_movemask_ps((__m128)v));
-  else return uint32_t(_mm_movemask_pd((__m128d)v));
+  if constexpr (single)
+    return uint32_t(_mm_movemask_ps((__m128)v));
+  else
+    return uint32_t(_mm_movemask_pd((__m128d)v));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < TP_VECTOR_BYTES / (single ? 4 : 8); ++i) bits |= uint32_t(v[i] < 0) << i;
@@ -94,15 +119,20 @@ TP_INLINE uint32_t lane_bits(V v) {
 }
 #endif
 
-TP_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+TP_INLINE int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 // Larger of two, lane by lane: a NaN in `b` is passed over.
 template <class T>
 TP_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
 #if defined(__x86_64__) && TP_VECTOR_BYTES == 64
-  // The compiler would make two instructions of it. (GCC 12 warns of its own header where that is asked without a mask.)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);
-  else return (Vec<T>)_mm512_maskz_max_pd(0xff, (__m512d)b, (__m512d)a);
+  // The compiler would make two instructions of it. (GCC 12 warns of its own header where that is asked without a
+  // mask.)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);
+  else
+    return (Vec<T>)_mm512_maskz_max_pd(0xff, (__m512d)b, (__m512d)a);
 #else
   return b > a ? b : a;
 #endif
@@ -117,8 +147,9 @@ TP_INLINE Vec<T> magnitude(Vec<T> v) {
 template <int Group, bool High, class T, int... I>
 TP_INLINE Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I), E = 16 / sizeof(T);
-  return __builtin_shufflevector(
-      a, b, (I / E * E + (I % E / Group / 2 + (High ? E / Group / 2 : 0)) * Group + I % Group + (I % E / Group % 2 ? n : 0))...);
+  return __builtin_shufflevector(a, b,
+                                 (I / E * E + (I % E / Group / 2 + (High ? E / Group / 2 : 0)) * Group + I % Group +
+                                  (I % E / Group % 2 ? n : 0))...);
 }
 
 // Every second run of `Step` 16-byte pieces exchanged between `a` and `b`: the first (or second) half of that exchange.
@@ -206,7 +237,8 @@ inline void split(ParallelFor parallel_for, bool parallel, int64_t count, const 
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// f(i) for every i below count, handed to the threads one by one: they need not take equally long, nor are all cores equally fast.
+// f(i) for every i below count, handed to the threads one by one: they need not take equally long, nor are all cores
+// equally fast.
 template <class F>
 inline void hand_out(ParallelFor parallel_for, int64_t threads, int64_t count, const F& f) {
   std::atomic<int64_t> next{0};

@@ -16,7 +16,9 @@ namespace cuda {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-inline size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline size_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // A (B, N, D) tensor of tokens with any strides, in elements.
 struct Tokens {
@@ -36,12 +38,12 @@ struct Shape {
 
 // What is known about one image before clustering. Scales are exact powers of two.
 struct ImageStats {
-  float scale;         // max |x| * scale lies in [1, 2)
+  float scale;  // max |x| * scale lies in [1, 2)
   float inv_scale;
   float weight_scale;  // max w * weight_scale lies in [1, 2)
   float inv_weight_scale;
-  int valid;           // tokens that are not padding
-  int clusters;        // effective K = min(counts[b], valid)
+  int valid;     // tokens that are not padding
+  int clusters;  // effective K = min(counts[b], valid)
 };
 
 struct StatsPartial {
@@ -54,13 +56,13 @@ struct StatsPartial {
 struct StatsArgs {
   Shape shape;
   Tokens x;
-  const float* weights;      // (B, N) or null
-  const uint8_t* mask;       // (B, N) bool or null
-  const int64_t* counts;     // (B,) or null
-  StatsPartial* partials;    // (B, stats_chunks(N))
-  ImageStats* stats;         // (B,)
-  float* mean;               // (B, D) mean valid token times scale; null: not wanted (half types)
-  int use_scale;             // 0: scale stays 1 (float16 cannot overflow a float32 product)
+  const float* weights;    // (B, N) or null
+  const uint8_t* mask;     // (B, N) bool or null
+  const int64_t* counts;   // (B,) or null
+  StatsPartial* partials;  // (B, stats_chunks(N))
+  ImageStats* stats;       // (B,)
+  float* mean;             // (B, D) mean valid token times scale; null: not wanted (half types)
+  int use_scale;           // 0: scale stays 1 (float16 cannot overflow a float32 product)
 };
 
 // Half types need not know an image before its products are formed: scaling is needed so rarely that they are formed
@@ -80,18 +82,18 @@ struct GramArgs {
 // What every kernel that runs the iterations of whole images is told.
 struct IterationArgs {
   Shape shape;
-  const float* weights;       // (B, N) or null
-  const uint8_t* mask;        // (B, N) bool or null
-  const int64_t* init;        // (B, K) token indices, or null
-  int64_t init_stride;        // from one image to the next; 0 where all start alike
-  const int* first_label;     // (B, N) first assignment (to given centers), or null
-  const float* first_cost;    // (B, N); neither init nor first_label: the kernel starts farthest-first
-  int64_t* assignment;        // (B, N)
-  int64_t* medoids;           // (B, K); null for K-Means
+  const float* weights;     // (B, N) or null
+  const uint8_t* mask;      // (B, N) bool or null
+  const int64_t* init;      // (B, K) token indices, or null
+  int64_t init_stride;      // from one image to the next; 0 where all start alike
+  const int* first_label;   // (B, N) first assignment (to given centers), or null
+  const float* first_cost;  // (B, N); neither init nor first_label: the kernel starts farthest-first
+  int64_t* assignment;      // (B, N)
+  int64_t* medoids;         // (B, K); null for K-Means
   int iterations;
   int sort;
   int bucket_warps;
-  int parts;                  // groups of threads that share the clusters of one assignment
+  int parts;  // groups of threads that share the clusters of one assignment
 };
 
 // Members of each cluster in the order of the output, for the kernel that makes the means.
@@ -124,10 +126,10 @@ struct ResidentArgs {
   IterationArgs run;
   Tokens x;
   const int64_t* counts;
-  void* centers;        // (B, K, D) dtype of x
-  float* mass;          // (B, K)
-  float* inertia;       // (B,)
-  int chunk;            // features staged at once
+  void* centers;   // (B, K, D) dtype of x
+  float* mass;     // (B, K)
+  float* inertia;  // (B,)
+  int chunk;       // features staged at once
   int use_scale;
 };
 
@@ -177,7 +179,7 @@ struct GatherArgs {
   Tokens x;
   const ImageStats* stats;
   const float* mean;
-  const int64_t* init;        // (B, K) indices, or null
+  const int64_t* init;  // (B, K) indices, or null
   int64_t init_stride;
   const float* init_centers;  // (B, K, D), or null
   void* split;                // (B, K, parts, center_columns) in scaled, centred units
@@ -193,29 +195,29 @@ struct AssignArgs {
   const float* mean;
   const float* weights;
   const uint8_t* mask;
-  const void* split;     // (B, K, parts, center_columns) of the type of x
-  const float* norms;    // (B, K)
-  const int* medoids;    // (B, K) or null: a medoid belongs to its own cluster
-  const int* done;       // (B,)
-  int* label;            // (B, N)
-  float* cost;           // (B, N)
-  int keep_tokens;       // 1: a block's tokens stay in shared memory over all centers
+  const void* split;   // (B, K, parts, center_columns) of the type of x
+  const float* norms;  // (B, K)
+  const int* medoids;  // (B, K) or null: a medoid belongs to its own cluster
+  const int* done;     // (B,)
+  int* label;          // (B, N)
+  float* cost;         // (B, N)
+  int keep_tokens;     // 1: a block's tokens stay in shared memory over all centers
 };
 
 struct BucketArgs {
   Shape shape;
-  const int64_t* given;       // (B, N) labels to bucket as they are (pool); null: use label
-  const ImageStats* stats;    // null with given
-  int* label;                 // (B, N)
-  const float* cost;          // (B, N)
-  int* previous;              // (B, N)
-  int* done;                  // (B,)
-  int* order;                 // (B, N)
-  int* segment_start;         // (B, K)
-  int* segment_length;        // (B, K)
-  int* scratch;               // (B, (bucket_warps + 1) * K) when it does not fit shared memory, else null
+  const int64_t* given;     // (B, N) labels to bucket as they are (pool); null: use label
+  const ImageStats* stats;  // null with given
+  int* label;               // (B, N)
+  const float* cost;        // (B, N)
+  int* previous;            // (B, N)
+  int* done;                // (B,)
+  int* order;               // (B, N)
+  int* segment_start;       // (B, K)
+  int* segment_length;      // (B, K)
+  int* scratch;             // (B, (bucket_warps + 1) * K) when it does not fit shared memory, else null
   int bucket_warps;
-  int first;                  // 1: no previous assignment to compare with
+  int first;  // 1: no previous assignment to compare with
 };
 
 struct UpdateArgs {
@@ -241,11 +243,11 @@ struct FinishArgs {
   const int* order;
   int* segment_start;
   int* segment_length;
-  const int* medoid;     // (B, K) or null
-  int* scratch;          // (B, 3 * K)
-  int* arrived;          // (B,) cleared for the means kernel
+  const int* medoid;  // (B, K) or null
+  int* scratch;       // (B, 3 * K)
+  int* arrived;       // (B,) cleared for the means kernel
   int64_t* assignment;
-  int64_t* medoids;      // (B, K) or null
+  int64_t* medoids;  // (B, K) or null
   int sort;
 };
 
@@ -254,17 +256,17 @@ enum class MeansMode : int { kMean = 0, kMedoid = 1, kSum = 2 };
 struct MeansArgs {
   Shape shape;
   Tokens x;
-  const float* weights;        // (B, N) or null
+  const float* weights;  // (B, N) or null
   const int* order;
   const int* segment_start;
   const int* segment_length;
-  const ImageStats* stats;     // null: no inertia
-  const int64_t* medoids;      // (B, K) in kMedoid mode
-  void* centers;               // (B, K, D)
-  float* mass;                 // (B, K) or null
-  float* inertia_parts;        // (B, K) or null, scaled units
-  int* arrived;                // (B,) zeros; with inertia_parts
-  float* inertia;              // (B,) written by the last cluster of each image; with inertia_parts
+  const ImageStats* stats;  // null: no inertia
+  const int64_t* medoids;   // (B, K) in kMedoid mode
+  void* centers;            // (B, K, D)
+  float* mass;              // (B, K) or null
+  float* inertia_parts;     // (B, K) or null, scaled units
+  int* arrived;             // (B,) zeros; with inertia_parts
+  float* inertia;           // (B,) written by the last cluster of each image; with inertia_parts
   MeansMode mode;
 };
 
@@ -312,26 +314,38 @@ struct AttentionArgs {
   float* received;   // (B, N)
 };
 
-constexpr int kStatsChunk = 64;     // tokens a block of the absmax kernel reads
-constexpr int kFarthestTokens = 128; // tokens a block of the farthest kernel measures
-constexpr int kTile = 32;           // a warp computes 32 x 32 products at a time
-constexpr int kBlockTile = 128;     // rows and columns of a block's tile in the Gram kernel
-constexpr int kAssignClusters = 64; // clusters a block of the assign kernel compares at a time
+constexpr int kStatsChunk = 64;       // tokens a block of the absmax kernel reads
+constexpr int kFarthestTokens = 128;  // tokens a block of the farthest kernel measures
+constexpr int kTile = 32;             // a warp computes 32 x 32 products at a time
+constexpr int kBlockTile = 128;       // rows and columns of a block's tile in the Gram kernel
+constexpr int kAssignClusters = 64;   // clusters a block of the assign kernel compares at a time
 
-TOKENPOOL_BOTH constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-TOKENPOOL_BOTH constexpr int stats_chunks(int tokens) { return (tokens + kStatsChunk - 1) / kStatsChunk; }
-TOKENPOOL_BOTH constexpr int farthest_chunks(int tokens) { return (tokens + kFarthestTokens - 1) / kFarthestTokens; }
+TOKENPOOL_BOTH constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+TOKENPOOL_BOTH constexpr int stats_chunks(int tokens) {
+  return (tokens + kStatsChunk - 1) / kStatsChunk;
+}
+TOKENPOOL_BOTH constexpr int farthest_chunks(int tokens) {
+  return (tokens + kFarthestTokens - 1) / kFarthestTokens;
+}
 
 // Staged rows are padded by 16 bytes: neighbouring rows then start 4 banks apart.
-TOKENPOOL_BOTH constexpr int stage_chunk(DType dtype) { return dtype == DType::kFloat32 ? 32 : 64; }
-TOKENPOOL_BOTH constexpr int stage_stride(DType dtype, int chunk) { return chunk + (dtype == DType::kFloat32 ? 4 : 8); }
+TOKENPOOL_BOTH constexpr int stage_chunk(DType dtype) {
+  return dtype == DType::kFloat32 ? 32 : 64;
+}
+TOKENPOOL_BOTH constexpr int stage_stride(DType dtype, int chunk) {
+  return chunk + (dtype == DType::kFloat32 ? 4 : 8);
+}
 inline size_t stage_bytes(DType dtype, int rows, int chunk) {
   return static_cast<size_t>(rows) * stage_stride(dtype, chunk) * element_size(dtype);
 }
 
 // Centers as `assign` reads them: rows of one part (float32) or two (high and low halves), each filled up with zeros to
 // whole chunks, so that every 16-byte copy is aligned and whole.
-TOKENPOOL_BOTH constexpr int center_parts(DType dtype) { return dtype == DType::kFloat32 ? 1 : 2; }
+TOKENPOOL_BOTH constexpr int center_parts(DType dtype) {
+  return dtype == DType::kFloat32 ? 1 : 2;
+}
 TOKENPOOL_BOTH constexpr int center_columns(DType dtype, int features) {
   return features < 1 ? stage_chunk(dtype) : round_up(features, stage_chunk(dtype));
 }
@@ -341,7 +355,8 @@ TOKENPOOL_BOTH constexpr int center_columns(DType dtype, int features) {
 inline size_t assign_bytes(DType dtype, int features, bool keep) {
   const int chunk = stage_chunk(dtype);
   const size_t centers = 2 * stage_bytes(dtype, center_parts(dtype) * kAssignClusters, chunk);
-  return centers + (keep ? stage_bytes(dtype, kBlockTile, center_columns(dtype, features)) : 2 * stage_bytes(dtype, kBlockTile, chunk));
+  return centers + (keep ? stage_bytes(dtype, kBlockTile, center_columns(dtype, features))
+                         : 2 * stage_bytes(dtype, kBlockTile, chunk));
 }
 
 // Words (4 bytes) of ClusterState::base: counters of the sort by cluster, and candidates of an assignment, in turn.

@@ -2,8 +2,9 @@
 //
 // Grid: one block of 256 threads per (image, 128 tokens). Eight warps, 4 x 2, each 32 tokens x 32 of the 64 centers
 // compared at a time. Half types multiply exact half tokens with centers split in two halves (high + low, already so in
-// memory), so the centers keep about twice the digits of the type; float32 uses multiply-adds. While a chunk of features
-// multiplies, the next one's copies are on their way; with keep_tokens the tokens are read with the first centers only.
+// memory), so the centers keep about twice the digits of the type; float32 uses multiply-adds. While a chunk of
+// features multiplies, the next one's copies are on their way; with keep_tokens the tokens are read with the first
+// centers only.
 #pragma once
 
 #include "tile.cuh"
@@ -74,13 +75,16 @@ __global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
     float square = 0.0f;  // ||x||^2 of token row0 + threadIdx.x
 
     // Where the tokens of chunk k0 are, and the copies of one step: 64 centers, and the tokens unless they stay.
-    const auto tokens_at = [&](int k0, int turn) { return a.keep_tokens ? rows + k0 : rows + turn * kBlockTile * kStride; };
+    const auto tokens_at = [&](int k0, int turn) {
+      return a.keep_tokens ? rows + k0 : rows + turn * kBlockTile * kStride;
+    };
     const auto fetch = [&](int j0, int k0, int turn) {
       constexpr int kVectors = kChunk / kVector;  // of a row; a thread keeps its column
       const unsigned thread = thread_index_anew(), column = thread % kVectors * kVector;
 #pragma unroll
       for (int row = 0; row < kAssignClusters; row += 256 / kVectors) {
-        const int r = row + static_cast<int>(thread / kVectors), j = min(j0 + r, k - 1);  // rows beyond the last are compared by none
+        const int r = row + static_cast<int>(thread / kVectors),
+                  j = min(j0 + r, k - 1);  // rows beyond the last are compared by none
         const SharedAddress to = shared_address(columns + turn * kColumns + r * kStride + column);
         const T* from = centers + static_cast<int64_t>(j) * kParts * width + k0 + column;
 #pragma unroll
@@ -112,7 +116,8 @@ __global__ void __launch_bounds__(256, 2) assign_kernel(AssignArgs a) {
 #pragma unroll
             for (int e = 0; e < kVector; ++e) square = fmaf(to_float(v.value[e]), to_float(v.value[e]), square);
           }
-        assign_product(acc, tokens + warp_row * row_stride, row_stride, columns + turn * kColumns + half * kTile * kStride);
+        assign_product(acc, tokens + warp_row * row_stride, row_stride,
+                       columns + turn * kColumns + half * kTile * kStride);
       }
 #pragma unroll
       for (int ni = 0; ni < 4; ++ni)

@@ -25,14 +25,14 @@ __device__ inline int cut(const ClusterState& s, int begin, int end, int part, i
   return m;
 }
 
-// Nearest center of each column among the clusters whose members are [begin, end) of s.members; found: the last member of
-// that center's cluster, and the distance without ||x||^2.
+// Nearest center of each column among the clusters whose members are [begin, end) of s.members; found: the last member
+// of that center's cluster, and the distance without ||x||^2.
 //
 // One pass over the members, without a loop for each cluster: a product is complete, and its distance counts, in the
 // cluster's last member; in the others the norm is infinite. The next rows are on their way meanwhile.
 template <int kColumns, int kUnroll, typename Gram>
-__device__ inline void compare(const Gram& gram, const ClusterState& s, int begin, int end, const int (&column)[kColumns],
-                               Candidate (&found)[kColumns]) {
+__device__ inline void compare(const Gram& gram, const ClusterState& s, int begin, int end,
+                               const int (&column)[kColumns], Candidate (&found)[kColumns]) {
   float product[kColumns];
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
@@ -52,7 +52,8 @@ __device__ inline void compare(const Gram& gram, const ClusterState& s, int begi
   }
 }
 
-// Of the candidates that `parts` groups of threads found for one token, ascending clusters: a tie stays with the lowest.
+// Of the candidates that `parts` groups of threads found for one token, ascending clusters: a tie stays with the
+// lowest.
 __device__ inline Candidate nearest_of_parts(const Candidate* candidates, int parts, int stride) {
   Candidate best = candidates[0];
 #pragma unroll 1
@@ -76,14 +77,14 @@ __device__ inline void take_if_nearer(ClusterState& s, int i, const Candidate& f
 // distances: a token whose nearest center stayed needs only the centers that moved. If its nearest center moved and one
 // that moved is now at least as near as that was, none of the others can be nearer, since none was. Only the rest, the
 // `open` tokens (one in three after the first update of K = N / 2, then one in forty), is compared with the centers
-// that stayed. Labels and distances are those of a comparison with all (first: there is no assignment before; everything
-// stands in the first part of the list).
+// that stayed. Labels and distances are those of a comparison with all (first: there is no assignment before;
+// everything stands in the first part of the list).
 //
 // With kSplit the block's threads form p.parts groups, each comparing a range of the clusters for all tokens: the same
 // distances, and the same nearest center, by more threads. Candidates meet in shared memory. Ends with a barrier.
 template <int kColumns, bool kSplit, typename Gram>
-__device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, BlockScratch& scratch,
-                                        bool first, bool from_starts) {
+__device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p,
+                                        BlockScratch& scratch, bool first, bool from_starts) {
   const int moved = scratch.tally.moved, all = scratch.tally.all;
   first |= TOKENPOOL_COMPARE_ALL != 0;
   const auto cluster_of = [&](int m) { return m < 0 ? 0 : from_starts ? m : s.previous[s.members[m].token]; };
@@ -141,7 +142,8 @@ __device__ inline void assign_from_gram(const Gram& gram, ClusterState& s, const
   const int open = scratch.tally.open;
   if (open > 0) {
     const int width = min(round_up(open, kWarp), static_cast<int>(blockDim.x));
-    const int parts = max(1, min(static_cast<int>(blockDim.x) / width, p.candidates / open)), part = threadIdx.x / width;
+    const int parts = max(1, min(static_cast<int>(blockDim.x) / width, p.candidates / open)),
+              part = threadIdx.x / width;
     if (part < parts) {
       const int begin = cut(s, moved, all, part, parts), end = cut(s, moved, all, part + 1, parts);
 #pragma unroll 1
@@ -195,7 +197,9 @@ __device__ inline void claim_medoids(ClusterState& s, const ClusterProblem& p) {
 }
 
 // A norm as Member keeps it. A center whose norm is not finite is nearest to nothing, and must end its list.
-__device__ inline float last_norm(float norm) { return fabsf(norm) < infinity() ? norm : __uint_as_float(0x7fc00000u); }
+__device__ inline float last_norm(float norm) {
+  return fabsf(norm) < infinity() ? norm : __uint_as_float(0x7fc00000u);
+}
 
 template <typename Gram>
 __device__ inline Member medoid_member(const Gram& gram, int token) {
@@ -203,7 +207,8 @@ __device__ inline Member medoid_member(const Gram& gram, int token) {
 }
 
 // Where each cluster's list begins in s.members (s.place): lists of clusters that moved first, both parts in ascending
-// order. length(j): members of the list; moved(j): asked once for each cluster, then s.count keeps it. Ends with a barrier.
+// order. length(j): members of the list; moved(j): asked once for each cluster, then s.count keeps it. Ends with a
+// barrier.
 template <typename Length, typename Moved>
 __device__ inline void place_lists(ClusterState& s, BlockScratch& scratch, int clusters, int all, Length length,
                                    Moved moved) {
@@ -263,10 +268,12 @@ __device__ inline int nearest_member(const Gram& gram, const ClusterState& s, in
   return chosen;
 }
 
-// Norms of the means, or new medoids, of the clusters whose members changed, and the list for the next assignment. Medoids
-// move less often than members do: s.count is set anew for them. (K-Medoids starts from tokens: there always is an old one.)
+// Norms of the means, or new medoids, of the clusters whose members changed, and the list for the next assignment.
+// Medoids move less often than members do: s.count is set anew for them. (K-Medoids starts from tokens: there always is
+// an old one.)
 template <typename Gram>
-__device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p, BlockScratch& scratch) {
+__device__ inline void update_from_gram(const Gram& gram, ClusterState& s, const ClusterProblem& p,
+                                        BlockScratch& scratch) {
   float* product = s.cost;  // c_{a_i} . x_i
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
@@ -363,7 +370,9 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
     if (p.with_medoids || t + 1 < p.iterations) {
       // A token alone in the cluster that started from it is that cluster's center already.
       const auto length = [&](int j) { return s.start[j + 1] - s.start[j]; };
-      const auto as_started = [&](int j) { return from_tokens && length(j) == 1 && s.order[s.start[j]] == s.medoid[j]; };
+      const auto as_started = [&](int j) {
+        return from_tokens && length(j) == 1 && s.order[s.start[j]] == s.medoid[j];
+      };
       place_lists(s, scratch, p.clusters, s.start[p.clusters], length,
                   [&](int j) { return t == 0 ? !as_started(j) : s.count[j] == kMoved; });
       list_members(gram, s, p, scratch.tally.moved);

@@ -26,7 +26,9 @@ int launch_measure(DType dtype, const MeasureArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(measure_kernel, dtype, args, launch);
 }
 
-int launch_iterate(const IterateArgs& args, const Launch& launch) { return launch_kernel(iterate_kernel, args, launch); }
+int launch_iterate(const IterateArgs& args, const Launch& launch) {
+  return launch_kernel(iterate_kernel, args, launch);
+}
 
 int launch_farthest(DType dtype, const FarthestArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(farthest_kernel, dtype, args, launch);
@@ -40,13 +42,17 @@ int launch_assign(DType dtype, const AssignArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(assign_kernel, dtype, args, launch);
 }
 
-int launch_bucket(const BucketArgs& args, const Launch& launch) { return launch_kernel(bucket_kernel, args, launch); }
+int launch_bucket(const BucketArgs& args, const Launch& launch) {
+  return launch_kernel(bucket_kernel, args, launch);
+}
 
 int launch_update(DType dtype, const UpdateArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(update_kernel, dtype, args, launch);
 }
 
-int launch_finish(const FinishArgs& args, const Launch& launch) { return launch_kernel(finish_kernel, args, launch); }
+int launch_finish(const FinishArgs& args, const Launch& launch) {
+  return launch_kernel(finish_kernel, args, launch);
+}
 
 int launch_means(DType dtype, const MeansArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(means_kernel, dtype, args, launch);

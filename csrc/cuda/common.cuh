@@ -57,10 +57,14 @@ __device__ inline T from_float(float v) {
   return TypeTraits<T>::from_float(v);
 }
 
-__device__ inline float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ inline float infinity() {
+  return __uint_as_float(0x7f800000u);
+}
 
 // Whether products of tokens whose largest square is this one neither overflow nor underflow, summed over all features.
-__device__ inline bool is_safe(float square) { return square >= 0x1p-40f && square <= 0x1p80f; }
+__device__ inline bool is_safe(float square) {
+  return square >= 0x1p-40f && square <= 0x1p80f;
+}
 
 // The power of two s for which `largest` * s lies in [1, 2), and its reciprocal; 1 where `largest` is 0 or not finite.
 __device__ inline void power_of_two_scale(float largest, float* scale, float* inverse) {
@@ -72,7 +76,8 @@ __device__ inline void power_of_two_scale(float largest, float* scale, float* in
   }
   const int exponent = biased == 0u ? -126 : static_cast<int>(biased) - 127;
   // 2^-127 is a denormal number: its only bit is the top one of the fraction.
-  *scale = exponent == 127 ? __uint_as_float(0x00400000u) : __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
+  *scale =
+      exponent == 127 ? __uint_as_float(0x00400000u) : __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
   *inverse = __uint_as_float(static_cast<unsigned>(127 + exponent) << 23);
 }
 
@@ -139,7 +144,8 @@ __device__ inline void load4(const Image<T>& image, int token, int f, int featur
   }
 }
 
-// The same for f, f + 128, ..., by a warp whose lanes own four features each: all loads are on their way before any is used.
+// The same for f, f + 128, ..., by a warp whose lanes own four features each: all loads are on their way before any is
+// used.
 template <int kChunks, typename T>
 __device__ inline void load_chunks(const Image<T>& image, int token, int f, int features, float (&v)[kChunks][4]) {
   if (image.vectorised && features % 4 == 0) {
@@ -216,9 +222,15 @@ struct BlockScratch {
   int index[2][kWarp];
 };
 
-__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
-__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ inline int warps_in_block() { return static_cast<int>(blockDim.x) / kWarp; }
+__device__ inline int warp_index() {
+  return static_cast<int>(threadIdx.x) / kWarp;
+}
+__device__ inline int lane_index() {
+  return static_cast<int>(threadIdx.x) % kWarp;
+}
+__device__ inline int warps_in_block() {
+  return static_cast<int>(blockDim.x) / kWarp;
+}
 
 // Largest candidate of the block, for every thread. All threads must call it.
 __device__ inline Candidate block_larger(Candidate c, BlockScratch& scratch) {
@@ -299,7 +311,9 @@ __device__ inline float unscale_inertia(float sum, float inv_scale, float inv_we
   return value > FLT_MAX ? FLT_MAX : static_cast<float>(value);
 }
 
-__device__ inline bool is_valid(const uint8_t* mask, int64_t index) { return mask == nullptr || mask[index] != 0; }
+__device__ inline bool is_valid(const uint8_t* mask, int64_t index) {
+  return mask == nullptr || mask[index] != 0;
+}
 
 // The weight of a valid token in normalised units; NaN counts as 0.
 __device__ inline float normal_weight(const float* weights, int64_t index, float weight_scale) {

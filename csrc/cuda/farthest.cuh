@@ -13,7 +13,9 @@ namespace cuda {
 
 constexpr int kZeroWeight = -1, kNeverChosen = -2;  // keys below all distances
 
-__device__ inline int key_of(float value) { return value > 0.0f ? static_cast<int>(__float_as_uint(value)) : 0; }
+__device__ inline int key_of(float value) {
+  return value > 0.0f ? static_cast<int>(__float_as_uint(value)) : 0;
+}
 
 // Before anything is chosen. Padding has weight -1.
 __device__ inline int first_key(float weight) {
@@ -25,7 +27,9 @@ struct Pick {
   int index;
 };
 
-__device__ inline Pick no_pick() { return Pick{INT_MIN, INT_MAX}; }
+__device__ inline Pick no_pick() {
+  return Pick{INT_MIN, INT_MAX};
+}
 
 // For tokens visited in ascending order.
 __device__ inline void keep_farther(Pick& best, int key, int index) {
@@ -82,7 +86,8 @@ __device__ inline void farthest_from_gram(const Gram& gram, ClusterState& s, con
 }
 
 // The same from the tokens themselves, one launch a step (path "streaming"): a block finds the token chosen by the step
-// before among the best of all blocks, then measures its 128 tokens' distances to it. Step K only writes the last choice.
+// before among the best of all blocks, then measures its 128 tokens' distances to it. Step K only writes the last
+// choice.
 template <typename T>
 __global__ void __launch_bounds__(256, 2) farthest_kernel(FarthestArgs a) {
   __shared__ BlockScratch scratch;

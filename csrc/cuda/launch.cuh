@@ -55,15 +55,15 @@ int launch_kernel(void (*kernel)(Args), const Args& args, const Launch& launch) 
 }  // namespace tokenpool
 
 // Calls launch_kernel with the instantiation of `kernel` for `dtype`.
-#define TOKENPOOL_LAUNCH_TYPED(kernel, dtype, args, launch)                          \
-  do {                                                                               \
-    switch (dtype) {                                                                 \
-      case DType::kFloat32:                                                          \
-        return launch_kernel(kernel<float>, args, launch);                           \
-      case DType::kFloat16:                                                          \
-        return launch_kernel(kernel<__half>, args, launch);                          \
-      case DType::kBFloat16:                                                         \
-        return launch_kernel(kernel<__nv_bfloat16>, args, launch);                   \
-    }                                                                                \
-    return cudaErrorInvalidValue;                                                    \
+#define TOKENPOOL_LAUNCH_TYPED(kernel, dtype, args, launch)        \
+  do {                                                             \
+    switch (dtype) {                                               \
+      case DType::kFloat32:                                        \
+        return launch_kernel(kernel<float>, args, launch);         \
+      case DType::kFloat16:                                        \
+        return launch_kernel(kernel<__half>, args, launch);        \
+      case DType::kBFloat16:                                       \
+        return launch_kernel(kernel<__nv_bfloat16>, args, launch); \
+    }                                                              \
+    return cudaErrorInvalidValue;                                  \
   } while (false)

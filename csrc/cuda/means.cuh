@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(128, 5) means_kernel(MeansArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
-  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items;
+       work += step) {
     const int64_t b = work / k;
     const Image<T> image(a.x, b);
     const float* weights = a.weights == nullptr ? nullptr : a.weights + b * n;
@@ -51,7 +52,8 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
-  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items;
+       work += step) {
     const int64_t b = work / k;
     const Image<T> image(a.x, b);
     const float scale = a.stats[b].scale;
@@ -64,7 +66,8 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
       for (int part = 0; part < kParts; ++part) row[part * columns + f] = from_float<T>(0.0f);
     float norm = 0.0f;
     for (int f = lane_index(); f < features; f += kWarp) {
-      const float value = a.init != nullptr ? image.at(static_cast<int>(token), f) : a.init_centers[work * features + f];
+      const float value =
+          a.init != nullptr ? image.at(static_cast<int>(token), f) : a.init_centers[work * features + f];
       const float c = CenterSplit<T>::representable(in_units(value, scale, mean, f));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) row[part * columns + f] = CenterSplit<T>::part(c, part);
@@ -98,7 +101,8 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * k;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
-  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items;
+       work += step) {
     const int64_t b = work / k;
     const int length = a.segment_length[work];
     if (a.done[b] || length == 0) continue;

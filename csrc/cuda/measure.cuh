@@ -28,7 +28,8 @@ __device__ inline ImageStats measure_image(const IterationArgs& a, const int64_t
   power_of_two_scale(heaviest, &stats.weight_scale, &stats.inv_weight_scale);
   stats.scale = stats.inv_scale = 1.0f;
   stats.clusters = min(a.shape.clusters, stats.valid);
-  if (counts != nullptr) stats.clusters = static_cast<int>(max(int64_t{0}, min(counts[image], int64_t{stats.clusters})));
+  if (counts != nullptr)
+    stats.clusters = static_cast<int>(max(int64_t{0}, min(counts[image], int64_t{stats.clusters})));
   load_weights(a, image, stats.weight_scale, weight);
   __syncthreads();
   return stats;
@@ -36,7 +37,8 @@ __device__ inline ImageStats measure_image(const IterationArgs& a, const int64_t
 
 // A warp's products, rows and columns from (row0, column0), into the packed triangle: what lies in it.
 template <int kRows, int kColumns>
-__device__ inline void store_tile(float* gram, const float (&acc)[kRows][kColumns][4], int row0, int column0, int tokens) {
+__device__ inline void store_tile(float* gram, const float (&acc)[kRows][kColumns][4], int row0, int column0,
+                                  int tokens) {
   const int lane = thread_index_anew() % kWarp, column = column0 + tile_column(0, 0, lane);
 #pragma unroll
   for (int mi = 0; mi < kRows; ++mi)

@@ -31,8 +31,8 @@ __device__ inline int sum_below(int clusters, Count count, Store store) {
   return carry;
 }
 
-// One warp visits tokens [begin, end) in ascending order, 32 at a time: place(token, j, p) for each token of a cluster j,
-// where p counts that cluster's tokens before it, from what count[j] held. count[j] then holds one more for each.
+// One warp visits tokens [begin, end) in ascending order, 32 at a time: place(token, j, p) for each token of a cluster
+// j, where p counts that cluster's tokens before it, from what count[j] held. count[j] then holds one more for each.
 template <typename Label, typename Place>
 __device__ inline void count_in_order(const Label* label, int begin, int end, int clusters, int* count, Place place) {
 #pragma unroll 1

@@ -80,7 +80,8 @@ DType dtype_of(const Tensor& x, const char* op) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, op, ": the CUDA kernels take float32, float16 or bfloat16; use backend=\"reference\" for float64");
+      STD_TORCH_CHECK(false, op,
+                      ": the CUDA kernels take float32, float16 or bfloat16; use backend=\"reference\" for float64");
   }
   return DType::kFloat32;
 }
@@ -106,8 +107,8 @@ void check(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> s
 }
 
 void check_tokens(const Tensor& t, int64_t dims, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.dim() == dims, op, ": ", name, " must be a CUDA tensor with ", dims, " dimensions, got ",
-                  t.dim());
+  STD_TORCH_CHECK(t.is_cuda() && t.dim() == dims, op, ": ", name, " must be a CUDA tensor with ", dims,
+                  " dimensions, got ", t.dim());
 }
 
 // Strides of (batch, token, feature) and whether rows may be read 16 bytes at a time.
@@ -145,7 +146,8 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
                      int64_t num_clusters, int64_t num_iters, bool sort) {
   check_tokens(x, 3, op, "x");
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2), k = num_clusters;
-  STD_TORCH_CHECK(k >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", k, " and ", num_iters);
+  STD_TORCH_CHECK(k >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", k, " and ",
+                  num_iters);
   CudaProblem problem;
   problem.batch = b;
   problem.tokens = to_int(n, op, "the number of tokens");
@@ -177,7 +179,8 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   const Tensor mass = new_tensor(x, {b, k}, ScalarType::Float);
   const Tensor medoids = with_medoids ? new_tensor(x, {b, k}, ScalarType::Long) : assignment;  // not returned
   const Tensor inertia = new_tensor(x, {b}, ScalarType::Float);
-  if (b == 0 || n == 0) return {filled(centers, 0), assignment, filled(mass, 0), filled(medoids, -1), filled(inertia, 0)};
+  if (b == 0 || n == 0)
+    return {filled(centers, 0), assignment, filled(mass, 0), filled(medoids, -1), filled(inertia, 0)};
 
   const Device& properties = device_properties(device.index);
   problem.major = properties.major;

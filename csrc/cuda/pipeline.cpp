@@ -10,39 +10,55 @@ namespace cuda {
 
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Returns from the enclosing function at the first failing launch.
-#define TOKENPOOL_TRY(call)                \
-  do {                                     \
-    const int status_ = (call);            \
-    if (status_ != 0) return status_;      \
+#define TOKENPOOL_TRY(call)           \
+  do {                                \
+    const int status_ = (call);       \
+    if (status_ != 0) return status_; \
   } while (false)
 
 constexpr int kMeansWarps = 4;
 
 // A product of float16 numbers cannot leave the range of float32.
-int use_scale(DType dtype) { return dtype == DType::kFloat16 ? 0 : 1; }
+int use_scale(DType dtype) {
+  return dtype == DType::kFloat16 ? 0 : 1;
+}
 
-ListArgs lists_of(const Workspace& w) { return ListArgs{w.order, w.segment_start, w.segment_length, w.arrived}; }
+ListArgs lists_of(const Workspace& w) {
+  return ListArgs{w.order, w.segment_start, w.segment_length, w.arrived};
+}
 
 Launch per_cluster(const Shape& shape, void* stream) {
   return Launch{divide_up(shape.batch * shape.clusters, kMeansWarps), 32 * kMeansWarps, 0, stream};
 }
 
 int launch_stats(const ClusterCall& call, const Workspace& w, void* stream) {
-  StatsArgs args{call.shape, call.x, call.weights, call.mask, call.counts, w.partials, w.stats, w.mean,
-                 use_scale(call.dtype)};
+  StatsArgs args{call.shape, call.x, call.weights,         call.mask, call.counts, w.partials,
+                 w.stats,    w.mean, use_scale(call.dtype)};
   const int64_t groups = w.mean == nullptr ? 1 : std::max(1, (call.shape.features + 31) / 32);
-  TOKENPOOL_TRY(launch_absmax(call.dtype, args, Launch{call.shape.batch * stats_chunks(call.shape.tokens), 256, 0, stream}));
+  TOKENPOOL_TRY(
+      launch_absmax(call.dtype, args, Launch{call.shape.batch * stats_chunks(call.shape.tokens), 256, 0, stream}));
   return launch_center(call.dtype, args, Launch{call.shape.batch * groups, 256, 0, stream});
 }
 
 int launch_first_centers(const ClusterCall& call, const Workspace& w, void* stream) {
   const int64_t* chosen = call.init != nullptr ? call.init : w.chosen;
   const int64_t stride = call.init != nullptr ? call.init_stride : call.shape.clusters;
-  const GatherArgs args{call.shape, call.x, w.stats, w.mean, call.init_centers != nullptr ? nullptr : chosen, stride,
-                        call.init_centers, w.split, w.norms, w.medoids, w.done};
+  const GatherArgs args{call.shape,
+                        call.x,
+                        w.stats,
+                        w.mean,
+                        call.init_centers != nullptr ? nullptr : chosen,
+                        stride,
+                        call.init_centers,
+                        w.split,
+                        w.norms,
+                        w.medoids,
+                        w.done};
   return launch_gather(call.dtype, args, per_cluster(call.shape, stream));
 }
 
@@ -55,9 +71,13 @@ int launch_nearest(const CudaPlan& plan, const ClusterCall& call, const Workspac
 }
 
 int launch_results(const ClusterCall& call, const Workspace& w, void* stream) {
-  const MeansArgs means{call.shape,      call.x,       call.weights,    w.order,   w.segment_start, w.segment_length, w.stats,
-                        call.medoids,    call.centers, call.mass,       w.inertia_parts, w.arrived, call.inertia,
-                        call.medoids != nullptr ? MeansMode::kMedoid : MeansMode::kMean};
+  const MeansArgs means{call.shape,      call.x,
+                        call.weights,    w.order,
+                        w.segment_start, w.segment_length,
+                        w.stats,         call.medoids,
+                        call.centers,    call.mass,
+                        w.inertia_parts, w.arrived,
+                        call.inertia,    call.medoids != nullptr ? MeansMode::kMedoid : MeansMode::kMean};
   return launch_means(call.dtype, means, per_cluster(call.shape, stream));
 }
 
@@ -69,9 +89,19 @@ int launch_first_assignment(const CudaPlan& plan, const ClusterCall& call, const
 
 IterationArgs iterations_of(const CudaPlan& plan, const ClusterCall& call, const Workspace& w) {
   const bool given = call.init_centers != nullptr;
-  return IterationArgs{call.shape, call.weights, call.mask, call.init, call.init_stride, given ? w.label : nullptr,
-                       given ? w.cost : nullptr, call.assignment, call.medoids, call.iterations, call.sort,
-                       plan.bucket_warps, plan.parts};
+  return IterationArgs{call.shape,
+                       call.weights,
+                       call.mask,
+                       call.init,
+                       call.init_stride,
+                       given ? w.label : nullptr,
+                       given ? w.cost : nullptr,
+                       call.assignment,
+                       call.medoids,
+                       call.iterations,
+                       call.sort,
+                       plan.bucket_warps,
+                       plan.parts};
 }
 
 int run_resident(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
@@ -79,8 +109,9 @@ int run_resident(const CudaPlan& plan, const ClusterCall& call, const Workspace&
     TOKENPOOL_TRY(launch_stats(call, w, stream));
     TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
   }
-  const ResidentArgs args{iterations_of(plan, call, w), call.x, call.counts, call.centers, call.mass, call.inertia, plan.chunk,
-                          use_scale(call.dtype)};
+  const ResidentArgs args{
+      iterations_of(plan, call, w), call.x, call.counts, call.centers, call.mass, call.inertia, plan.chunk,
+      use_scale(call.dtype)};
   return launch_resident(call.dtype, args, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream});
 }
 
@@ -93,7 +124,8 @@ int run_spread(const CudaPlan& plan, const ClusterCall& call, const Workspace& w
   }
   if (w.mean != nullptr) {
     const TokenMeanArgs mean{call.shape, call.x, call.mask, w.mean};
-    TOKENPOOL_TRY(launch_token_mean(mean, Launch{call.shape.batch * divide_up(call.shape.features, 32), 256, 0, stream}));
+    TOKENPOOL_TRY(
+        launch_token_mean(mean, Launch{call.shape.batch * divide_up(call.shape.features, 32), 256, 0, stream}));
   }
   const SpreadGramArgs gram{call.shape, call.x, w.mean, w.gram, plan.chunk};
   const int64_t panels = divide_up(call.shape.tokens, kTile);
@@ -122,7 +154,8 @@ int run_gram(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, 
   } else {  // bfloat16: a reading of all tokens less
     TOKENPOOL_TRY(launch_products(call, w, GramPass::kUnscaled, stream));
     const MeasureArgs measure{iterations_of(plan, call, w), call.x, call.counts, w.gram, w.ld, w.stats};
-    TOKENPOOL_TRY(launch_measure(call.dtype, measure, Launch{call.shape.batch, 256, sizeof(float) * call.shape.tokens, stream}));
+    TOKENPOOL_TRY(
+        launch_measure(call.dtype, measure, Launch{call.shape.batch, 256, sizeof(float) * call.shape.tokens, stream}));
     TOKENPOOL_TRY(launch_products(call, w, GramPass::kScaledOnly, stream));
   }
   const IterateArgs iterate{iterations_of(plan, call, w), lists_of(w), w.gram, w.ld, w.stats};
@@ -134,7 +167,8 @@ int run_gram(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, 
 int launch_farthest_first(const ClusterCall& call, const Workspace& w, void* stream) {
   const int64_t blocks = call.shape.batch * farthest_chunks(call.shape.tokens);
   for (int step = 0; step <= call.shape.clusters; ++step) {
-    const FarthestArgs args{call.shape, call.x, w.stats, call.weights, call.mask, w.key, w.pick_key, w.pick_index, w.chosen, step};
+    const FarthestArgs args{call.shape, call.x,     w.stats,      call.weights, call.mask,
+                            w.key,      w.pick_key, w.pick_index, w.chosen,     step};
     TOKENPOOL_TRY(launch_farthest(call.dtype, args, Launch{blocks, 256, 0, stream}));
   }
   return 0;
@@ -146,16 +180,17 @@ int run_streaming(const CudaPlan& plan, const ClusterCall& call, const Workspace
   TOKENPOOL_TRY(launch_first_centers(call, w, stream));
   for (int t = 0; t < call.iterations; ++t) {
     TOKENPOOL_TRY(launch_nearest(plan, call, w, stream));
-    const BucketArgs bucket{call.shape, nullptr, w.stats,         w.label,          w.cost,   w.previous,        w.done,
-                            w.order,    w.segment_start, w.segment_length, w.bucket, plan.bucket_warps, t == 0 ? 1 : 0};
+    const BucketArgs bucket{call.shape,    nullptr, w.stats,         w.label,          w.cost,   w.previous,
+                            w.done,        w.order, w.segment_start, w.segment_length, w.bucket, plan.bucket_warps,
+                            t == 0 ? 1 : 0};
     TOKENPOOL_TRY(launch_bucket(bucket, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
     if (call.medoids == nullptr && t + 1 == call.iterations) break;
-    const UpdateArgs update{call.shape,      call.x,           w.stats, w.mean,    call.weights, w.order,
-                            w.segment_start, w.segment_length, w.done,  w.split, w.means, w.norms, w.medoids};
+    const UpdateArgs update{call.shape,       call.x, w.stats, w.mean,  call.weights, w.order,  w.segment_start,
+                            w.segment_length, w.done, w.split, w.means, w.norms,      w.medoids};
     TOKENPOOL_TRY(launch_update(call.dtype, update, per_cluster(call.shape, stream)));
   }
-  const FinishArgs finish{call.shape, w.stats, w.label,         w.order,      w.segment_start, w.segment_length,
-                          w.medoids,  w.rank, w.arrived, call.assignment, call.medoids, call.sort};
+  const FinishArgs finish{call.shape, w.stats, w.label,   w.order,         w.segment_start, w.segment_length,
+                          w.medoids,  w.rank,  w.arrived, call.assignment, call.medoids,    call.sort};
   TOKENPOOL_TRY(launch_finish(finish, Launch{call.shape.batch, 1024, 0, stream}));
   return launch_results(call, w, stream);
 }
@@ -276,7 +311,8 @@ int run_attention_received(DType dtype, AttentionArgs args, void* workspace, voi
     TOKENPOOL_TRY(launch_lse(dtype, args, Launch{pairs * divide_up(args.queries, kBlockTile), 256, shared, stream}));
     args.lse = args.lse_out;
   }
-  TOKENPOOL_TRY(launch_received(dtype, args, Launch{pairs * divide_up(args.keys, kAssignClusters), 256, shared, stream}));
+  TOKENPOOL_TRY(
+      launch_received(dtype, args, Launch{pairs * divide_up(args.keys, kAssignClusters), 256, shared, stream}));
   return launch_reduce(args, Launch{divide_up(args.batch * args.keys, 256), 256, 0, stream});
 }
 

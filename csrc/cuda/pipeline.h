@@ -20,11 +20,11 @@ struct ClusterCall {
   const float* init_centers;  // (B, K, D) or null; both null: farthest-first
   int iterations;
   int sort;
-  void* centers;              // (B, K, D)
-  int64_t* assignment;        // (B, N)
-  float* mass;                // (B, K)
-  int64_t* medoids;           // (B, K), or null for K-Means
-  float* inertia;             // (B,)
+  void* centers;        // (B, K, D)
+  int64_t* assignment;  // (B, N)
+  float* mass;          // (B, K)
+  int64_t* medoids;     // (B, K), or null for K-Means
+  float* inertia;       // (B,)
 };
 
 struct PoolCall {

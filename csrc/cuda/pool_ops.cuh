@@ -12,9 +12,11 @@ __global__ void __launch_bounds__(256) unpool_kernel(UnpoolArgs a) {
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * n;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
-  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items;
+       work += step) {
     const int64_t j = a.assignment[work];
-    const T* row = static_cast<const T*>(a.centers.data) + work / n * a.centers.stride_batch + j * a.centers.stride_token;
+    const T* row =
+        static_cast<const T*>(a.centers.data) + work / n * a.centers.stride_batch + j * a.centers.stride_token;
     T* out = static_cast<T*>(a.output) + work * features;
     const bool inside = j >= 0 && j < k;
     for (int f = lane_index(); f < features; f += kWarp) out[f] = inside ? row[f * a.centers.stride_feature] : T{};
@@ -43,7 +45,8 @@ __global__ void __launch_bounds__(256) pool_backward_kernel(PoolBackwardArgs a) 
   const int n = a.shape.tokens, k = a.shape.clusters, features = a.shape.features;
   const int64_t work_items = a.shape.batch * n;
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps_in_block();
-  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items; work += step) {
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items;
+       work += step) {
     const int64_t b = work / n, label = a.assignment[work];
     const int i = static_cast<int>(work % n);
     T* grad_x = static_cast<T*>(a.grad_x) + work * features;

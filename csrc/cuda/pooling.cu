@@ -11,7 +11,9 @@ int launch_unpool(DType dtype, const UnpoolArgs& args, const Launch& launch) {
                                   : launch_kernel(unpool_kernel<uint32_t>, args, launch);
 }
 
-int launch_count(const CountArgs& args, const Launch& launch) { return launch_kernel(count_kernel, args, launch); }
+int launch_count(const CountArgs& args, const Launch& launch) {
+  return launch_kernel(count_kernel, args, launch);
+}
 
 int launch_pool_backward(DType dtype, const PoolBackwardArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(pool_backward_kernel, dtype, args, launch);
@@ -25,7 +27,9 @@ int launch_received(DType dtype, const AttentionArgs& args, const Launch& launch
   TOKENPOOL_LAUNCH_TYPED(received_kernel, dtype, args, launch);
 }
 
-int launch_reduce(const AttentionArgs& args, const Launch& launch) { return launch_kernel(reduce_kernel, args, launch); }
+int launch_reduce(const AttentionArgs& args, const Launch& launch) {
+  return launch_kernel(reduce_kernel, args, launch);
+}
 
 }  // namespace cuda
 }  // namespace tokenpool

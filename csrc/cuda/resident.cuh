@@ -20,7 +20,8 @@ constexpr int kTilesPerWarp = 2;
 
 // Staged float32 tokens are centred in place: mean over the valid tokens of each feature, subtracted everywhere.
 // sums: 8 x 32 words. chunk is 32.
-__device__ inline void center_chunk(float* staged, int stride, const float* weight, int tokens, int valid, float* sums) {
+__device__ inline void center_chunk(float* staged, int stride, const float* weight, int tokens, int valid,
+                                    float* sums) {
   const int lane = lane_index();
   const float mean = mean_of_tokens(
       tokens, valid, sums, [&](int i) { return weight[i] >= 0.0f; }, [&](int i) { return staged[i * stride + lane]; });
@@ -108,7 +109,8 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
         const int* members = s.order + s.start[j];
         const Shares shares(weights, members, s.start[j + 1] - s.start[j]);
         mass = shares.mass;
-        error = emit_center(image, members, shares, mode, p.with_medoids ? s.medoid[j] : 0, &stats, weights, features, out);
+        error =
+            emit_center(image, members, shares, mode, p.with_medoids ? s.medoid[j] : 0, &stats, weights, features, out);
       } else {
 #pragma unroll 1
         for (int f = lane_index(); f < features; f += kWarp) out[f] = from_float<T>(0.0f);

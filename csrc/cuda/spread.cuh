@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(256, 2) token_mean_kernel(TokenMeanArgs a) {
 // Products of 32 x 32 tokens of the image by the block's first four warps, 16 x 16 each, into the packed triangle.
 // staged: 64 rows. kInFlight: see stage_rows; 0 copies rows as they are (copy_rows). Ends with a barrier.
 template <int kInFlight, typename T>
-__device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged, int row_tile, int column_tile, int tokens,
-                                   int features, int chunk, float scale, const float* mean) {
+__device__ inline void spread_tile(float* gram, const Image<T>& image, T* staged, int row_tile, int column_tile,
+                                   int tokens, int features, int chunk, float scale, const float* mean) {
   const int stride = stage_stride(TypeTraits<T>::kType, chunk);
   const int row0 = row_tile * kTile, column0 = column_tile * kTile;
   const unsigned warp = thread_index_anew() / kWarp;
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kSpreadThreads, 4) spread_gram_kernel(SpreadGr
     float* gram = a.gram + b * words;
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
     constexpr int kInFlight = TypeTraits<T>::kType == DType::kFloat32 ? 4 : 0;  // half types have no mean here
-    spread_tile<kInFlight>(gram, Image<T>(a.x, b), reinterpret_cast<T*>(memory), row, column, n, features, a.chunk, 1.0f, mean);
+    spread_tile<kInFlight>(gram, Image<T>(a.x, b), reinterpret_cast<T*>(memory), row, column, n, features, a.chunk,
+                           1.0f, mean);
     if (tile == 0 && used + static_cast<int>(threadIdx.x) < words) gram[used + threadIdx.x] = 0.0f;
   }
 }
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(1024, 1) spread_kernel(SpreadArgs a) {
     load_triangle(gram.g, a.gram + b * words, words);
     ImageStats stats = measure_image(a.run, a.counts, b, weight, scratch);
     if (a.use_scale && must_scale(gram, image, weight, n, features, stats, scratch))
-      rebuild_gram(gram.g, image, rest, weight, n, features, stats, a.mean == nullptr ? nullptr : a.mean + b * features);
+      rebuild_gram(gram.g, image, rest, weight, n, features, stats,
+                   a.mean == nullptr ? nullptr : a.mean + b * features);
     if (threadIdx.x == 0) a.stats[b] = stats;
     cluster_from_gram<1, true>(gram, s, problem_of(a.run, b, stats.clusters), scratch);
     write_assignment(a.run, b, s);

@@ -37,19 +37,19 @@ constexpr int kMoved = -1;
 
 // One block's state in shared memory: state_words(N, K, bucket_warps, parts) words.
 struct ClusterState {
-  float* weight;   // [N] normalised; -1 for padding
-  int* label;      // [N] -1 for padding
-  int* previous;   // [N]
-  int* order;      // [N] tokens by cluster
-  Member* members; // [N] the same as an assignment reads them, or [K] medoids, each a cluster
-  float* cost;     // [N] w * squared distance; c_{a_i} . x_i during an update; tokens left open by an assignment (int)
+  float* weight;    // [N] normalised; -1 for padding
+  int* label;       // [N] -1 for padding
+  int* previous;    // [N]
+  int* order;       // [N] tokens by cluster
+  Member* members;  // [N] the same as an assignment reads them, or [K] medoids, each a cluster
+  float* cost;      // [N] w * squared distance; c_{a_i} . x_i during an update; tokens left open by an assignment (int)
   Candidate* nearest;  // [N] center that the last assignment found nearest, and its squared distance without ||x_i||^2
-  int* start;      // [K + 1]
-  int* count;      // [K] members; kMoved once the cluster's members, then once its center, is known to have changed
-  int* medoid;     // [K]
-  float* part;     // [K] of the inertia; before, norms of the means
-  int* rank;       // [K] row of the output that cluster j fills; before, members of moved clusters before cluster j's
-  int* base;       // [bucket_warps * K] of the sort by cluster, or [parts * N] candidates of an assignment
+  int* start;          // [K + 1]
+  int* count;          // [K] members; kMoved once the cluster's members, then once its center, is known to have changed
+  int* medoid;         // [K]
+  float* part;         // [K] of the inertia; before, norms of the means
+  int* rank;  // [K] row of the output that cluster j fills; before, members of moved clusters before cluster j's
+  int* base;  // [bucket_warps * K] of the sort by cluster, or [parts * N] candidates of an assignment
 
   __device__ ClusterState(float* weight_words, void* memory, int tokens, int clusters) {
     const int n = round_up(tokens, 4), k = round_up(clusters + 1, 4);
@@ -81,15 +81,15 @@ struct ClusterState {
 
 struct ClusterProblem {
   int tokens;
-  int clusters;             // effective K of this image
+  int clusters;  // effective K of this image
   int iterations;
   int bucket_warps;
   int parts;
-  int candidates;           // that ClusterState::base holds
+  int candidates;  // that ClusterState::base holds
   bool with_medoids;
   bool sort;
-  const int64_t* init;      // [K] of this image, or null
-  const int* first_label;   // [N] of this image, or null; both null: farthest-first
+  const int64_t* init;     // [K] of this image, or null
+  const int* first_label;  // [N] of this image, or null; both null: farthest-first
   const float* first_cost;
 };
 

@@ -1,6 +1,6 @@
 // What must be known about an image before products are formed: the power of two that brings max |x| into [1, 2), or 1
-// where its square is safe as it is; the same for the weights, the number of valid tokens, and (float32) the mean token, which is subtracted because
-// distances between tokens that share a large mean would cancel.
+// where its square is safe as it is; the same for the weights, the number of valid tokens, and (float32) the mean
+// token, which is subtracted because distances between tokens that share a large mean would cancel.
 #pragma once
 
 #include "common.cuh"

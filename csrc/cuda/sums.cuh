@@ -1,5 +1,5 @@
-// Means, sums and rows over the list of one cluster's members, by one warp. A lane owns features 4 lane .. 4 lane + 3 of
-// every 128, and members are added in ascending order.
+// Means, sums and rows over the list of one cluster's members, by one warp. A lane owns features 4 lane .. 4 lane + 3
+// of every 128, and members are added in ascending order.
 #pragma once
 
 #include "common.cuh"
@@ -57,7 +57,8 @@ constexpr int kCenterChunks = 3;  // of 128 features that a warp sums at a time:
 
 // Sum of ((v - c) * scale)^2, without overflow on the way. kScaled: scale is not 1.
 template <bool kScaled>
-__device__ inline float squared_distance(const float (&v)[kCenterChunks][4], const float (&center)[kCenterChunks][4], float scale) {
+__device__ inline float squared_distance(const float (&v)[kCenterChunks][4], const float (&center)[kCenterChunks][4],
+                                         float scale) {
   float sum = 0.0f;
 #pragma unroll
   for (int c = 0; c < kCenterChunks; ++c)

@@ -13,8 +13,12 @@ namespace cuda {
 
 typedef float TileAccumulator[2][4][4];
 
-__device__ inline int tile_row(int mi, int e, int lane = lane_index()) { return 16 * mi + lane / 4 + 8 * (e / 2); }
-__device__ inline int tile_column(int ni, int e, int lane = lane_index()) { return 8 * ni + 2 * (lane % 4) + e % 2; }
+__device__ inline int tile_row(int mi, int e, int lane = lane_index()) {
+  return 16 * mi + lane / 4 + 8 * (e / 2);
+}
+__device__ inline int tile_column(int ni, int e, int lane = lane_index()) {
+  return 8 * ni + 2 * (lane % 4) + e % 2;
+}
 
 // Row and column of element t of a lower triangle counted by rows.
 __device__ inline void triangle_position(int t, int* row, int* column) {
@@ -28,15 +32,13 @@ __device__ inline void triangle_position(int t, int* row, int* column) {
 #ifndef TOKENPOOL_CUDA_SIM
 // d (16 x 8) += a (16 x 16, row-major) * b (16 x 8, column-major), for one warp.
 __device__ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -50,10 +52,12 @@ __device__ inline unsigned thread_index_anew() {
 
 // Shared memory as instructions name it, in bytes.
 typedef uint32_t SharedAddress;
-__device__ inline SharedAddress shared_address(const void* p) { return static_cast<SharedAddress>(__cvta_generic_to_shared(p)); }
+__device__ inline SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
+}
 
-// Four 8 x 8 matrices from shared memory for one warp: lane l points at row l % 8 of matrix l / 8 (16 bytes, aligned), and
-// gets of each matrix the elements 2 (l % 4) and the next of row l / 4, which is what mma wants.
+// Four 8 x 8 matrices from shared memory for one warp: lane l points at row l % 8 of matrix l / 8 (16 bytes, aligned),
+// and gets of each matrix the elements 2 (l % 4) and the next of row l / 4, which is what mma wants.
 __device__ inline void load_matrices(uint32_t (&d)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -65,9 +69,13 @@ __device__ inline void load_matrices(uint32_t (&d)[4], SharedAddress row) {
 __device__ inline void copy_async(SharedAddress shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
-__device__ inline void copy_async(void* shared, const void* global) { copy_async(shared_address(shared), global); }
+__device__ inline void copy_async(void* shared, const void* global) {
+  copy_async(shared_address(shared), global);
+}
 
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 #endif
 
 template <int kRows, int kColumns>
@@ -80,8 +88,9 @@ __device__ inline void clear(float (&acc)[kRows][kColumns][4]) {
       for (int e = 0; e < 4; ++e) acc[mi][ni][e] = 0.0f;
 }
 
-// Where this lane points for load_matrices, so that register e holds what mma wants: of 16 rows on the left (rows g, g + 8,
-// g, g + 8; features 2t, 2t, 2t + 8, 2t + 8), or of 16 rows on the right, two steps (0, 1 of rows 0 to 7; 2, 3 of the others).
+// Where this lane points for load_matrices, so that register e holds what mma wants: of 16 rows on the left (rows g, g
+// + 8, g, g + 8; features 2t, 2t, 2t + 8, 2t + 8), or of 16 rows on the right, two steps (0, 1 of rows 0 to 7; 2, 3 of
+// the others).
 template <typename T>
 __device__ inline SharedAddress left_matrices(const T* rows, int stride) {
   const unsigned lane = thread_index_anew() % kWarp;
@@ -95,8 +104,8 @@ __device__ inline SharedAddress right_matrices(const T* rows, int stride) {
 
 // acc += a b^T over 16 features: fragments of a, and staged rows of b at right_matrices, `row_bytes` apart.
 template <typename T, int kRows, int kColumns>
-__device__ inline void multiply_fragments(float (&acc)[kRows][kColumns][4], const uint32_t (&a)[kRows][4], SharedAddress right,
-                                          int row_bytes) {
+__device__ inline void multiply_fragments(float (&acc)[kRows][kColumns][4], const uint32_t (&a)[kRows][4],
+                                          SharedAddress right, int row_bytes) {
   static_assert(kColumns % 2 == 0, "the right side is loaded by 16 rows");
 #pragma unroll
   for (int ni = 0; ni < kColumns; ni += 2) {
@@ -111,8 +120,8 @@ __device__ inline void multiply_fragments(float (&acc)[kRows][kColumns][4], cons
   }
 }
 
-// acc += a b^T over `chunk` features, a multiple of 32. a and b are 16 kRows and 8 kColumns staged rows, `stride` elements
-// apart in shared memory (a TileAccumulator is 2 x 4). An element's sum is the same whatever the tile's size.
+// acc += a b^T over `chunk` features, a multiple of 32. a and b are 16 kRows and 8 kColumns staged rows, `stride`
+// elements apart in shared memory (a TileAccumulator is 2 x 4). An element's sum is the same whatever the tile's size.
 template <typename T, int kRows, int kColumns>
 __device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const T* a, const T* b, int stride, int chunk) {
   constexpr int kSteps = 2, kStep = 16 * sizeof(T);
@@ -131,8 +140,8 @@ __device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const T* a
 }
 
 template <int kRows, int kColumns>
-__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, int a_stride,
-                                    const float* b, int stride, int chunk) {
+__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, int a_stride, const float* b,
+                                    int stride, int chunk) {
   const unsigned lane = thread_index_anew() % kWarp;
   a += lane / 4 * a_stride;
   b += 2 * (lane % 4) * stride;
@@ -157,7 +166,8 @@ __device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const floa
 }
 
 template <int kRows, int kColumns>
-__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, const float* b, int stride, int chunk) {
+__device__ inline void tile_product(float (&acc)[kRows][kColumns][4], const float* a, const float* b, int stride,
+                                    int chunk) {
   tile_product(acc, a, stride, b, stride, chunk);
 }
 
@@ -215,11 +225,12 @@ __device__ inline void stage_rows(T* dst, const Image<T>& image, int first, int 
   }
 }
 
-// Begins to copy the same rows as they are, `stride` elements apart: a thread waits for its copies later, all at once. The
-// block has a power of two threads, at least as many as 16-byte vectors in a row of the chunk: a thread keeps its column.
+// Begins to copy the same rows as they are, `stride` elements apart: a thread waits for its copies later, all at once.
+// The block has a power of two threads, at least as many as 16-byte vectors in a row of the chunk: a thread keeps its
+// column.
 template <typename T>
-__device__ inline void begin_rows(T* dst, int stride, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk,
-                                  int features) {
+__device__ inline void begin_rows(T* dst, int stride, const Image<T>& image, int first, int rows, int tokens, int k0,
+                                  int chunk, int features) {
   constexpr int kVector = RowVector<T>::kCount;
   const int last = chunk / kVector - 1, shift = __popc(last), step = blockDim.x >> shift;
   const int thread = static_cast<int>(thread_index_anew());
@@ -229,18 +240,21 @@ __device__ inline void begin_rows(T* dst, int stride, const Image<T>& image, int
     SharedAddress to = shared_address(dst + row * stride + column);
     const T* from = image.data + (first + row) * image.stride_token + k0 + column;
 #pragma unroll 1
-    for (; row < present; row += step, to += step * stride * sizeof(T), from += step * image.stride_token) copy_async(to, from);
+    for (; row < present; row += step, to += step * stride * sizeof(T), from += step * image.stride_token)
+      copy_async(to, from);
   }
 #pragma unroll 1
   for (; row < rows; row += step)
     *reinterpret_cast<RowVector<T>*>(dst + row * stride + column) =
-        row < present && k0 + column < features ? load_vector(image, first + row, tokens, k0 + column, features) : RowVector<T>{};
+        row < present && k0 + column < features ? load_vector(image, first + row, tokens, k0 + column, features)
+                                                : RowVector<T>{};
 }
 
-// Makes of them, once they are there, x * scale - mean: each thread what it copied itself, so that no barrier is needed.
+// Makes of them, once they are there, x * scale - mean: each thread what it copied itself, so that no barrier is
+// needed.
 template <typename T>
-__device__ inline void scale_rows(T* dst, int stride, int first, int rows, int tokens, int k0, int chunk, int features, float scale,
-                                  const float* mean) {
+__device__ inline void scale_rows(T* dst, int stride, int first, int rows, int tokens, int k0, int chunk, int features,
+                                  float scale, const float* mean) {
   constexpr int kVector = RowVector<T>::kCount;
   const int last = chunk / kVector - 1, shift = __popc(last);
 #pragma unroll 1
@@ -256,9 +270,11 @@ __device__ inline void scale_rows(T* dst, int stride, int first, int rows, int t
   }
 }
 
-// The same as stage_rows for scale 1 and no mean: nothing to compute on the way, so that a thread waits for memory once.
+// The same as stage_rows for scale 1 and no mean: nothing to compute on the way, so that a thread waits for memory
+// once.
 template <typename T>
-__device__ inline void copy_rows(T* dst, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk, int features) {
+__device__ inline void copy_rows(T* dst, const Image<T>& image, int first, int rows, int tokens, int k0, int chunk,
+                                 int features) {
   begin_rows(dst, stage_stride(TypeTraits<T>::kType, chunk), image, first, rows, tokens, k0, chunk, features);
   wait_for_copies();
 }

@@ -56,7 +56,9 @@ struct Workspace {
   size_t bytes = 0;
 };
 
-inline int64_t bucket_words(int clusters, int warps) { return (warps + 1) * static_cast<int64_t>(clusters) + 1; }
+inline int64_t bucket_words(int clusters, int warps) {
+  return (warps + 1) * static_cast<int64_t>(clusters) + 1;
+}
 
 inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t images, void* base) {
   Carver carver(base);
@@ -71,7 +73,8 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
     if (p.dtype == DType::kFloat32) w.mean = carver.take<float>(images * d);
   }
   if (streaming || p.init_is_centers) {
-    const int64_t row = center_parts(p.dtype) * center_columns(p.dtype, p.features) * static_cast<int64_t>(element_size(p.dtype));
+    const int64_t row =
+        center_parts(p.dtype) * center_columns(p.dtype, p.features) * static_cast<int64_t>(element_size(p.dtype));
     w.split = carver.take<char>(images * k * row);
     if (p.with_medoids) w.means = carver.take<float>(images * k * d);
     w.norms = carver.take<float>(images * k);

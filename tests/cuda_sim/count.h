@@ -21,8 +21,9 @@ struct Site {
 struct Counts {
   std::map<int, std::array<uint32_t, cuda_sim::kMaxThreads>> entered;  // of a basic block, by thread
   std::map<int, Site> sites;
-  std::map<int, int64_t> warp_entries;                 // of a basic block: of a warp, the lane that came most often
-  std::map<int, std::array<int64_t, 3>> transactions;  // of a site: requests of a warp, passes or sectors, the fewest possible
+  std::map<int, int64_t> warp_entries;  // of a basic block: of a warp, the lane that came most often
+  std::map<int, std::array<int64_t, 3>>
+      transactions;  // of a site: requests of a warp, passes or sectors, the fewest possible
 };
 
 inline Counts& counts() {

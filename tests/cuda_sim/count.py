@@ -18,16 +18,26 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import simulator  # noqa: E402
+import simulator
 
-KINDS = {"mma": "tensor", "ld.shared": "shared", "st.shared": "shared", "atom.shared": "shared", "ldmatrix": "shared", "ld.global": "global",
-         "st.global": "global", "cp.async.cg": "global", "atom.global": "global", "bar.sync": "barrier", "bar.red": "barrier"}
+KINDS = {
+    "mma": "tensor",
+    "ld.shared": "shared",
+    "st.shared": "shared",
+    "atom.shared": "shared",
+    "ldmatrix": "shared",
+    "ld.global": "global",
+    "st.global": "global",
+    "cp.async.cg": "global",
+    "atom.global": "global",
+    "bar.sync": "barrier",
+    "bar.red": "barrier",
+}
 
 
 @dataclass
@@ -35,13 +45,13 @@ class Line:
     """Totals of one line of source, or of one kernel."""
 
     instructions: int = 0
-    kinds: Dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    kinds: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     passes: int = 0
     conflicts: int = 0
     sectors: int = 0
     wasted: int = 0
 
-    def add(self, other: "Line") -> None:
+    def add(self, other: Line) -> None:
         for name in ("instructions", "passes", "conflicts", "sectors", "wasted"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for kind, count in other.kinds.items():
@@ -53,7 +63,7 @@ def kind(opcode: str) -> str:
     return found or ("float" if opcode.split(".")[-1] in ("f32", "f64") else "integer")
 
 
-def counted(sim: simulator.Simulator) -> Dict[Tuple[str, ...], Line]:
+def counted(sim: simulator.Simulator) -> dict[tuple[str, ...], Line]:
     """What ran since the last call. `sim` runs the variant "count"."""
     listing = json.loads(Path(sim.lib._name).with_suffix(".json").read_text())
     blocks = np.zeros(listing["blocks"], dtype=np.int64)
@@ -62,10 +72,10 @@ def counted(sim: simulator.Simulator) -> Dict[Tuple[str, ...], Line]:
     return by_place(listing["instructions"], blocks, accesses)
 
 
-def by_place(instructions: list, blocks: np.ndarray, accesses: np.ndarray) -> Dict[Tuple[str, ...], Line]:
+def by_place(instructions: list, blocks: np.ndarray, accesses: np.ndarray) -> dict[tuple[str, ...], Line]:
     """Counts by kernel and place ("file:line" of every inlined call down to the instruction), and by every beginning of
     that: a call holds what it calls. blocks, accesses: of count.h's take_counts."""
-    lines: Dict[Tuple[str, ...], Line] = defaultdict(Line)
+    lines: dict[tuple[str, ...], Line] = defaultdict(Line)
     for (kernel, block, opcode, place), (requests, made, fewest) in zip(instructions, accesses.tolist()):
         times = int(blocks[block])
         if not times:
@@ -80,19 +90,23 @@ def by_place(instructions: list, blocks: np.ndarray, accesses: np.ndarray) -> Di
     return lines
 
 
-def table(lines: Dict[Tuple[str, ...], Line], least: float) -> List[str]:
-    """As text, each place below its caller, the busiest first; places below a share `least` of their kernel left out."""
+def table(lines: dict[tuple[str, ...], Line], least: float) -> list[str]:
+    """As text, each place below its caller, the busiest first; places below a share `least` of their kernel left
+    out."""
     out = ["instructions  float  tensor  shared passes (of conflicts)  sectors (wasted)"]
 
-    def show(place: Tuple[str, ...], total: int) -> None:
+    def show(place: tuple[str, ...], total: int) -> None:
         line = lines[place]
         name = place[-1]
         file, _, number = name.partition(":")
         source = simulator.CSRC / "cuda" / file
         if number and source.exists():
             name += "  " + source.read_text().splitlines()[int(number) - 1].strip()[:60]
-        out.append(f"{line.instructions:12d} {line.kinds['float']:6d} {line.kinds['tensor']:6d} {line.passes:8d} ({line.conflicts:6d})"
-                   f" {line.sectors:7d} ({line.wasted:5d})  {'  ' * (len(place) - 1)}{name}")
+        out.append(
+            f"{line.instructions:12d} {line.kinds['float']:6d} {line.kinds['tensor']:6d} {line.passes:8d} "
+            f"({line.conflicts:6d})"
+            f" {line.sectors:7d} ({line.wasted:5d})  {'  ' * (len(place) - 1)}{name}"
+        )
         below = [other for other in lines if len(other) == len(place) + 1 and other[:-1] == place]
         for other in sorted(below, key=lambda o: -lines[o].instructions):
             if lines[other].instructions >= least * total:
@@ -103,9 +117,17 @@ def table(lines: Dict[Tuple[str, ...], Line], least: float) -> List[str]:
     return out
 
 
-SUITE = (("196x192", 98, "resident"), ("196x384", 98, "resident"), ("256x384", 128, "resident"), ("196x768", 49, "resident"),
-         ("256x1024", 64, "resident"), ("196x384", 98, "spread"), ("576x768", 288, "gram"), ("576x1024", 64, "gram"),
-         ("1024x128", 256, "streaming"))
+SUITE = (
+    ("196x192", 98, "resident"),
+    ("196x384", 98, "resident"),
+    ("256x384", 128, "resident"),
+    ("196x768", 49, "resident"),
+    ("256x1024", 64, "resident"),
+    ("196x384", 98, "spread"),
+    ("576x768", 288, "gram"),
+    ("576x1024", 64, "gram"),
+    ("1024x128", 256, "streaming"),
+)
 
 
 def made(tokens: str, b: int, n: int, d: int) -> torch.Tensor:
@@ -121,7 +143,9 @@ def made(tokens: str, b: int, n: int, d: int) -> torch.Tensor:
     return derive(base, b, n, d)[0]
 
 
-def run(sim: simulator.Simulator, x: torch.Tensor, k: int, iterations: int, medoids: bool = False, farthest: bool = False):
+def run(
+    sim: simulator.Simulator, x: torch.Tensor, k: int, iterations: int, medoids: bool = False, farthest: bool = False
+):
     """Counts of one call, by place (by_place)."""
     b, n, _ = x.shape
     start = torch.empty(b, 0, dtype=torch.int64) if farthest else (torch.arange(k) * n // k).expand(b, k)
@@ -129,7 +153,7 @@ def run(sim: simulator.Simulator, x: torch.Tensor, k: int, iterations: int, medo
     return counted(sim)
 
 
-def main(arguments: List[str]) -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="1x196x384", help="images x tokens x features")
     parser.add_argument("--clusters", type=int, default=98)
@@ -140,19 +164,32 @@ def main(arguments: List[str]) -> None:
     parser.add_argument("--farthest", action="store_true", help="farthest-first start instead of a strided one")
     parser.add_argument("--tokens", default="random", choices=["random", "real"])
     parser.add_argument("--least", type=float, default=0.01, help="share of its kernel below which a line is left out")
-    parser.add_argument("--suite", metavar="FILE", help="instead: one image of each shape of the suite, real tokens; totals as JSON")
+    parser.add_argument(
+        "--suite", metavar="FILE", help="instead: one image of each shape of the suite, real tokens; totals as JSON"
+    )
     options = parser.parse_args(arguments)
     dtype, library = getattr(torch, options.dtype), simulator.build("count")
     if options.suite:
         records = []
         for shape, k, path in SUITE:
-            lines = run(simulator.Simulator(library, path=path), made("real", 1, *map(int, shape.split("x"))).to(dtype), k, options.iterations)
-            kernels = {place[0]: {**vars(line), "kinds": dict(line.kinds)} for place, line in lines.items() if len(place) == 1}
+            lines = run(
+                simulator.Simulator(library, path=path),
+                made("real", 1, *map(int, shape.split("x"))).to(dtype),
+                k,
+                options.iterations,
+            )
+            kernels = {
+                place[0]: {**vars(line), "kinds": dict(line.kinds)} for place, line in lines.items() if len(place) == 1
+            }
             records.append({"shape": shape, "clusters": k, "path": path, "kernels": kernels})
             print(f"{shape}->{k} {path}: {sum(kernel['instructions'] for kernel in kernels.values())}")
-        record = {"what": "warp instructions (PTX, sm_90a) and memory transactions of one image; counts, not times; no GPU ran",
-                  "command": "python tests/cuda_sim/count.py " + " ".join(arguments), "dtype": options.dtype,
-                  "iterations": options.iterations, "records": records}
+        record = {
+            "what": "warp instructions (PTX, sm_90a) and memory transactions of one image; counts, not times",
+            "command": "python tests/cuda_sim/count.py " + " ".join(arguments),
+            "dtype": options.dtype,
+            "iterations": options.iterations,
+            "records": records,
+        }
         Path(options.suite).write_text(json.dumps(record, indent=1) + "\n")
         return
     x = made(options.tokens, *map(int, options.shape.split("x"))).to(dtype)

@@ -105,11 +105,21 @@ inline Machine& machine() {
 
 #define SIM_HIDDEN __attribute__((noinline, no_sanitize("thread")))
 
-SIM_HIDDEN inline Dim thread_index() { return Dim{static_cast<unsigned>(machine().current), 0, 0}; }
-SIM_HIDDEN inline Dim block_index() { return machine().block_index; }
-SIM_HIDDEN inline Dim block_dim() { return machine().block_dim; }
-SIM_HIDDEN inline Dim grid_dim() { return machine().grid_dim; }
-SIM_HIDDEN inline unsigned char* dynamic_shared() { return machine().shared.get(); }
+SIM_HIDDEN inline Dim thread_index() {
+  return Dim{static_cast<unsigned>(machine().current), 0, 0};
+}
+SIM_HIDDEN inline Dim block_index() {
+  return machine().block_index;
+}
+SIM_HIDDEN inline Dim block_dim() {
+  return machine().block_dim;
+}
+SIM_HIDDEN inline Dim grid_dim() {
+  return machine().grid_dim;
+}
+SIM_HIDDEN inline unsigned char* dynamic_shared() {
+  return machine().shared.get();
+}
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_sim: %s (block %u, thread %d)\n", what, machine().block_index.x, machine().current);
@@ -170,8 +180,7 @@ SIM_HIDDEN inline int arrive(Barrier& barrier, int value, Combine combine) {
   total = combine == Combine::kOr ? (total | (value != 0)) : total + value;
   SIM_RELEASE(&barrier.slot[parity]);
   if (barrier.arrived + 1 == barrier.expected) {
-    for (int i = 0; i < barrier.arrived; ++i)
-      make_ready(barrier.waiting[m.reverse ? barrier.arrived - 1 - i : i]);
+    for (int i = 0; i < barrier.arrived; ++i) make_ready(barrier.waiting[m.reverse ? barrier.arrived - 1 - i : i]);
     barrier.arrived = 0;
     barrier.combined[1 - parity] = 0;
     ++barrier.generation;
@@ -183,8 +192,12 @@ SIM_HIDDEN inline int arrive(Barrier& barrier, int value, Combine combine) {
   return total;
 }
 
-SIM_HIDDEN inline WarpState& my_warp() { return machine().warps[machine().current / kLanes]; }
-SIM_HIDDEN inline int my_lane() { return machine().current % kLanes; }
+SIM_HIDDEN inline WarpState& my_warp() {
+  return machine().warps[machine().current / kLanes];
+}
+SIM_HIDDEN inline int my_lane() {
+  return machine().current % kLanes;
+}
 
 inline void warp_barrier(unsigned mask) {
   if (mask != 0xffffffffu) fail("a warp operation without all 32 lanes");
@@ -306,13 +319,20 @@ int launch(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, 
 #define blockDim (::cuda_sim::block_dim())
 #define gridDim (::cuda_sim::grid_dim())
 
-inline void __syncthreads() { cuda_sim::arrive(cuda_sim::machine().block_barrier, 0, cuda_sim::Combine::kOr); }
-inline int __syncthreads_or(int v) { return cuda_sim::arrive(cuda_sim::machine().block_barrier, v, cuda_sim::Combine::kOr); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_sim::warp_barrier(mask); }
+inline void __syncthreads() {
+  cuda_sim::arrive(cuda_sim::machine().block_barrier, 0, cuda_sim::Combine::kOr);
+}
+inline int __syncthreads_or(int v) {
+  return cuda_sim::arrive(cuda_sim::machine().block_barrier, v, cuda_sim::Combine::kOr);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  cuda_sim::warp_barrier(mask);
+}
 
 template <typename T>
 inline T __shfl_sync(unsigned mask, T v, int lane) {
-  return cuda_sim::from_bits<T>(cuda_sim::exchange(mask, cuda_sim::to_bits(v), [&](const uint64_t* all) { return all[lane & 31]; }));
+  return cuda_sim::from_bits<T>(
+      cuda_sim::exchange(mask, cuda_sim::to_bits(v), [&](const uint64_t* all) { return all[lane & 31]; }));
 }
 template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T v, int offset) {
@@ -346,7 +366,9 @@ inline int __reduce_min_sync(unsigned mask, int v) {
     return best;
   });
 }
-inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __popc(unsigned v) {
+  return __builtin_popcount(v);
+}
 
 // What a thread wrote before its fence is seen by a thread whose fence comes later.
 inline void __threadfence() {
@@ -358,7 +380,9 @@ inline T __ldcg(const T* p) {
   return *p;
 }
 
-inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+inline int atomicAdd(int* p, int v) {
+  return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
 inline int atomicMin(int* p, int v) {
   int old = __atomic_load_n(p, __ATOMIC_RELAXED);
   while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -366,8 +390,12 @@ inline int atomicMin(int* p, int v) {
   return old;
 }
 
-inline unsigned __float_as_uint(float v) { return static_cast<unsigned>(cuda_sim::to_bits(v)); }
-inline float __uint_as_float(unsigned v) { return cuda_sim::from_bits<float>(v); }
+inline unsigned __float_as_uint(float v) {
+  return static_cast<unsigned>(cuda_sim::to_bits(v));
+}
+inline float __uint_as_float(unsigned v) {
+  return cuda_sim::from_bits<float>(v);
+}
 
 using std::max;
 using std::min;
@@ -379,7 +407,9 @@ struct __nv_bfloat16 {
   uint16_t bits;
 };
 
-inline float __bfloat162float(__nv_bfloat16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }
+inline float __bfloat162float(__nv_bfloat16 v) {
+  return __uint_as_float(static_cast<unsigned>(v.bits) << 16);
+}
 inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   const unsigned u = __float_as_uint(v);
   if (v != v) return {static_cast<uint16_t>(0x7fff)};
@@ -412,14 +442,20 @@ inline __half __float2half_rn(float v) {
 
 namespace cuda_sim {
 
-inline float widen(uint16_t bits, __half) { return __half2float(__half{bits}); }
-inline float widen(uint16_t bits, __nv_bfloat16) { return __bfloat162float(__nv_bfloat16{bits}); }
+inline float widen(uint16_t bits, __half) {
+  return __half2float(__half{bits});
+}
+inline float widen(uint16_t bits, __nv_bfloat16) {
+  return __bfloat162float(__nv_bfloat16{bits});
+}
 
 }  // namespace cuda_sim
 
-// An asynchronous copy happens when its thread waits for it, and no earlier; until then nobody may count on what was there.
+// An asynchronous copy happens when its thread waits for it, and no earlier; until then nobody may count on what was
+// there.
 inline void copy_async(void* shared, const void* global) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) cuda_sim::fail("a misaligned 16-byte copy");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    cuda_sim::fail("a misaligned 16-byte copy");
   cuda_sim::Machine& m = cuda_sim::machine();
   std::memset(shared, 0xff, 16);
   m.fibers[m.current].copies.push_back({shared, global});
@@ -431,10 +467,14 @@ inline void wait_for_copies() {
   m.fibers[m.current].copies.clear();
 }
 
-inline unsigned thread_index_anew() { return threadIdx.x; }
+inline unsigned thread_index_anew() {
+  return threadIdx.x;
+}
 
 typedef unsigned char* SharedAddress;
-inline SharedAddress shared_address(const void* p) { return static_cast<unsigned char*>(const_cast<void*>(p)); }
+inline SharedAddress shared_address(const void* p) {
+  return static_cast<unsigned char*>(const_cast<void*>(p));
+}
 
 // Rows of four 8 x 8 matrices, one address a lane; every lane gets two elements of each.
 inline void load_matrices(uint32_t (&d)[4], const unsigned char* row) {

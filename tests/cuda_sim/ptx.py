@@ -7,11 +7,25 @@ label. A kernel's shared variables lie before its dynamic shared memory, as on t
 from __future__ import annotations
 
 import re
-from typing import Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
 
 REGISTER = {"pred": "bool", "b16": "b16", "b32": "b32", "f32": "b32", "b64": "b64", "f64": "b64"}
 SPECIAL = {"%tid.x": "threadIdx.x", "%ctaid.x": "blockIdx.x", "%ntid.x": "blockDim.x", "%nctaid.x": "gridDim.x"}
-BYTES = {"u8": 1, "s8": 1, "b8": 1, "u16": 2, "b16": 2, "u32": 4, "s32": 4, "b32": 4, "f32": 4, "u64": 8, "s64": 8, "b64": 8, "f64": 8}
+BYTES = {
+    "u8": 1,
+    "s8": 1,
+    "b8": 1,
+    "u16": 2,
+    "b16": 2,
+    "u32": 4,
+    "s32": 4,
+    "b32": 4,
+    "f32": 4,
+    "u64": 8,
+    "s64": 8,
+    "b64": 8,
+    "f64": 8,
+}
 NO_RESULT = ("bar.sync", "bar.warp.sync", "cp.async.cg.shared.global", "cp.async.wait_all", "membar.gl")
 ENTRY = re.compile(r"\.visible \.entry (\w+)\(\s*\.param[^\n]*?(\w+)\[\d+\]\s*\)(.*?)\n\{\n(.*?)\n\}\n", re.S)
 NAME = re.compile(r"_ZN9tokenpool4cuda\d+(\w+?)_kernel(?:I(f|6__half|13__nv_bfloat16|t|j)E)?")
@@ -19,16 +33,17 @@ TYPES = {"f": "float", "6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16", 
 
 
 class Listing:
-    """Of kernels that count what they execute (count.h): every instruction's kernel, basic block, opcode and place, which
-    is the "file:line" of each call that was inlined on the way to it and its own."""
+    """Of kernels that count what they execute (count.h): every instruction's kernel, basic block, opcode and place,
+    which is the "file:line" of each call that was inlined on the way to it and its own."""
 
     def __init__(self) -> None:
-        self.instructions: List[Tuple[str, int, str, List[str]]] = []
+        self.instructions: list[tuple[str, int, str, list[str]]] = []
         self.blocks = 0
 
 
-def kernels(text: str, listing: Optional[Listing] = None) -> Iterator["Kernel"]:
-    """Every kernel of a PTX file. With a `listing` (filled here) each counts what it executes; lines: nvcc -lineinfo."""
+def kernels(text: str, listing: Listing | None = None) -> Iterator[Kernel]:
+    """Every kernel of a PTX file. With a `listing` (filled here) each counts what it executes; lines: nvcc
+    -lineinfo."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"]*)"', text, re.M))
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"^\s*(\.loc\s[^\n]*)", r"\1;", text, flags=re.M)
@@ -37,7 +52,7 @@ def kernels(text: str, listing: Optional[Listing] = None) -> Iterator["Kernel"]:
         yield Kernel(found[1] + (f"_{TYPES[found[2]]}" if found[2] else ""), parameter, body, files, listing)
 
 
-def _split(operands: str) -> List[str]:
+def _split(operands: str) -> list[str]:
     """Operands at the commas outside braces and brackets."""
     return [part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", operands)]
 
@@ -45,11 +60,11 @@ def _split(operands: str) -> List[str]:
 class Kernel:
     """`name` (gram_kernel<float>: gram_float) and `text` (its definition in C++)."""
 
-    def __init__(self, name: str, parameter: str, body: str, files: Dict[str, str], listing: Optional[Listing]):
+    def __init__(self, name: str, parameter: str, body: str, files: dict[str, str], listing: Listing | None):
         self.name, self.parameter, self.symbols, self.registers, self.lines = name, parameter, {}, set(), []
         self.files, self.listing, self.starts_block = files, listing, True
-        self.place: List[str] = []
-        self.calls: Dict[str, List[str]] = {}  # where a line that calls lies, by its .loc
+        self.place: list[str] = []
+        self.calls: dict[str, list[str]] = {}  # where a line that calls lies, by its .loc
         shared = 0
         for align, kind, symbol, count in re.findall(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(?:\[(\d+)\])?;", body):
             shared = -(-shared // int(align)) * int(align)
@@ -61,8 +76,10 @@ class Kernel:
             self.lines.append(f"{label.replace('$', '_')}:;" if label else self.statement(statement))
             self.starts_block |= bool(label)
         lines = "\n  ".join(line for line in self.lines if line)
-        self.text = (f"static void run_{name}(const void* parameters) {{\n  {lines}\n}}\n"
-                     f"extern const Kernel {name}{{run_{name}, {self.dynamic}}};\n")
+        self.text = (
+            f"static void run_{name}(const void* parameters) {{\n  {lines}\n}}\n"
+            f"extern const Kernel {name}{{run_{name}, {self.dynamic}}};\n"
+        )
 
     def statement(self, text: str) -> str:
         if text in ("{", "}"):
@@ -101,7 +118,7 @@ class Kernel:
         self.listing.instructions.append((self.name, self.listing.blocks - 1, opcode, self.place))
         return start
 
-    def instruction(self, opcode: str, operands: List[str]) -> str:
+    def instruction(self, opcode: str, operands: list[str]) -> str:
         parts = opcode.split(".")
         if opcode in ("ret", "exit"):
             return "return;"
@@ -121,23 +138,33 @@ class Kernel:
             seen = ""
             if self.listing and parts[0] == "ldmatrix":
                 seen = self.seen(f"shared_at({given[0]}, 16)", 16, True) + "; "
-            return (f"{{ {seen}const auto out = {call}({', '.join(given)}); "
-                    + " ".join(f"{self.value(r.strip())} = out[{i}];" for i, r in enumerate(results)) + " }")
+            return (
+                f"{{ {seen}const auto out = {call}({', '.join(given)}); "
+                + " ".join(f"{self.value(r.strip())} = out[{i}];" for i, r in enumerate(results))
+                + " }"
+            )
         target = operands[0]
         if opcode == "mov.b32" and operands[1].startswith("{"):
             return f"{self.value(target)} = pack({self.vector(operands[1]).strip('{}')});"
         given = [self.value(o) for o in operands[1:]]
         if parts[0] == "shfl":
             result, _, taken = target.partition("|")
-            return f"{{ bool in_range; {self.value(result)} = {call}(&in_range, {', '.join(given)});" + (
-                f" {self.value(taken)} = in_range;" if taken else "") + " }"
+            return (
+                f"{{ bool in_range; {self.value(result)} = {call}(&in_range, {', '.join(given)});"
+                + (f" {self.value(taken)} = in_range;" if taken else "")
+                + " }"
+            )
         if opcode == "mov.b32" and target.startswith("{"):  # two halves
             low, high = (t.strip() for t in target.strip("{}").split(","))
-            return (f"{{ const b32 both = {given[0]}; " + (f"{self.value(low)} = static_cast<b16>(both); " if low != "_" else "")
-                    + (f"{self.value(high)} = static_cast<b16>(both >> 16); " if high != "_" else "") + "}")
+            return (
+                f"{{ const b32 both = {given[0]}; "
+                + (f"{self.value(low)} = static_cast<b16>(both); " if low != "_" else "")
+                + (f"{self.value(high)} = static_cast<b16>(both >> 16); " if high != "_" else "")
+                + "}"
+            )
         return f"{self.value(target)} = {call}({', '.join(given)});"
 
-    def memory(self, parts: List[str], operands: List[str]) -> str:
+    def memory(self, parts: list[str], operands: list[str]) -> str:
         kind, space = parts[-1], parts[1] if parts[1] in ("param", "shared", "global") else "generic"
         count = next((int(p[1:]) for p in parts if p in ("v2", "v4")), 1)
         address, registers = (operands[1], operands[0]) if parts[0] == "ld" else (operands[0], operands[1])
@@ -157,7 +184,11 @@ class Kernel:
 
     def seen(self, memory: str, size: int, shared: bool) -> str:
         """An access, counted if this kernel counts."""
-        return f"count_access({len(self.listing.instructions) - 1}, {memory}, {size}, {int(shared)})" if self.listing else memory
+        return (
+            f"count_access({len(self.listing.instructions) - 1}, {memory}, {size}, {int(shared)})"
+            if self.listing
+            else memory
+        )
 
     def vector(self, operand: str) -> str:
         return "{" + ", ".join(self.value(o.strip()) for o in operand.strip("{}").split(",")) + "}"
@@ -181,5 +212,5 @@ class Kernel:
         if operand.endswith("6memoryE"):
             return f"{self.dynamic}u"
         if re.fullmatch(r"-?\d+U?", operand):
-            return operand + ("ll" if abs(int(operand.rstrip("U"))) > 0x7fffffff else "")
+            return operand + ("ll" if abs(int(operand.rstrip("U"))) > 0x7FFFFFFF else "")
         raise NotImplementedError(f"operand {operand!r}")

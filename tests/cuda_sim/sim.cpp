@@ -57,22 +57,25 @@ int simulate(const ptx::Kernel& kernel, const Args& args, const Launch& launch) 
 
 }  // namespace
 
-#define SIM_TYPED(name, Args)                                                     \
-  SIM_DECLARE(name##_float) SIM_DECLARE(name##___half) SIM_DECLARE(name##___nv_bfloat16) \
-  int launch_##name(DType dtype, const Args& args, const Launch& launch) {        \
-    switch (dtype) {                                                              \
-      case DType::kFloat32:                                                       \
-        return simulate(SIM_INSTANCE(name, float), args, launch);                 \
-      case DType::kFloat16:                                                       \
-        return simulate(SIM_INSTANCE(name, __half), args, launch);                \
-      case DType::kBFloat16:                                                      \
-        return simulate(SIM_INSTANCE(name, __nv_bfloat16), args, launch);         \
-    }                                                                             \
-    return 1;                                                                     \
+#define SIM_TYPED(name, Args)                                                                                   \
+  SIM_DECLARE(name##_float)                                                                                     \
+  SIM_DECLARE(name##___half) SIM_DECLARE(name##___nv_bfloat16) int launch_##name(DType dtype, const Args& args, \
+                                                                                 const Launch& launch) {        \
+    switch (dtype) {                                                                                            \
+      case DType::kFloat32:                                                                                     \
+        return simulate(SIM_INSTANCE(name, float), args, launch);                                               \
+      case DType::kFloat16:                                                                                     \
+        return simulate(SIM_INSTANCE(name, __half), args, launch);                                              \
+      case DType::kBFloat16:                                                                                    \
+        return simulate(SIM_INSTANCE(name, __nv_bfloat16), args, launch);                                       \
+    }                                                                                                           \
+    return 1;                                                                                                   \
   }
-#define SIM_PLAIN(name, Args) \
-  SIM_DECLARE(name)           \
-  int launch_##name(const Args& args, const Launch& launch) { return simulate(SIM_KERNEL(name), args, launch); }
+#define SIM_PLAIN(name, Args)                                 \
+  SIM_DECLARE(name)                                           \
+  int launch_##name(const Args& args, const Launch& launch) { \
+    return simulate(SIM_KERNEL(name), args, launch);          \
+  }
 
 SIM_TYPED(absmax, StatsArgs)
 SIM_TYPED(center, StatsArgs)
@@ -96,8 +99,8 @@ SIM_TYPED(lse, AttentionArgs)
 SIM_TYPED(received, AttentionArgs)
 SIM_PLAIN(reduce, AttentionArgs)
 
-SIM_DECLARE(unpool_uint16_t) SIM_DECLARE(unpool_uint32_t)
-int launch_unpool(DType dtype, const UnpoolArgs& args, const Launch& launch) {
+SIM_DECLARE(unpool_uint16_t)
+SIM_DECLARE(unpool_uint32_t) int launch_unpool(DType dtype, const UnpoolArgs& args, const Launch& launch) {
   return element_size(dtype) == 2 ? simulate(SIM_INSTANCE(unpool, uint16_t), args, launch)
                                   : simulate(SIM_INSTANCE(unpool, uint32_t), args, launch);
 }
@@ -133,7 +136,9 @@ using namespace tokenpool::cuda;
 extern "C" {
 
 // Order in which blocks, and threads between barriers, run.
-void sim_set_reverse(int reverse) { cuda_sim::machine().reverse = reverse != 0; }
+void sim_set_reverse(int reverse) {
+  cuda_sim::machine().reverse = reverse != 0;
+}
 
 // numbers: B, N, D, K, dtype, x strides (3), vectorised, iterations, sort, with_medoids, major, minor, shared_limit,
 // force_path, images_per_pass (0: the planner's), sm_count, init_stride. Returns the path taken, or -1.
@@ -239,6 +244,8 @@ int sim_attention_received(const int64_t* n, float scale, const void* const* p) 
 }
 
 #ifdef TOKENPOOL_SIM_COUNT
-void sim_counts(int64_t* blocks, int64_t (*instructions)[3]) { ptx::take_counts(blocks, instructions); }
+void sim_counts(int64_t* blocks, int64_t (*instructions)[3]) {
+  ptx::take_counts(blocks, instructions);
+}
 #endif
 }

@@ -3,7 +3,8 @@
     PYTHONPATH=tests/cuda_sim python -m pytest -p sim_plugin tests/test_clustering.py
 
 Registers the simulator in the backends' registry as cuda_sim_resident, cuda_sim_spread, cuda_sim_gram and
-cuda_sim_streaming and makes them the only targets (TOKENPOOL_EXT_CUDA_SIM=spread,gram keeps some paths). float64 and tests marked large are skipped.
+cuda_sim_streaming and makes them the only targets (TOKENPOOL_EXT_CUDA_SIM=spread,gram keeps some paths). float64 and
+tests marked large are skipped.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import sys
 import types
 
 import pytest
-import torch
-
 import simulator
+import torch
 
 
 def pytest_configure(config):
-    from tokenpool_ext import registry
     from helpers import DTYPES, Target
+
+    from tokenpool_ext import registry
 
     class SimulatedTarget(Target):
         @property
@@ -29,14 +30,19 @@ def pytest_configure(config):
 
     conftest = sys.modules["conftest"]
     library = simulator.build()
-    kept = [path for path in simulator.PATHS if path in (os.environ.get("TOKENPOOL_EXT_CUDA_SIM") or ",".join(simulator.PATHS)).split(",")]
+    kept = [
+        path
+        for path in simulator.PATHS
+        if path in (os.environ.get("TOKENPOOL_EXT_CUDA_SIM") or ",".join(simulator.PATHS)).split(",")
+    ]
     targets = []
     for path in kept:
         ops = simulator.Simulator(library, path=path)
         namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in registry.OPS})
         name = f"cuda_sim_{path}"
-        registry.REGISTRY[name] = registry.Backend(name, lambda: None, _refuses, lambda namespace=namespace: namespace,
-                                                   starts=("farthest",))
+        registry.REGISTRY[name] = registry.Backend(
+            name, lambda: None, _refuses, lambda namespace=namespace: namespace, starts=("farthest",)
+        )
         targets.append(SimulatedTarget(name))
     conftest.TARGETS[:] = targets
 

@@ -18,20 +18,24 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Optional, Tuple
 from xml.etree import ElementTree
 
+import ptx
 import torch
 from torch import Tensor
-
-import ptx
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 PATHS = ("resident", "gram", "streaming", "spread")  # in the order of CudaPath
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-VARIANTS = {"": [], "thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],
-            "compare_all": ["-DTOKENPOOL_COMPARE_ALL=1"], "ptx": ["-DTOKENPOOL_SIM_PTX"], "count": ["-DTOKENPOOL_SIM_PTX", "-DTOKENPOOL_SIM_COUNT"]}
+VARIANTS = {
+    "": [],
+    "thread": ["-fsanitize=thread"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],
+    "compare_all": ["-DTOKENPOOL_COMPARE_ALL=1"],
+    "ptx": ["-DTOKENPOOL_SIM_PTX"],
+    "count": ["-DTOKENPOOL_SIM_PTX", "-DTOKENPOOL_SIM_COUNT"],
+}
 COMPILED = ("ptx", "count")  # by nvcc first
 CHECKED = ["-g", "-Wall", "-Wextra", "-Werror"]
 PTX_ARCHITECTURE = "compute_90a"  # an H100's; ptxas makes its machine code from this text
@@ -41,7 +45,7 @@ def default_variant() -> str:
     return os.environ.get("TOKENPOOL_EXT_CUDA_SIM_VARIANT", "")
 
 
-def compiler() -> Optional[str]:
+def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -51,11 +55,13 @@ def sources() -> list[Path]:
 
 
 def cache_folder() -> Path:
-    root = os.environ.get("TOKENPOOL_EXT_TEST_CACHE") or os.path.join(tempfile.gettempdir(), f"tokenpool_ext_sim_{os.getuid()}")
+    root = os.environ.get("TOKENPOOL_EXT_TEST_CACHE") or os.path.join(
+        tempfile.gettempdir(), f"tokenpool_ext_sim_{os.getuid()}"
+    )
     return Path(root)
 
 
-def nvcc() -> Optional[str]:
+def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return shutil.which(os.path.join(home, "bin", "nvcc") if home else "nvcc")
 
@@ -66,12 +72,30 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"the simulator does not compile: {' '.join(command)}\n{done.stderr}")
 
 
-def _compiled_kernels(folder: Path, listing: Optional[ptx.Listing]) -> Path:
+def _compiled_kernels(folder: Path, listing: ptx.Listing | None) -> Path:
     """Every kernel as nvcc compiles it, as one C++ file."""
-    text = ['#include "ptx_ops.h"', '#include "count.h"', "namespace tokenpool {", "namespace cuda {", "using namespace ptx;"]
+    text = [
+        '#include "ptx_ops.h"',
+        '#include "count.h"',
+        "namespace tokenpool {",
+        "namespace cuda {",
+        "using namespace ptx;",
+    ]
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         output = folder / f"{source.stem}.ptx"
-        _run([nvcc(), "-std=c++17", "-O3", "-ptx", "-lineinfo", f"-arch={PTX_ARCHITECTURE}", str(source), "-o", str(output)])
+        _run(
+            [
+                nvcc(),
+                "-std=c++17",
+                "-O3",
+                "-ptx",
+                "-lineinfo",
+                f"-arch={PTX_ARCHITECTURE}",
+                str(source),
+                "-o",
+                str(output),
+            ]
+        )
         text += [kernel.text for kernel in ptx.kernels(output.read_text(), listing)]
     written = folder / "kernels.cpp"
     written.write_text("\n".join([*text, "}", "}", ""]))
@@ -90,7 +114,7 @@ def built(variant: str) -> Path:
     return cache_folder() / f"sim{'_' + variant if variant else ''}_{digest.hexdigest()[:16]}.so"
 
 
-def build(variant: Optional[str] = None) -> Path:
+def build(variant: str | None = None) -> Path:
     """Compile the simulator (once per source text) and return the shared library."""
     variant = default_variant() if variant is None else variant
     library = built(variant)
@@ -105,24 +129,36 @@ def build(variant: Optional[str] = None) -> Path:
             units.append(str(Path(folder) / "kernels.o"))
             _run([compiler(), *_flags(variant), "-c", str(_compiled_kernels(Path(folder), listing)), "-o", units[-1]])
             if listing is not None:
-                library.with_suffix(".json").write_text(json.dumps({"blocks": listing.blocks, "instructions": listing.instructions}))
+                library.with_suffix(".json").write_text(
+                    json.dumps({"blocks": listing.blocks, "instructions": listing.instructions})
+                )
         _run([compiler(), *_flags(variant), *CHECKED, "-o", str(fresh), *units])
         os.replace(fresh, library)
     return library
 
 
 def passed_in_a_process(folder: Path, variant: str, *arguments: str, **variables: str) -> list[str]:
-    """Run pytest in a process of its own, on one variant; names of the tests that passed. RuntimeError if any failed."""
+    """Run pytest in a process of its own, on one variant; names of the tests that passed. RuntimeError if any
+    failed."""
     report = folder / "report.xml"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TOKENPOOL_EXT_REQUIRE_")}
     paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment.update(PYTHONPATH=paths, TOKENPOOL_EXT_CUDA_SIM_VARIANT=variant, OMP_NUM_THREADS="1", **variables)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments],
-                          env=environment, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments],
+        env=environment,
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     if done.returncode:
         raise RuntimeError(done.stdout[-8000:])
-    return [case.get("name") for case in ElementTree.parse(report).iter("testcase")
-            if not any(child.tag in ("skipped", "failure", "error") for child in case)]
+    return [
+        case.get("name")
+        for case in ElementTree.parse(report).iter("testcase")
+        if not any(child.tag in ("skipped", "failure", "error") for child in case)
+    ]
 
 
 def shared_bodies_pass(folder: Path, variant: str) -> None:
@@ -142,7 +178,7 @@ def _strides(x: Tensor) -> list[int]:
     return [*x.stride(), int(aligned)]
 
 
-def _pointers(*tensors: Optional[Tensor]):
+def _pointers(*tensors: Tensor | None):
     return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
@@ -153,13 +189,21 @@ def _numbers(*values: int):
 class Simulator:
     """The operators, for one device: compute capability, shared memory limit (0: the capability's), forced path."""
 
-    def __init__(self, library: Path, capability: Tuple[int, int] = (9, 0), path: Optional[str] = None,
-                 shared_limit: int = 0, images_per_pass: int = 0, reverse: bool = False, sm_count: int = 0):
+    def __init__(
+        self,
+        library: Path,
+        capability: tuple[int, int] = (9, 0),
+        path: str | None = None,
+        shared_limit: int = 0,
+        images_per_pass: int = 0,
+        reverse: bool = False,
+        sm_count: int = 0,
+    ):
         self.lib = ctypes.CDLL(str(library))
         self.lib.sim_attention_received.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p]
         self.capability, self.path, self.shared_limit = capability, path, shared_limit
         self.images_per_pass, self.reverse, self.sm_count = images_per_pass, reverse, sm_count
-        self.taken: Optional[str] = None  # path of the last clustering
+        self.taken: str | None = None  # path of the last clustering
 
     def _cluster(self, x, weights, mask, counts, init, num_clusters, num_iters, sort, medoids):
         b, n, d = x.shape
@@ -177,17 +221,45 @@ class Simulator:
         farthest = init.dtype == torch.int64 and not by_index
         self.lib.sim_set_reverse(int(self.reverse))
         taken = self.lib.sim_cluster(
-            _numbers(b, n, d, k, DTYPES[x.dtype], *_strides(x), num_iters, sort, medoids, *self.capability, self.shared_limit,
-                     -1 if self.path is None else PATHS.index(self.path), self.images_per_pass, self.sm_count,
-                     init.stride(0)),
-            _pointers(x, weights, mask, counts, init if by_index else None, None if by_index or farthest else init, centers, assignment,
-                      mass, chosen, inertia))
+            _numbers(
+                b,
+                n,
+                d,
+                k,
+                DTYPES[x.dtype],
+                *_strides(x),
+                num_iters,
+                sort,
+                medoids,
+                *self.capability,
+                self.shared_limit,
+                -1 if self.path is None else PATHS.index(self.path),
+                self.images_per_pass,
+                self.sm_count,
+                init.stride(0),
+            ),
+            _pointers(
+                x,
+                weights,
+                mask,
+                counts,
+                init if by_index else None,
+                None if by_index or farthest else init,
+                centers,
+                assignment,
+                mass,
+                chosen,
+                inertia,
+            ),
+        )
         assert taken >= 0
         self.taken = PATHS[taken]
         return centers, assignment, mass, chosen, inertia
 
     def kmeans(self, x, weights, mask, counts, init, num_clusters, num_iters, sort):
-        centers, assignment, mass, _, inertia = self._cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
+        centers, assignment, mass, _, inertia = self._cluster(
+            x, weights, mask, counts, init, num_clusters, num_iters, sort, False
+        )
         return centers, assignment, mass, inertia
 
     def kmedoids(self, x, weights, mask, counts, init, num_clusters, num_iters, sort):
@@ -204,7 +276,8 @@ class Simulator:
         weights = None if weights is None else weights.contiguous()
         assert 0 == self.lib.sim_pool(
             _numbers(b, n, d, num_clusters, DTYPES[x.dtype], *_strides(x), mode, self.shared_limit or 99 * 1024),
-            _pointers(x, assignment, weights, centers, mass))
+            _pointers(x, assignment, weights, centers, mass),
+        )
         return centers
 
     def pool(self, x, assignment, weights, num_clusters):
@@ -223,8 +296,11 @@ class Simulator:
         assignment, mass = assignment.contiguous(), mass.contiguous()
         weights = None if weights is None else weights.contiguous()
         assert 0 == self.lib.sim_pool_backward(
-            _numbers(b, n, d, centers.shape[1], DTYPES[x.dtype], *_strides(x), *_strides(grad_centers), *_strides(centers)),
-            _pointers(x, grad_centers, centers, assignment, weights, mass, grad_x, grad_weights))
+            _numbers(
+                b, n, d, centers.shape[1], DTYPES[x.dtype], *_strides(x), *_strides(grad_centers), *_strides(centers)
+            ),
+            _pointers(x, grad_centers, centers, assignment, weights, mass, grad_x, grad_weights),
+        )
         return grad_x, grad_weights
 
     def unpool(self, centers, assignment):
@@ -235,7 +311,8 @@ class Simulator:
             return out
         assert 0 == self.lib.sim_unpool(
             _numbers(b, n, centers.shape[2], centers.shape[1], DTYPES[centers.dtype], *_strides(centers)),
-            _pointers(centers, assignment, out))
+            _pointers(centers, assignment, out),
+        )
         return out
 
     def attention_received(self, q, k, scale, lse):
@@ -247,9 +324,12 @@ class Simulator:
 
         def layout(t):
             vector = 16 // t.element_size()
-            aligned = (t.stride(3) == 1 and all(s % vector == 0 for s in t.stride()[:3]) and t.data_ptr() % 16 == 0)
+            aligned = t.stride(3) == 1 and all(s % vector == 0 for s in t.stride()[:3]) and t.data_ptr() % 16 == 0
             return [t.stride(0), t.stride(2), t.stride(3), int(aligned), t.stride(1)]
 
         assert 0 == self.lib.sim_attention_received(
-            _numbers(b, h, nq, k.shape[2], d, DTYPES[q.dtype], *layout(q), *layout(k)), float(scale), _pointers(q, k, lse, out))
+            _numbers(b, h, nq, k.shape[2], d, DTYPES[q.dtype], *layout(q), *layout(k)),
+            float(scale),
+            _pointers(q, k, lse, out),
+        )
         return out

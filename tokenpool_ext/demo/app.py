@@ -19,7 +19,8 @@ NOTES = """\
 tokens      patch tokens in the sequence, changing at the pooling blocks 4, 7 and 10 (CLS always passes through)
 GMACs       1e9 multiply-adds an image, clustering and scores included
 images/s    median of {repeats} interleaved round(s) at batch {batch}; speed-up: against all tokens in the same round
-rec. error  sum_i min_j |x_i - c_j|^2 / sum_i |x_i - mean|^2 at the first pooling block: the same tokens for every method
+rec. error  sum_i min_j |x_i - c_j|^2 / sum_i |x_i - mean|^2 at the first pooling block: the same tokens for every
+method
 methods     K-Means and K-Medoids: 5 iterations, weights = attention received, farthest-first start; they and bipartite
             matching count token sizes (proportional attention); the baselines in their better setting. Settings were
             chosen on these photos, so the quality columns show a mechanism, not how it generalises
@@ -64,21 +65,39 @@ def machine() -> dict:
     from .. import __version__
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": usable, "threads": torch.get_num_threads(), "system": platform.system(),
-            "python": platform.python_version(), "torch": torch.__version__, "tokenpool_ext": __version__,
-            "dtype": "float32", "device": "cpu", "date": time.strftime("%Y-%m-%d"),
-            "backend": backend_used()}
+    return {
+        "cpu": cpu,
+        "cores": usable,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenpool_ext": __version__,
+        "dtype": "float32",
+        "device": "cpu",
+        "date": time.strftime("%Y-%m-%d"),
+        "backend": backend_used(),
+    }
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m tokenpool_ext demo",
         description="Pool a real pretrained ViT (DINOv2 ViT-S/14) on real photos: what it saves, what it loses, "
-                    "and pictures of the clusters. About a minute and a half on two cores.")
+        "and pictures of the clusters. About a minute and a half on two cores.",
+    )
     p.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="pictures (default: %(default)s)")
-    p.add_argument("--images", type=int, default=24, metavar="N", help="photo crops to compare on (default: %(default)s)")
-    p.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5], metavar="R",
-                   help="ratio of tokens kept at blocks 4, 7 and 10 (default: 0.75 0.5)")
+    p.add_argument(
+        "--images", type=int, default=24, metavar="N", help="photo crops to compare on (default: %(default)s)"
+    )
+    p.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=[0.75, 0.5],
+        metavar="R",
+        help="ratio of tokens kept at blocks 4, 7 and 10 (default: 0.75 0.5)",
+    )
     p.add_argument("--quick", action="store_true", help="8 images, one timing round")
     p.add_argument("--repeats", type=int, default=4, metavar="N", help="timing rounds (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
@@ -100,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     progress = Progress()
     try:
         return run(options, argv, progress)
-    except (MissingPackage, WeightsUnavailable, OSError) as error:          # OSError: a photo or checkpoint
+    except (MissingPackage, WeightsUnavailable, OSError) as error:  # OSError: a photo or checkpoint
         progress.clear()
         print(f"tokenpool_ext demo: {error}", file=sys.stderr)
         return 1
@@ -113,7 +132,7 @@ def run(options: argparse.Namespace, argv: list[str], say: Progress) -> int:
     from . import pictures
     from .photos import load_photos, random_crops, to_pixels
 
-    for module in (options.framework, "PIL"):                    # say what is missing before anything slow
+    for module in (options.framework, "PIL"):  # say what is missing before anything slow
         need(module, "for the demo")
     photos = load_photos()
     say(f"loading DINOv2 ViT-S/14 ({options.framework})")
@@ -129,18 +148,33 @@ def run(options: argparse.Namespace, argv: list[str], say: Progress) -> int:
     say.clear()
 
     here = machine()
-    print(f"\nDINOv2 ViT-S/14 ({options.framework}), {len(pixels)} crops of {len(photos)} photos, 224 x 224, "
-          f"{patches} patch tokens; pooled at blocks 4, 7 and 10, no training\n")
+    print(
+        f"\nDINOv2 ViT-S/14 ({options.framework}), {len(pixels)} crops of {len(photos)} photos, 224 x 224, "
+        f"{patches} patch tokens; pooled at blocks 4, 7 and 10, no training\n"
+    )
     print(compare.table([v.row for v in rows]))
     print("\n" + NOTES.format(repeats=rounds, batch=batch))
     command = "python -m tokenpool_ext demo" + "".join(" " + a for a in argv)
-    print(f"\n$ {command}\n{here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['system']}, "
-          f"torch {here['torch']}, Python {here['python']}, float32; operators by backend: {here['backend']}")
+    print(
+        f"\n$ {command}\n{here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['system']}, "
+        f"torch {here['torch']}, Python {here['python']}, float32; operators by backend: {here['backend']}"
+    )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"command": command, "machine": here, "batch": batch,
-                                            "images": len(pixels), "repeats": rounds,
-                                            "rows": [v.row.record() for v in rows]}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {
+                    "command": command,
+                    "machine": here,
+                    "batch": batch,
+                    "images": len(pixels),
+                    "repeats": rounds,
+                    "rows": [v.row.record() for v in rows],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
         print(f"wrote {options.json}")
     if not options.no_pictures:
         own = [(path.stem, path) for path in options.photos or ()]

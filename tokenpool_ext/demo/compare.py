@@ -9,16 +9,19 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Callable, Iterable, Sequence
 
 import torch
 
 from .pretrained import blocks_of
 
-# (label, `pooling` of tokenpool_ext.patch, its options). The clusterings start farthest-first, which on the CPU costs a few
-# scans of the Gram matrix. Methods that merge by content count sizes (proportional attention, arXiv 2210.09461); plain grid
-# averages did better without. These settings were chosen on photos of this demo: nothing here shows how they generalise.
+# (label, `pooling` of tokenpool_ext.patch, its options). The clusterings start farthest-first, which on the CPU costs
+# a few
+# scans of the Gram matrix. Methods that merge by content count sizes (proportional attention, arXiv 2210.09461); plain
+# grid
+# averages did better without. These settings were chosen on photos of this demo: nothing here shows how they
+# generalise.
 METHODS: tuple[tuple[str, str, dict], ...] = (
     ("weighted K-Means", "kmeans", {"weighted": True, "init": "farthest", "track_size": True}),
     ("weighted K-Medoids", "kmedoids", {"weighted": True, "init": "farthest", "track_size": True}),
@@ -28,7 +31,7 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("random", "random", {"seed": 0}),
 )
 ALL_TOKENS = "all tokens"
-LAYERS = (3, 6, 9)                # of 12 blocks, counted from 0: the schedule of arXiv 2308.04657
+LAYERS = (3, 6, 9)  # of 12 blocks, counted from 0: the schedule of arXiv 2308.04657
 
 
 @dataclass
@@ -36,14 +39,14 @@ class Row:
     """One line of the table. Ratios are to the unpooled model; ``error`` and cosines are means over images."""
 
     method: str
-    budget: float                           # ratio of tokens kept at each pooling block; 1.0 = unpooled
-    tokens: list[int] = field(default_factory=list)          # patch tokens that leave each block
-    gmacs: float = float("nan")                              # 1e9 multiply-adds an image, clustering included
-    images_per_s: float = float("nan")                       # median of interleaved repeats
-    speedup: float = 1.0                                     # median of the ratios measured in the same round
-    error: float | None = None                               # see `relative_error`, at the first pooling block
-    cosine_cls: float = 1.0                                  # final CLS feature against the unpooled one
-    cosine_mean: float = 1.0                                 # mean of the final patch tokens, likewise
+    budget: float  # ratio of tokens kept at each pooling block; 1.0 = unpooled
+    tokens: list[int] = field(default_factory=list)  # patch tokens that leave each block
+    gmacs: float = float("nan")  # 1e9 multiply-adds an image, clustering included
+    images_per_s: float = float("nan")  # median of interleaved repeats
+    speedup: float = 1.0  # median of the ratios measured in the same round
+    error: float | None = None  # see `relative_error`, at the first pooling block
+    cosine_cls: float = 1.0  # final CLS feature against the unpooled one
+    cosine_mean: float = 1.0  # mean of the final patch tokens, likewise
     failed: str | None = None
 
     def record(self) -> dict:
@@ -76,8 +79,9 @@ def schedule(patches: int, budget: float, layers: Sequence[int] = LAYERS) -> dic
     return out
 
 
-def variants(model: torch.nn.Module, patches: int, budgets: Iterable[float], methods=METHODS,
-             layers: Sequence[int] = LAYERS) -> list[Variant]:
+def variants(
+    model: torch.nn.Module, patches: int, budgets: Iterable[float], methods=METHODS, layers: Sequence[int] = LAYERS
+) -> list[Variant]:
     """The unpooled model, then every method at every budget; a method that cannot be built keeps its reason."""
     from ..vit import patch
 
@@ -86,9 +90,10 @@ def variants(model: torch.nn.Module, patches: int, budgets: Iterable[float], met
         for label, pooling, options in methods:
             variant = Variant(Row(label, budget), model, pooling)
             try:
-                variant.model = patch(shared_copy(model), num_tokens=schedule(patches, budget, layers),
-                                      pooling=pooling, **options)
-            except Exception as error:  # noqa: BLE001 - one method that fails must not end the table; it is shown
+                variant.model = patch(
+                    shared_copy(model), num_tokens=schedule(patches, budget, layers), pooling=pooling, **options
+                )
+            except Exception as error:
                 variant.row.failed = f"{type(error).__name__}: {error}"
             rows.append(variant)
     return rows
@@ -137,14 +142,18 @@ class Watch:
     def __init__(self, model: torch.nn.Module):
         self.model, self.calls, self.lengths, self._hooks = model, {}, {}, []
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Watch:
         for index, module in pooling_modules(self.model):
+
             def keep(module, args, kwargs, output, index=index):
                 self.calls[index] = (module, args, kwargs, output)
+
             self._hooks.append(module.register_forward_hook(keep, with_kwargs=True))
         for index, block in enumerate(blocks_of(self.model)):
+
             def measure(module, args, output, index=index):
                 self.lengths[index] = (output[0] if isinstance(output, tuple) else output).shape[1]
+
             self._hooks.append(block.register_forward_hook(measure))
         return self
 
@@ -161,8 +170,9 @@ class Watch:
 
 
 @torch.no_grad()
-def quality(rows: list[Variant], pixels: torch.Tensor, *, batch: int = 16,
-            say: Callable[[str], None] = lambda line: None) -> None:
+def quality(
+    rows: list[Variant], pixels: torch.Tensor, *, batch: int = 16, say: Callable[[str], None] = lambda line: None
+) -> None:
     """Fill tokens, error, and cosines of every row. The first row must be the unpooled model."""
     wanted = []
     for number, variant in enumerate(rows):
@@ -174,7 +184,7 @@ def quality(rows: list[Variant], pixels: torch.Tensor, *, batch: int = 16,
         try:
             for at, start in enumerate(range(0, len(pixels), batch)):
                 with Watch(variant.model) as watch:
-                    cls, mean = features(variant.model, pixels[start:start + batch])
+                    cls, mean = features(variant.model, pixels[start : start + batch])
                 row.tokens = [watch.lengths[i] - 1 for i in sorted(watch.lengths)]
                 if number == 0:
                     wanted.append((cls, mean))
@@ -182,7 +192,7 @@ def quality(rows: list[Variant], pixels: torch.Tensor, *, batch: int = 16,
                     errors.append(relative_error(*watch.tokens(min(watch.calls))))
                 cls_cosines.append(torch.cosine_similarity(cls, wanted[at][0]))
                 mean_cosines.append(torch.cosine_similarity(mean, wanted[at][1]))
-        except Exception as error:  # noqa: BLE001 - shown in the table
+        except Exception as error:
             if number == 0:
                 raise
             row.failed = f"{type(error).__name__}: {error}"
@@ -193,8 +203,14 @@ def quality(rows: list[Variant], pixels: torch.Tensor, *, batch: int = 16,
 
 
 @torch.no_grad()
-def throughput(rows: list[Variant], pixels: torch.Tensor, *, repeats: int = 4, limit_s: float = 50.0,
-               say: Callable[[str], None] = lambda line: None) -> int:
+def throughput(
+    rows: list[Variant],
+    pixels: torch.Tensor,
+    *,
+    repeats: int = 4,
+    limit_s: float = 50.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
     """Fill images/s and speed-up: every row once a round, ``repeats`` rounds after a warm-up; medians.
 
     Interleaving and per-round ratios keep a machine that slows down half-way from favouring whoever ran first. No round
@@ -208,7 +224,10 @@ def throughput(rows: list[Variant], pixels: torch.Tensor, *, repeats: int = 4, l
     while rounds < repeats and (rounds == 0 or time.perf_counter() - begin < limit_s):
         rounds += 1
         for number, variant in enumerate(alive):
-            say(f"timing [round {rounds}/{repeats}, {number + 1}/{len(alive)}] {variant.row.method} {variant.row.budget:g}")
+            say(
+                f"timing [round {rounds}/{repeats}, {number + 1}/{len(alive)}] {variant.row.method} "
+                f"{variant.row.budget:g}"
+            )
             start = time.perf_counter()
             features(variant.model, pixels)
             seconds[id(variant)].append(time.perf_counter() - start)
@@ -235,9 +254,18 @@ def table(rows: Sequence[Row]) -> str:
         for count in row.tokens:
             if count != steps[-1]:
                 steps.append(count)
-        lines.append((row.method, " > ".join(map(str, steps)), f"{row.gmacs:.2f}", f"{row.images_per_s:.1f}",
-                      f"{row.speedup:.2f}x", "-" if row.error is None else f"{100 * row.error:.1f} %",
-                      f"{row.cosine_cls:.3f}", f"{row.cosine_mean:.3f}"))
+        lines.append(
+            (
+                row.method,
+                " > ".join(map(str, steps)),
+                f"{row.gmacs:.2f}",
+                f"{row.images_per_s:.1f}",
+                f"{row.speedup:.2f}x",
+                "-" if row.error is None else f"{100 * row.error:.1f} %",
+                f"{row.cosine_cls:.3f}",
+                f"{row.cosine_mean:.3f}",
+            )
+        )
     full = [line for line in lines if line and len(line) == len(header)]
     widths = [max(len(line[c]) for line in full) for c in range(len(header))]
     widths[0] = max([widths[0]] + [len(line[0]) for line in lines if line])

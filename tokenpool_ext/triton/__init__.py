@@ -4,19 +4,33 @@ Importing this package does not import Triton; the kernels are imported by the f
 heuristics.py (paths, tiles, plans) -> launch.py (faults) -> clustering.py, segments.py (host side) -> kernels in
 prepare.py, start.py, gram.py, direct.py, finish.py, pooling.py, attention.py, with their shared functions in device.py.
 """
+
 from __future__ import annotations
 
 import functools
 import os
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 
 from .errors import KernelUnavailable
 from .launch import ahead, compile_calls
 
-__all__ = ["KernelUnavailable", "attention_received", "can_run", "explain", "kmeans", "kmedoids", "plan", "pool",
-           "pool_backward", "unavailable", "unpool", "unpool_backward", "warmup"]
+__all__ = [
+    "KernelUnavailable",
+    "attention_received",
+    "can_run",
+    "explain",
+    "kmeans",
+    "kmedoids",
+    "plan",
+    "pool",
+    "pool_backward",
+    "unavailable",
+    "unpool",
+    "unpool_backward",
+    "warmup",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,6 +79,7 @@ def _unproven(device: torch.device) -> str | None:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         import triton
+
         version = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in triton.__version__.split(".")[:2])
         needed = ".".join(map(str, BARRIER_VERSION))
         return None if version >= BARRIER_VERSION else f"on ROCm triton >= {needed} is needed, got {triton.__version__}"
@@ -73,11 +88,13 @@ def _unproven(device: torch.device) -> str | None:
     return None
 
 
-def plan(B: int, N: int, K: int, D: int, *, dtype=torch.float32, device="cuda", num_iters: int = 5,
-         per_image: bool = False):
+def plan(
+    B: int, N: int, K: int, D: int, *, dtype=torch.float32, device="cuda", num_iters: int = 5, per_image: bool = False
+):
     """What kmeans would do for this problem: a heuristics.Plan, printable, with path, launches, bytes and tiles.
     per_image: for a tensor num_clusters, whose largest is K."""
     from . import heuristics
+
     device = torch.device(device)
     where = heuristics.UNKNOWN
     if device.type == "cuda" and torch.cuda.is_available():
@@ -90,21 +107,27 @@ def explain(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype) 
     found = plan(B, N, K, D, dtype=dtype, num_iters=num_iters)
     chunks = -(-B // found.images_per_chunk)
     launches = found.launches_before + found.launches_per_iteration * num_iters + found.launches_after
-    return dict(path=found.path, flops=float(B * found.flops), workspace_bytes=float(found.workspace_bytes),
-                launches=chunks * launches, reason=f"{found.reason}; {chunks} chunk{'s' * (chunks > 1)} of the batch; "
-                                                   "tiles not tuned on a GPU")
+    return dict(
+        path=found.path,
+        flops=float(B * found.flops),
+        workspace_bytes=float(found.workspace_bytes),
+        launches=chunks * launches,
+        reason=f"{found.reason}; {chunks} chunk{'s' * (chunks > 1)} of the batch; tiles not tuned on a GPU",
+    )
 
 
 # ---- operators ---------------------------------------------------------------------------------------------------
 
-_CLUSTER = ("(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
-            " bool sort)")
+_CLUSTER = (
+    "(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
+    " bool sort)"
+)
 _SCHEMAS = {
     "kmeans": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor)",
     "kmedoids": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "pool": "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor, Tensor)",
     "pool_backward": "(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
-                     " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
     "unpool": "(Tensor centers, Tensor assignment) -> Tensor",
     "unpool_backward": "(Tensor grad, Tensor assignment, SymInt num_clusters) -> Tensor",
     "attention_received": "(Tensor q, Tensor k, float scale, Tensor? lse) -> Tensor",
@@ -132,18 +155,27 @@ _F32, _I64 = (torch.float32,), (torch.int64,)
 
 def _check_cluster(op, x, weights, mask, counts, init, K, num_iters):
     if x.dim() != 3 or K < 1 or num_iters < 1:
-        raise ValueError(f"{op}: expected x (B, N, D), num_clusters >= 1 and num_iters >= 1, got "
-                         f"{tuple(x.shape)=}, {K=}, {num_iters=}")
+        raise ValueError(
+            f"{op}: expected x (B, N, D), num_clusters >= 1 and num_iters >= 1, got "
+            f"{tuple(x.shape)=}, {K=}, {num_iters=}"
+        )
     B, N, D = x.shape
     centers = init.is_floating_point() and op == "kmeans"
     indices = (B, 0) if tuple(init.shape) == (B, 0) else (B, K)  # (B, 0): farthest-first, chosen here
-    _check(op, x, weights=(weights, (B, N), _F32), mask=(mask, (B, N), (torch.bool,)), counts=(counts, (B,), _I64),
-           init=(init, (B, K, D) if centers else indices, _F32 if centers else _I64))
+    _check(
+        op,
+        x,
+        weights=(weights, (B, N), _F32),
+        mask=(mask, (B, N), (torch.bool,)),
+        counts=(counts, (B,), _I64),
+        init=(init, (B, K, D) if centers else indices, _F32 if centers else _I64),
+    )
 
 
 def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     _check_cluster("kmeans", x, weights, mask, counts, init, num_clusters, num_iters)
     from .clustering import cluster
+
     found = cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
     centers, assignment, mass, _, inertia = found
     return centers, assignment, mass, inertia
@@ -152,12 +184,14 @@ def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
 def _kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     _check_cluster("kmedoids", x, weights, mask, counts, init, num_clusters, num_iters)
     from .clustering import cluster
+
     return cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, True)
 
 
 def _pool(x, assignment, weights, num_clusters):
     _check("pool", x, assignment=(assignment, tuple(x.shape[:2]), _I64), weights=(weights, tuple(x.shape[:2]), _F32))
     from .segments import segment
+
     arguments = (x, assignment, weights, num_clusters, True)
     return ahead("pool", arguments, lambda: segment(*arguments))
 
@@ -165,9 +199,17 @@ def _pool(x, assignment, weights, num_clusters):
 def _pool_backward(grad_centers, x, centers, assignment, weights, mass):
     B, N, D = x.shape
     K = centers.shape[1]
-    _check("pool_backward", x, grad_centers=(grad_centers, (B, K, D), DTYPES), centers=(centers, (B, K, D), DTYPES),
-           assignment=(assignment, (B, N), _I64), weights=(weights, (B, N), _F32), mass=(mass, (B, K), _F32))
+    _check(
+        "pool_backward",
+        x,
+        grad_centers=(grad_centers, (B, K, D), DTYPES),
+        centers=(centers, (B, K, D), DTYPES),
+        assignment=(assignment, (B, N), _I64),
+        weights=(weights, (B, N), _F32),
+        mass=(mass, (B, K), _F32),
+    )
     from .segments import pool_backward as run
+
     arguments = (grad_centers, x, centers, assignment, weights, mass)
     return ahead("pool_backward", arguments, lambda: run(*arguments))
 
@@ -175,12 +217,14 @@ def _pool_backward(grad_centers, x, centers, assignment, weights, mass):
 def _unpool(centers, assignment):
     _check("unpool", centers, assignment=(assignment, (centers.shape[0], assignment.shape[-1]), _I64))
     from .segments import unpool as run
+
     return run(centers, assignment)
 
 
 def _unpool_backward(grad, assignment, num_clusters):
     _check("unpool_backward", grad, assignment=(assignment, tuple(grad.shape[:2]), _I64))
     from .segments import segment
+
     arguments = (grad, assignment, None, num_clusters, False)
     return ahead("unpool_backward", arguments, lambda: segment(*arguments))[0]
 
@@ -189,13 +233,19 @@ def _attention_received(q, k, scale, lse):
     B, H, Nq, d = q.shape
     _check("attention_received", q, k=(k, (B, H, k.shape[-2], d), DTYPES), lse=(lse, (B, H, Nq), _F32))
     from .segments import attention_received as run
+
     return ahead("attention_received", (q, k, lse), lambda: run(q, k, scale, lse))
 
 
 def _fake_cluster(x, K):
     B, N, D = x.shape
-    return (x.new_empty((B, K, D)), x.new_empty((B, N), dtype=torch.int64), x.new_empty((B, K), dtype=torch.float32),
-            x.new_empty((B, K), dtype=torch.int64), x.new_empty((B,), dtype=torch.float32))
+    return (
+        x.new_empty((B, K, D)),
+        x.new_empty((B, N), dtype=torch.int64),
+        x.new_empty((B, K), dtype=torch.float32),
+        x.new_empty((B, K), dtype=torch.int64),
+        x.new_empty((B,), dtype=torch.float32),
+    )
 
 
 def _fake_kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
@@ -247,9 +297,19 @@ unpool_backward = torch.ops.tokenpool_ext_triton.unpool_backward
 attention_received = torch.ops.tokenpool_ext_triton.attention_received
 
 
-def warmup(shapes: Iterable[tuple[int, int, int]], *, dtypes=(torch.bfloat16,), num_iters: int = 5, device="cuda",
-           weighted: bool = True, farthest: bool = False, masked: bool = False, counts: bool = False,
-           centers: bool = False, backward: bool = True) -> None:
+def warmup(
+    shapes: Iterable[tuple[int, int, int]],
+    *,
+    dtypes=(torch.bfloat16,),
+    num_iters: int = 5,
+    device="cuda",
+    weighted: bool = True,
+    farthest: bool = False,
+    masked: bool = False,
+    counts: bool = False,
+    centers: bool = False,
+    backward: bool = True,
+) -> None:
     """Compile the kernels that kmeans, kmedoids, pool and unpool need for `shapes`, so that the first real call, also
     that of the layers, compiles nothing.  Sorted and unsorted, and with `backward` the gradients.
 
@@ -265,8 +325,9 @@ def warmup(shapes: Iterable[tuple[int, int, int]], *, dtypes=(torch.bfloat16,), 
     """
     for shape in shapes:
         for dtype in dtypes:
-            calls = _warmup_calls(*tuple(shape)[-3:], dtype, num_iters, device, weighted, farthest, masked, counts, centers,
-                                  backward)
+            calls = _warmup_calls(
+                *tuple(shape)[-3:], dtype, num_iters, device, weighted, farthest, masked, counts, centers, backward
+            )
             compile_calls(calls)
             for call in calls:
                 call()
@@ -282,10 +343,17 @@ def _warmup_calls(N, K, D, dtype, num_iters, device, weighted, farthest, masked,
     masks = (None, *((torch.ones((1, N), device=device, dtype=torch.bool),) if masked else ()))
     numbers = (None, *((torch.full((1,), K, device=device),) if counts else ()))
     starts = [(kmeans, init), (kmedoids, init)] + ([(kmeans, pooled.float())] if centers else [])
-    calls = [functools.partial(run, x, weights, mask, number, start, K, num_iters, sort)
-             for mask in masks for number in numbers for run, start in starts for sort in (False, True)]
+    calls = [
+        functools.partial(run, x, weights, mask, number, start, K, num_iters, sort)
+        for mask in masks
+        for number in numbers
+        for run, start in starts
+        for sort in (False, True)
+    ]
     calls += [functools.partial(pool, x, labels, weights, K), functools.partial(unpool, pooled, labels)]
     if backward:
-        calls += [functools.partial(pool_backward, pooled, x, pooled, labels, weights, mass),
-                  functools.partial(unpool_backward, x, labels, K)]
+        calls += [
+            functools.partial(pool_backward, pooled, x, pooled, labels, weights, mass),
+            functools.partial(unpool_backward, x, labels, K),
+        ]
     return calls

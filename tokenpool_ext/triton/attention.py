@@ -1,4 +1,5 @@
 """Attention that each token receives (contract 9), from q, k and the log-sum-exp: no N x N memory."""
+
 import triton
 import triton.language as tl
 
@@ -8,13 +9,37 @@ from .device import kernel, product
 @triton.jit
 def _tile(base, rows, n_rows, d0, d, stride_n, stride_d, BD: tl.constexpr):
     offs = d0 + tl.arange(0, BD)
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride_n + offs.to(tl.int64)[None, :] * stride_d,
-                   mask=(rows < n_rows)[:, None] & (offs < d)[None, :], other=0.0)
+    return tl.load(
+        base + rows.to(tl.int64)[:, None] * stride_n + offs.to(tl.int64)[None, :] * stride_d,
+        mask=(rows < n_rows)[:, None] & (offs < d)[None, :],
+        other=0.0,
+    )
 
 
 @kernel
-def lse_kernel(q, k, lse, factor, H, Nq, N, d, tiles, q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, PRECISION: tl.constexpr,
-               BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+def lse_kernel(
+    q,
+    k,
+    lse,
+    factor,
+    H,
+    Nq,
+    N,
+    d,
+    tiles,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    PRECISION: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
     """lse float32 (B, H, Nq) = natural log-sum-exp over keys of scale * q . k; one program per (image, head, query
     tile), keys in ascending tiles with a running maximum."""
     pid = tl.program_id(0).to(tl.int64)
@@ -29,8 +54,12 @@ def lse_kernel(q, k, lse, factor, H, Nq, N, d, tiles, q_b, q_h, q_n, q_d, k_b, k
         cols = n0 + tl.arange(0, BK)
         acc = tl.zeros([BQ, BK], tl.float32)
         for d0 in range(0, d, BD):
-            acc = product(_tile(q, rows, Nq, d0, d, q_n, q_d, BD),
-                          tl.trans(_tile(k, cols, N, d0, d, k_n, k_d, BD)), acc, PRECISION)
+            acc = product(
+                _tile(q, rows, Nq, d0, d, q_n, q_d, BD),
+                tl.trans(_tile(k, cols, N, d0, d, k_n, k_d, BD)),
+                acc,
+                PRECISION,
+            )
         logit = tl.where((cols < N)[None, :], acc * factor, float("-inf"))
         top = tl.maximum(peak, tl.max(logit, axis=1))
         total = total * tl.exp(peak - top) + tl.sum(tl.exp(logit - top[:, None]), axis=1)
@@ -39,8 +68,33 @@ def lse_kernel(q, k, lse, factor, H, Nq, N, d, tiles, q_b, q_h, q_n, q_d, k_b, k
 
 
 @kernel
-def received_kernel(q, k, lse, part, factor, H, Nq, N, d, tiles, q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, l_b, l_h, l_n,
-                    PRECISION: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+def received_kernel(
+    q,
+    k,
+    lse,
+    part,
+    factor,
+    H,
+    Nq,
+    N,
+    d,
+    tiles,
+    q_b,
+    q_h,
+    q_n,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    l_b,
+    l_h,
+    l_n,
+    PRECISION: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
     """part float32 (B, H, N) = sum over queries of exp(scale q . k - lse); one program per (image, head, key tile),
     queries in ascending tiles.  Reads H (Nq d + N d) elements an image and key tile (queries from L2)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -55,8 +109,12 @@ def received_kernel(q, k, lse, part, factor, H, Nq, N, d, tiles, q_b, q_h, q_n, 
         rows = n0 + tl.arange(0, BQ)
         acc = tl.zeros([BQ, BK], tl.float32)
         for d0 in range(0, d, BD):
-            acc = product(_tile(q, rows, Nq, d0, d, q_n, q_d, BD),
-                          tl.trans(_tile(k, cols, N, d0, d, k_n, k_d, BD)), acc, PRECISION)
+            acc = product(
+                _tile(q, rows, Nq, d0, d, q_n, q_d, BD),
+                tl.trans(_tile(k, cols, N, d0, d, k_n, k_d, BD)),
+                acc,
+                PRECISION,
+            )
         norm = tl.load(lse + rows.to(tl.int64) * l_n, mask=rows < Nq, other=0.0)
         p = tl.where((rows < Nq)[:, None], tl.exp(acc * factor - norm[:, None]), 0.0)
         total += tl.sum(p, axis=0)

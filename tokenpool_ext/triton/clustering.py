@@ -1,4 +1,5 @@
 """Host side of kmeans and kmedoids: workspaces and launches, no arithmetic, no synchronisation."""
+
 from __future__ import annotations
 
 import torch
@@ -26,12 +27,17 @@ def strides(tensor: torch.Tensor, **names: int) -> dict[str, int]:
 
 def aligned_rows(x: torch.Tensor) -> bool:
     """Rows (last dimension) may be read in 16-byte pieces."""
-    return (x.stride(-1) == 1 and x.shape[-1] % 8 == 0 and x.stride(-2) % 8 == 0 and x.stride(0) % 8 == 0
-            and x.data_ptr() % 16 == 0)
+    return (
+        x.stride(-1) == 1
+        and x.shape[-1] % 8 == 0
+        and x.stride(-2) % 8 == 0
+        and x.stride(0) % 8 == 0
+        and x.data_ptr() % 16 == 0
+    )
 
 
 class Chunk:
-    """One chunk of the batch: inputs, per-image state and outputs.  """
+    """One chunk of the batch: inputs, per-image state and outputs."""
 
     def __init__(self, x, weights, mask, counts, init, K, medoids: bool):
         B, N, D = x.shape
@@ -56,7 +62,7 @@ class Chunk:
         self.medoid = new((B, K) if medoids else (1,), dtype=i32)
         # Two sets of counts, each from a multiple of 16 bytes on: Triton compiles anew for another alignment.
         room = -(-B * K // 4) * 4
-        self.members = torch.zeros((2, room), dtype=i32, device=x.device)[:, :B * K].view(2, B, K)
+        self.members = torch.zeros((2, room), dtype=i32, device=x.device)[:, : B * K].view(2, B, K)
         self.label_out = new((B, N), dtype=i64)
 
     # ---- before the iterations ----
@@ -70,24 +76,72 @@ class Chunk:
         mask = self.mask if self.mask is not None else self.lab
         mask_s = strides(mask, mask_b=0, mask_n=1)
         if has_x:
+
             def stats(config):
                 d_tiles = -(-D // config["BD"])
                 return B * chunks * d_tiles, dict(
-                    part, x=x, mask=mask, N=N, D=D, chunks=chunks, d_tiles=d_tiles, pre=pre, **self.xs, **mask_s,
-                    HAS_MASK=self.mask is not None, CONTIG=self.flags["CONTIG"])
+                    part,
+                    x=x,
+                    mask=mask,
+                    N=N,
+                    D=D,
+                    chunks=chunks,
+                    d_tiles=d_tiles,
+                    pre=pre,
+                    **self.xs,
+                    **mask_s,
+                    HAS_MASK=self.mask is not None,
+                    CONTIG=self.flags["CONTIG"],
+                )
+
             launch(prepare.x_stats_kernel, x, heuristics.stats_configs(self.device, D, self.itemsize), stats)
         weights = self.weights if self.weights is not None else self.wn
         counts = self.counts if self.counts is not None else self.label_out
         indexed = self.from_tokens and not self.farthest
         init = self.init if indexed else self.label_out
-        launch(prepare.prepare_kernel, x, heuristics.block_configs(self.device, self.itemsize), lambda config: (B, dict(
-            part, mask=mask, weights=weights, k_per_image=counts, init=init, scale=self.scale, unscale=self.unscale,
-            center=self.center, wn=self.wn, w_unscale=self.w_unscale, keff=self.keff, done=self.done, prev=self.prev,
-            label_out=self.label_out, lst=self.lst, coef=self.coef, start=self.start, cnt=self.cnt, N=N, D=D, K=K,
-            chunks=chunks, pre=pre, **mask_s, **strides(weights, w_b=0, w_n=1), **strides(counts, counts_b=0),
-            **strides(init, init_b=0, init_k=1), HAS_X=has_x, CENTER=self.flags["CENTER"],
-            HAS_MASK=self.mask is not None, HAS_WEIGHTS=self.weights is not None,
-            HAS_COUNTS=self.counts is not None, HAS_INDEX=indexed)))
+        launch(
+            prepare.prepare_kernel,
+            x,
+            heuristics.block_configs(self.device, self.itemsize),
+            lambda config: (
+                B,
+                dict(
+                    part,
+                    mask=mask,
+                    weights=weights,
+                    k_per_image=counts,
+                    init=init,
+                    scale=self.scale,
+                    unscale=self.unscale,
+                    center=self.center,
+                    wn=self.wn,
+                    w_unscale=self.w_unscale,
+                    keff=self.keff,
+                    done=self.done,
+                    prev=self.prev,
+                    label_out=self.label_out,
+                    lst=self.lst,
+                    coef=self.coef,
+                    start=self.start,
+                    cnt=self.cnt,
+                    N=N,
+                    D=D,
+                    K=K,
+                    chunks=chunks,
+                    pre=pre,
+                    **mask_s,
+                    **strides(weights, w_b=0, w_n=1),
+                    **strides(counts, counts_b=0),
+                    **strides(init, init_b=0, init_k=1),
+                    HAS_X=has_x,
+                    CENTER=self.flags["CENTER"],
+                    HAS_MASK=self.mask is not None,
+                    HAS_WEIGHTS=self.weights is not None,
+                    HAS_COUNTS=self.counts is not None,
+                    HAS_INDEX=indexed,
+                ),
+            ),
+        )
 
     # ---- direct ----
     def direct_centers(self) -> None:
@@ -96,11 +150,35 @@ class Chunk:
         self.high = x.new_empty((B, K, D))
         self.low = x.new_empty((B, K, D)) if self.half else self.high
         init = self.init if not self.from_tokens else x.new_empty((1, 1, 1), dtype=torch.float32)
-        launch(direct.init_kernel, x, heuristics.init_configs(self.device, D, self.itemsize), lambda config: (B * K, dict(
-            x=x, init=init, scale=self.scale, center=self.center, keff=self.keff, lst=self.lst, high=self.high,
-            low=self.low, norms=self.norms, medoids=self.medoid, D=D, K=K, N=N, **self.xs,
-            **strides(init, init_b=0, init_k=1, init_d=2), **self.flags, SPLIT=self.half,
-            FROM_TOKENS=self.from_tokens, MEDOIDS=self.medoids)))
+        launch(
+            direct.init_kernel,
+            x,
+            heuristics.init_configs(self.device, D, self.itemsize),
+            lambda config: (
+                B * K,
+                dict(
+                    x=x,
+                    init=init,
+                    scale=self.scale,
+                    center=self.center,
+                    keff=self.keff,
+                    lst=self.lst,
+                    high=self.high,
+                    low=self.low,
+                    norms=self.norms,
+                    medoids=self.medoid,
+                    D=D,
+                    K=K,
+                    N=N,
+                    **self.xs,
+                    **strides(init, init_b=0, init_k=1, init_d=2),
+                    **self.flags,
+                    SPLIT=self.half,
+                    FROM_TOKENS=self.from_tokens,
+                    MEDOIDS=self.medoids,
+                ),
+            ),
+        )
 
     def direct_assign(self, members: torch.Tensor) -> None:
         x, (B, N, D), K = self.x, self.x.shape, self.K
@@ -108,10 +186,30 @@ class Chunk:
         def make(config):
             tiles = -(-N // config["BN"])
             return B * tiles, dict(
-                x=x, scale=self.scale, center=self.center, wn=self.wn, keff=self.keff, done=self.done, high=self.high,
-                low=self.low, norms=self.norms, medoids=self.medoid, lab=self.lab, cost=self.cost, counts=members, N=N,
-                D=D, K=K, tiles=tiles, **self.xs, **self.flags, SPLIT=self.half, MEDOIDS=self.medoids,
-                PRECISION=precision(x.dtype))
+                x=x,
+                scale=self.scale,
+                center=self.center,
+                wn=self.wn,
+                keff=self.keff,
+                done=self.done,
+                high=self.high,
+                low=self.low,
+                norms=self.norms,
+                medoids=self.medoid,
+                lab=self.lab,
+                cost=self.cost,
+                counts=members,
+                N=N,
+                D=D,
+                K=K,
+                tiles=tiles,
+                **self.xs,
+                **self.flags,
+                SPLIT=self.half,
+                MEDOIDS=self.medoids,
+                PRECISION=precision(x.dtype),
+            )
+
         launch(direct.assign_kernel, x, heuristics.assign_configs(self.device, D, self.itemsize), make)
 
     def direct_iterate(self, num_iters: int) -> None:
@@ -119,27 +217,86 @@ class Chunk:
         tmp = torch.empty_like(self.lst)
         if self.farthest:
             configs = heuristics.farthest_configs(self.device, D, self.itemsize)
-            launch(start.farthest_kernel, x, configs, lambda config: (B, dict(
-                x=x, scale=self.scale, wn=self.wn, keff=self.keff, lst=self.lst, coef=self.coef, state=self.cost, N=N,
-                D=D, **self.xs, SCALE=self.flags["SCALE"], CONTIG=self.flags["CONTIG"])))
+            launch(
+                start.farthest_kernel,
+                x,
+                configs,
+                lambda config: (
+                    B,
+                    dict(
+                        x=x,
+                        scale=self.scale,
+                        wn=self.wn,
+                        keff=self.keff,
+                        lst=self.lst,
+                        coef=self.coef,
+                        state=self.cost,
+                        N=N,
+                        D=D,
+                        **self.xs,
+                        SCALE=self.flags["SCALE"],
+                        CONTIG=self.flags["CONTIG"],
+                    ),
+                ),
+            )
         self.direct_centers()
         for t in range(num_iters):
             members, following = self.members[t % 2], self.members[(t + 1) % 2]
             self.direct_assign(members)
             configs = heuristics.settle_configs(self.device, N, self.itemsize)
-            launch(direct.settle_kernel, x, configs, lambda config: (B, dict(
-                keff=self.keff, done=self.done, lab=self.lab, prev=self.prev, cost=self.cost, counts=members, N=N,
-                K=K)))
+            launch(
+                direct.settle_kernel,
+                x,
+                configs,
+                lambda config: (
+                    B,
+                    dict(
+                        keff=self.keff,
+                        done=self.done,
+                        lab=self.lab,
+                        prev=self.prev,
+                        cost=self.cost,
+                        counts=members,
+                        N=N,
+                        K=K,
+                    ),
+                ),
+            )
             means = int(self.medoids or t + 1 < num_iters)  # finish_kernel takes the last means itself
 
             def make(config):
                 tiles = -(-K // config["BC"])
                 return B * tiles, dict(
-                    x=x, scale=self.scale, center=self.center, wn=self.wn, keff=self.keff, done=self.done, lab=self.lab,
-                    counts=members, next_counts=following, tmp=tmp, lst=self.lst, coef=self.coef, start=self.start,
-                    cnt=self.cnt, mass=self.mass, high=self.high, low=self.low, norms=self.norms, medoids=self.medoid,
-                    N=N, D=D, K=K, tiles=tiles, means=means, **self.xs, **self.flags, SPLIT=self.half,
-                    MEDOIDS=self.medoids)
+                    x=x,
+                    scale=self.scale,
+                    center=self.center,
+                    wn=self.wn,
+                    keff=self.keff,
+                    done=self.done,
+                    lab=self.lab,
+                    counts=members,
+                    next_counts=following,
+                    tmp=tmp,
+                    lst=self.lst,
+                    coef=self.coef,
+                    start=self.start,
+                    cnt=self.cnt,
+                    mass=self.mass,
+                    high=self.high,
+                    low=self.low,
+                    norms=self.norms,
+                    medoids=self.medoid,
+                    N=N,
+                    D=D,
+                    K=K,
+                    tiles=tiles,
+                    means=means,
+                    **self.xs,
+                    **self.flags,
+                    SPLIT=self.half,
+                    MEDOIDS=self.medoids,
+                )
+
             launch(direct.update_kernel, x, heuristics.update_configs(self.device, N, D, self.itemsize), make)
 
     # ---- gram ----
@@ -155,23 +312,80 @@ class Chunk:
         def make(config):
             tiles = -(-N // config["BM"])
             return B * tiles * tiles, dict(
-                x=x, scale=self.scale, center=self.center, wn=self.wn, gram=product, N=N, D=D, row=row, tiles=tiles,
-                **self.xs, **self.flags, PRECISION=precision(x.dtype))
+                x=x,
+                scale=self.scale,
+                center=self.center,
+                wn=self.wn,
+                gram=product,
+                N=N,
+                D=D,
+                row=row,
+                tiles=tiles,
+                **self.xs,
+                **self.flags,
+                PRECISION=precision(x.dtype),
+            )
+
         launch(gram.gram_kernel, x, heuristics.gram_configs(self.device, D, self.itemsize), make)
         if self.farthest:
             configs = heuristics.farthest_gram_configs(self.device, self.itemsize)
-            launch(start.farthest_gram_kernel, x, configs, lambda config: (B, dict(
-                gram=product, wn=self.wn, keff=self.keff, lst=self.lst, coef=self.coef, state=self.cost, squares=share,
-                N=N, row=row)))
+            launch(
+                start.farthest_gram_kernel,
+                x,
+                configs,
+                lambda config: (
+                    B,
+                    dict(
+                        gram=product,
+                        wn=self.wn,
+                        keff=self.keff,
+                        lst=self.lst,
+                        coef=self.coef,
+                        state=self.cost,
+                        squares=share,
+                        N=N,
+                        row=row,
+                    ),
+                ),
+            )
         unit_coef = torch.ones(K, dtype=torch.float32, device=x.device)
         unit_cnt = torch.ones(K, dtype=torch.int32, device=x.device)
         unit_start = torch.arange(K, dtype=torch.int32, device=x.device)
-        launch(gram.iterate_kernel, x, heuristics.iterate_configs(self.device, self.itemsize), lambda config: (B, dict(
-            gram=product, wn=self.wn, keff=self.keff, lab=self.lab, prev=self.prev, cost=self.cost,
-            counts=self.members[0], share=share, inner=inner, norms=self.norms, lst=self.lst, coef=self.coef,
-            start=self.start, cnt=self.cnt, mass=self.mass, medoids=self.medoid, unit_coef=unit_coef,
-            unit_start=unit_start, unit_cnt=unit_cnt, N=N, K=K, row=row, num_iters=num_iters,
-            labelled=int(not self.from_tokens), MEDOIDS=self.medoids)))
+        launch(
+            gram.iterate_kernel,
+            x,
+            heuristics.iterate_configs(self.device, self.itemsize),
+            lambda config: (
+                B,
+                dict(
+                    gram=product,
+                    wn=self.wn,
+                    keff=self.keff,
+                    lab=self.lab,
+                    prev=self.prev,
+                    cost=self.cost,
+                    counts=self.members[0],
+                    share=share,
+                    inner=inner,
+                    norms=self.norms,
+                    lst=self.lst,
+                    coef=self.coef,
+                    start=self.start,
+                    cnt=self.cnt,
+                    mass=self.mass,
+                    medoids=self.medoid,
+                    unit_coef=unit_coef,
+                    unit_start=unit_start,
+                    unit_cnt=unit_cnt,
+                    N=N,
+                    K=K,
+                    row=row,
+                    num_iters=num_iters,
+                    labelled=int(not self.from_tokens),
+                    MEDOIDS=self.medoids,
+                ),
+            ),
+        )
 
     # ---- after the iterations ----
     def finish(self, sort: bool):
@@ -181,13 +395,47 @@ class Chunk:
         medoid = x.new_empty((B, K) if self.medoids else (1,), dtype=torch.int64)
         inertia = x.new_empty(B, dtype=torch.float32)
         configs = heuristics.finish_configs(self.device, D, self.itemsize)
-        launch(finish.finish_kernel, x, configs, lambda config: (B * K, dict(
-            x=x, scale=self.scale, unscale=self.unscale, center=self.center, wn=self.wn, w_unscale=self.w_unscale,
-            keff=self.keff, lst=self.lst, coef=self.coef, start=self.start, cnt=self.cnt, mass=self.mass,
-            medoids=self.medoid, centers_out=centers, label_out=self.label_out, mass_out=mass, medoid_out=medoid,
-            part=part, N=N, D=D, K=K, **self.xs, **self.flags, MEDOIDS=self.medoids, SORT=sort)))
-        launch(finish.inertia_kernel, x, heuristics.block_configs(self.device, self.itemsize), lambda config: (B, dict(
-            part=part, unscale=self.unscale, w_unscale=self.w_unscale, inertia=inertia, K=K)))
+        launch(
+            finish.finish_kernel,
+            x,
+            configs,
+            lambda config: (
+                B * K,
+                dict(
+                    x=x,
+                    scale=self.scale,
+                    unscale=self.unscale,
+                    center=self.center,
+                    wn=self.wn,
+                    w_unscale=self.w_unscale,
+                    keff=self.keff,
+                    lst=self.lst,
+                    coef=self.coef,
+                    start=self.start,
+                    cnt=self.cnt,
+                    mass=self.mass,
+                    medoids=self.medoid,
+                    centers_out=centers,
+                    label_out=self.label_out,
+                    mass_out=mass,
+                    medoid_out=medoid,
+                    part=part,
+                    N=N,
+                    D=D,
+                    K=K,
+                    **self.xs,
+                    **self.flags,
+                    MEDOIDS=self.medoids,
+                    SORT=sort,
+                ),
+            ),
+        )
+        launch(
+            finish.inertia_kernel,
+            x,
+            heuristics.block_configs(self.device, self.itemsize),
+            lambda config: (B, dict(part=part, unscale=self.unscale, w_unscale=self.w_unscale, inertia=inertia, K=K)),
+        )
         return centers, self.label_out, mass, medoid, inertia
 
 
@@ -195,14 +443,19 @@ def cluster(x, weights, mask, counts, init, K: int, num_iters: int, sort: bool, 
     """(centers, assignment, mass, medoids, inertia) of one call; arguments as tokenpool_ext_triton::kmeans."""
     B, N, D = x.shape
     if B == 0 or N == 0:
-        return (x.new_zeros((B, K, D)), x.new_empty((B, N), dtype=torch.int64),
-                x.new_zeros((B, K), dtype=torch.float32), x.new_full((B, K), -1, dtype=torch.int64),
-                x.new_zeros(B, dtype=torch.float32))
+        return (
+            x.new_zeros((B, K, D)),
+            x.new_empty((B, N), dtype=torch.int64),
+            x.new_zeros((B, K), dtype=torch.float32),
+            x.new_full((B, K), -1, dtype=torch.int64),
+            x.new_zeros(B, dtype=torch.float32),
+        )
     which, _ = heuristics.path(N, K, num_iters, counts is not None)
     tensors, rest = (x, weights, mask, counts, init), (K, sort, medoids, which)
     one_image = (None if t is None else t[:1] for t in tensors)
-    return ahead("cluster", (*tensors, *rest), lambda: _chunks(*tensors, *rest, num_iters),
-                 lambda: _chunks(*one_image, *rest, 1))
+    return ahead(
+        "cluster", (*tensors, *rest), lambda: _chunks(*tensors, *rest, num_iters), lambda: _chunks(*one_image, *rest, 1)
+    )
 
 
 def _chunks(x, weights, mask, counts, init, K: int, sort: bool, medoids: bool, which: str, num_iters: int):

@@ -4,6 +4,7 @@ is passed; `b` is the image, already int64, so that every offset is 64 bits wide
 Token values enter every product through `load_rows`: scaled by the image's power of two, and, for float32, relative
 to the image's centering vector (prepare.py).  Weights are read from `wn`: normalised, and -1 marks padding.
 """
+
 import inspect
 import os
 
@@ -40,8 +41,20 @@ def image_of(x, b, stride_b, CONTIG: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, m, scale, tok, live, offs_d, D, stride_n, stride_d, CENTER: tl.constexpr, SCALE: tl.constexpr,
-              CONTIG: tl.constexpr):
+def load_rows(
+    x,
+    m,
+    scale,
+    tok,
+    live,
+    offs_d,
+    D,
+    stride_n,
+    stride_d,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+):
     """float32 tile (len(tok), len(offs_d)) of scaled, centered tokens; rows that are not live and columns >= D are 0.
 
     x: pointer to the image; m: pointer to its centering vector (D,); tok int32 token indices; live bool.

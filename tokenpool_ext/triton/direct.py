@@ -3,11 +3,23 @@
 assign_kernel (GEMM with a running argmin) -> settle_kernel (repair, early stop) -> update_kernel (member lists by
 counting sort, then means or medoids).  All return at once for an image that is done.
 """
+
 import triton
 import triton.language as tl
 
-from .device import (better, coefficient, eights, image_of, kernel, load_rows, narrow, no_nan, product,
-                     repair_image, settle_image)
+from .device import (
+    better,
+    coefficient,
+    eights,
+    image_of,
+    kernel,
+    load_rows,
+    narrow,
+    no_nan,
+    product,
+    repair_image,
+    settle_image,
+)
 
 
 @triton.jit
@@ -24,9 +36,34 @@ def _store_center(high, low, at, value, live, SPLIT: tl.constexpr):
 
 
 @kernel
-def init_kernel(x, init, scale, center, keff, lst, high, low, norms, medoids, D, K, N, x_b, x_n, x_d, init_b, init_k,
-                init_d, CENTER: tl.constexpr, SCALE: tl.constexpr, CONTIG: tl.constexpr, SPLIT: tl.constexpr,
-                FROM_TOKENS: tl.constexpr, MEDOIDS: tl.constexpr, BD: tl.constexpr):
+def init_kernel(
+    x,
+    init,
+    scale,
+    center,
+    keff,
+    lst,
+    high,
+    low,
+    norms,
+    medoids,
+    D,
+    K,
+    N,
+    x_b,
+    x_n,
+    x_d,
+    init_b,
+    init_k,
+    init_d,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FROM_TOKENS: tl.constexpr,
+    MEDOIDS: tl.constexpr,
+    BD: tl.constexpr,
+):
     """One program per (image, cluster): the initial center, from a token (lst, prepare.py) or from init (B, K, D)."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // K
@@ -45,8 +82,9 @@ def init_kernel(x, init, scale, center, keff, lst, high, low, norms, medoids, D,
     for d0 in range(0, D, BD):
         offs_d = d0 + tl.arange(0, BD)
         if FROM_TOKENS:
-            tile = load_rows(x, center + b * D, s, token + tl.zeros([1], tl.int32), one, offs_d, D, x_n, x_d,
-                             CENTER, SCALE, CONTIG)
+            tile = load_rows(
+                x, center + b * D, s, token + tl.zeros([1], tl.int32), one, offs_d, D, x_n, x_d, CENTER, SCALE, CONTIG
+            )
             y = tl.sum(tile, axis=0)
         else:
             y = tl.load(init + b * init_b + j * init_k + offs_d.to(tl.int64) * init_d, mask=offs_d < D, other=0.0)
@@ -62,10 +100,38 @@ def init_kernel(x, init, scale, center, keff, lst, high, low, norms, medoids, D,
 
 
 @kernel
-def assign_kernel(x, scale, center, wn, keff, done, high, low, norms, medoids, lab, cost, counts, N, D, K, tiles, x_b,
-                  x_n, x_d, CENTER: tl.constexpr, SCALE: tl.constexpr, CONTIG: tl.constexpr, SPLIT: tl.constexpr,
-                  MEDOIDS: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr, BD: tl.constexpr):
+def assign_kernel(
+    x,
+    scale,
+    center,
+    wn,
+    keff,
+    done,
+    high,
+    low,
+    norms,
+    medoids,
+    lab,
+    cost,
+    counts,
+    N,
+    D,
+    K,
+    tiles,
+    x_b,
+    x_n,
+    x_d,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MEDOIDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HOLD: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
     """argmin_j ||y_i - c_j||^2 for BN tokens of one image, as ||c_j||^2 - 2 y_i . c_j; counts += members.
 
     x (B, N, D) any strides; high, low (B, K, D) in x's dtype (low only with SPLIT); norms float32 (B, K);
@@ -105,8 +171,9 @@ def assign_kernel(x, scale, center, wn, keff, done, high, low, norms, medoids, l
         for d0 in range(0, D, BD):
             offs_d = d0 + tl.arange(0, BD)
             if not HOLD:
-                tile = load_rows(x, center, s, i, valid, offs_d, D, x_n, x_d, CENTER, SCALE,
-                                 CONTIG).to(high.dtype.element_ty)
+                tile = load_rows(x, center, s, i, valid, offs_d, D, x_n, x_d, CENTER, SCALE, CONTIG).to(
+                    high.dtype.element_ty
+                )
             at = j.to(tl.int64)[None, :] * D + offs_d[:, None]
             live = (j < clusters)[None, :] & (offs_d < D)[:, None]
             acc = product(tile, tl.load(high + at, mask=live, other=0.0), acc, PRECISION)
@@ -142,8 +209,24 @@ def settle_kernel(keff, done, lab, prev, cost, counts, N, K, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _lists(lab, wn, counts, lo, K, N, tmp, lst, coef, start, cnt, mass, BC: tl.constexpr, BLOCK: tl.constexpr,
-           BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
+def _lists(
+    lab,
+    wn,
+    counts,
+    lo,
+    K,
+    N,
+    tmp,
+    lst,
+    coef,
+    start,
+    cnt,
+    mass,
+    BC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Member lists of clusters lo .. lo + BC - 1 of one image, in token order: a counting sort whose offsets come
     from the counts, so that every cluster tile works alone.  Pointers are the image's."""
     j = lo + tl.arange(0, BC)
@@ -184,16 +267,34 @@ def _lists(lab, wn, counts, lo, K, N, tmp, lst, coef, start, cnt, mass, BC: tl.c
         e = e0 + tl.arange(0, BLOCK_E)
         token = tl.load(lst + e, mask=e < filled, other=0)
         label = tl.load(lab + token, mask=e < filled, other=lo)
-        p = coefficient(tl.load(wn + token, mask=e < filled, other=0.0),
-                        tl.load(mass + label, mask=e < filled, other=1.0),
-                        tl.load(cnt + label, mask=e < filled, other=1))
+        p = coefficient(
+            tl.load(wn + token, mask=e < filled, other=0.0),
+            tl.load(mass + label, mask=e < filled, other=1.0),
+            tl.load(cnt + label, mask=e < filled, other=1),
+        )
         tl.store(coef + e, p, mask=e < filled)
     tl.debug_barrier()
 
 
 @triton.jit
-def mean_tile(x, m, scale, lst, coef, first, size, offs_d, D, x_n, x_d, CENTER: tl.constexpr, SCALE: tl.constexpr,
-              CONTIG: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+def mean_tile(
+    x,
+    m,
+    scale,
+    lst,
+    coef,
+    first,
+    size,
+    offs_d,
+    D,
+    x_n,
+    x_d,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    R: tl.constexpr,
+    BD: tl.constexpr,
+):
     """sum over the members lst[first .. first + size) of coef * row, for one feature tile (BD,), in fixed order:
     lane r adds members r, r + R, ..., then the R lanes are added."""
     acc = tl.zeros([R, BD], tl.float32)
@@ -208,10 +309,46 @@ def mean_tile(x, m, scale, lst, coef, first, size, offs_d, D, x_n, x_d, CENTER: 
 
 
 @kernel
-def update_kernel(x, scale, center, wn, keff, done, lab, counts, next_counts, tmp, lst, coef, start, cnt, mass, high,
-                  low, norms, medoids, N, D, K, tiles, x_b, x_n, x_d, means, CENTER: tl.constexpr, SCALE: tl.constexpr,
-                  CONTIG: tl.constexpr, SPLIT: tl.constexpr, MEDOIDS: tl.constexpr, BC: tl.constexpr, R: tl.constexpr,
-                  BD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
+def update_kernel(
+    x,
+    scale,
+    center,
+    wn,
+    keff,
+    done,
+    lab,
+    counts,
+    next_counts,
+    tmp,
+    lst,
+    coef,
+    start,
+    cnt,
+    mass,
+    high,
+    low,
+    norms,
+    medoids,
+    N,
+    D,
+    K,
+    tiles,
+    x_b,
+    x_n,
+    x_d,
+    means,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MEDOIDS: tl.constexpr,
+    BC: tl.constexpr,
+    R: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Member lists of BC clusters of one image and, when `means` is 1, their centers (or medoids).
 
     next_counts (B, K) is cleared for the next assignment.  Reads N labels and the members' rows.
@@ -227,8 +364,24 @@ def update_kernel(x, scale, center, wn, keff, done, lab, counts, next_counts, tm
     tl.store(next_counts + b * K + j, tl.zeros([BC], tl.int32), mask=j < K)
     lst += b * N
     coef += b * N
-    _lists(lab + b * N, wn + b * N, counts + b * K, lo, K, N, tmp + b * N, lst, coef, start + b * K, cnt + b * K,
-           mass + b * K, BC, BLOCK, BLOCK_E, BLOCK_K)
+    _lists(
+        lab + b * N,
+        wn + b * N,
+        counts + b * K,
+        lo,
+        K,
+        N,
+        tmp + b * N,
+        lst,
+        coef,
+        start + b * K,
+        cnt + b * K,
+        mass + b * K,
+        BC,
+        BLOCK,
+        BLOCK_E,
+        BLOCK_K,
+    )
     if means == 0:
         return
     x = image_of(x, b, x_b, CONTIG)
@@ -275,8 +428,20 @@ def update_kernel(x, scale, center, wn, keff, done, lab, counts, next_counts, tm
             total = 0.0
             for d0 in range(0, D, BD):
                 offs_d = d0 + tl.arange(0, BD)
-                tile = load_rows(x, center, s, chosen + tl.zeros([1], tl.int32), tl.full([1], True, tl.int1), offs_d, D,
-                                 x_n, x_d, CENTER, SCALE, CONTIG)
+                tile = load_rows(
+                    x,
+                    center,
+                    s,
+                    chosen + tl.zeros([1], tl.int32),
+                    tl.full([1], True, tl.int1),
+                    offs_d,
+                    D,
+                    x_n,
+                    x_d,
+                    CENTER,
+                    SCALE,
+                    CONTIG,
+                )
                 kept = _store_center(high, low, at * D + offs_d, tl.sum(tile, axis=0), offs_d < D, SPLIT)
                 total += tl.sum(kept * kept, axis=0)
             tl.store(medoids + at, chosen)

@@ -1,4 +1,5 @@
 """The one exception with which this backend hands a problem back to the registry."""
+
 from __future__ import annotations
 
 from .. import errors

@@ -1,15 +1,45 @@
 """From member lists to results: centers in the input's dtype, masses, labels (sorted or not), inertia."""
-import triton
+
 import triton.language as tl
 
 from .device import eights, image_of, kernel, load_rows, narrow
 
 
 @kernel
-def finish_kernel(x, scale, unscale, center, wn, w_unscale, keff, lst, coef, start, cnt, mass, medoids, centers_out,
-                  label_out, mass_out, medoid_out, part, N, D, K, x_b, x_n, x_d, CENTER: tl.constexpr,
-                  SCALE: tl.constexpr, CONTIG: tl.constexpr, MEDOIDS: tl.constexpr, SORT: tl.constexpr,
-                  R: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
+def finish_kernel(
+    x,
+    scale,
+    unscale,
+    center,
+    wn,
+    w_unscale,
+    keff,
+    lst,
+    coef,
+    start,
+    cnt,
+    mass,
+    medoids,
+    centers_out,
+    label_out,
+    mass_out,
+    medoid_out,
+    part,
+    N,
+    D,
+    K,
+    x_b,
+    x_n,
+    x_d,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    MEDOIDS: tl.constexpr,
+    SORT: tl.constexpr,
+    R: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program per (image, cluster).  Outputs, all contiguous: centers_out (B, K, D) x.dtype; label_out int64
     (B, N), already -1 for padding; mass_out float32 (B, K); medoid_out int64 (B, K); part float32 (B, K): the
     cluster's share of the inertia, in scaled units.  Reads every member's row (from L2 the second time).
@@ -39,8 +69,11 @@ def finish_kernel(x, scale, unscale, center, wn, w_unscale, keff, lst, coef, sta
             for k0 in range(0, K, BLOCK):
                 k = k0 + offs
                 other_size = tl.load(cnt + b * K + k, mask=k < K, other=0)
-                other = tl.load(lst + tl.load(start + b * K + k, mask=other_size > 0, other=0), mask=other_size > 0,
-                                other=2147483647)
+                other = tl.load(
+                    lst + tl.load(start + b * K + k, mask=other_size > 0, other=0),
+                    mask=other_size > 0,
+                    other=2147483647,
+                )
                 rank += tl.sum((other < mine).to(tl.int32), axis=0)
     for e0 in range(0, size, BLOCK):
         e = e0 + offs
@@ -61,8 +94,11 @@ def finish_kernel(x, scale, unscale, center, wn, w_unscale, keff, lst, coef, sta
         if CENTER:
             m = tl.load(center + b * D + offs_d, mask=inside, other=0.0)
         if MEDOIDS:
-            row = tl.load(x + medoid.to(tl.int64) * x_n + offs_d.to(tl.int64) * x_d,
-                          mask=offs_d < tl.where(size > 0, D, 0), other=0.0)
+            row = tl.load(
+                x + medoid.to(tl.int64) * x_n + offs_d.to(tl.int64) * x_d,
+                mask=offs_d < tl.where(size > 0, D, 0),
+                other=0.0,
+            )
             tl.store(centers_out + out * D + offs_d, row, mask=inside)
             mean = row.to(tl.float32)
             if SCALE:
@@ -80,8 +116,11 @@ def finish_kernel(x, scale, unscale, center, wn, w_unscale, keff, lst, coef, sta
                 raw += tl.where(live[:, None], p[:, None] * rows, 0.0)
                 acc += tl.where(live[:, None], p[:, None] * (rows - m[None, :]), 0.0)
             mean = tl.sum(acc, axis=0)
-            tl.store(centers_out + out * D + offs_d,
-                     narrow(tl.sum(raw, axis=0) * back, centers_out.dtype.element_ty), mask=inside)
+            tl.store(
+                centers_out + out * D + offs_d,
+                narrow(tl.sum(raw, axis=0) * back, centers_out.dtype.element_ty),
+                mask=inside,
+            )
         for e0 in range(0, size, R):
             e = e0 + tl.arange(0, R)
             live = e < size

@@ -3,17 +3,45 @@
 Used while an image's Gram matrix stays in cache reach (heuristics.py).  After G, an iteration costs N^2 additions:
 each token adds its row of G to its cluster's row, whatever D is.
 """
+
 import triton
 import triton.language as tl
 
-from .device import (better, coefficient, eights, image_of, kernel, load_rows, no_nan, product, repair_image,
-                     settle_image)
+from .device import (
+    better,
+    coefficient,
+    eights,
+    image_of,
+    kernel,
+    load_rows,
+    no_nan,
+    product,
+    repair_image,
+    settle_image,
+)
 
 
 @kernel
-def gram_kernel(x, scale, center, wn, gram, N, D, row, tiles, x_b, x_n, x_d, CENTER: tl.constexpr,
-                SCALE: tl.constexpr, CONTIG: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-                BD: tl.constexpr):
+def gram_kernel(
+    x,
+    scale,
+    center,
+    wn,
+    gram,
+    N,
+    D,
+    row,
+    tiles,
+    x_b,
+    x_n,
+    x_d,
+    CENTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
     """gram[b, l, i] = y_l . y_i (float32, rows of `row` elements); padding gives zeros.
 
     One program per (image, tile pair); pairs above the diagonal return at once and are written by their mirror.
@@ -52,8 +80,25 @@ def gram_kernel(x, scale, center, wn, gram, N, D, row, tiles, x_b, x_n, x_d, CEN
 
 
 @triton.jit
-def _assign(gram, wn, lab, cost, counts, norms, lst, coef, start, cnt, medoids, keff, N, row, MEDOIDS: tl.constexpr,
-            BI: tl.constexpr, BJ: tl.constexpr):
+def _assign(
+    gram,
+    wn,
+    lab,
+    cost,
+    counts,
+    norms,
+    lst,
+    coef,
+    start,
+    cnt,
+    medoids,
+    keff,
+    N,
+    row,
+    MEDOIDS: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+):
     """Label and repair cost of every token of one image from the member lists; counts += members (integer atomics).
 
     Tiles of BJ clusters x BI tokens: step m adds the m-th member's row of G to each cluster's row, in member order.
@@ -75,8 +120,11 @@ def _assign(gram, wn, lab, cost, counts, norms, lst, coef, start, cnt, medoids, 
                 live = m < size
                 token = tl.load(lst + first + m, mask=live, other=0)
                 p = tl.load(coef + first + m, mask=live, other=0.0)
-                g = tl.load(gram + token.to(tl.int64)[:, None] * row + i[None, :],
-                            mask=live[:, None] & (i < row)[None, :], other=0.0)
+                g = tl.load(
+                    gram + token.to(tl.int64)[:, None] * row + i[None, :],
+                    mask=live[:, None] & (i < row)[None, :],
+                    other=0.0,
+                )
                 acc += tl.where(live[:, None], p[:, None] * g, 0.0)
             q = tl.load(norms + j, mask=j < keff, other=0.0)
             value = q[:, None] - 2.0 * acc
@@ -97,8 +145,25 @@ def _assign(gram, wn, lab, cost, counts, norms, lst, coef, start, cnt, medoids, 
 
 
 @triton.jit
-def _update(gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, medoids, N, row, MEDOIDS: tl.constexpr,
-            TI: tl.constexpr, TL: tl.constexpr):
+def _update(
+    gram,
+    wn,
+    lab,
+    share,
+    inner,
+    norms,
+    lst,
+    coef,
+    start,
+    cnt,
+    mass,
+    medoids,
+    N,
+    row,
+    MEDOIDS: tl.constexpr,
+    TI: tl.constexpr,
+    TL: tl.constexpr,
+):
     """Member lists (a stable counting sort by rank), masses, shares, center norms and medoids from the labels.
 
     Each pass compares every token i with every token l: its cost does not depend on how the labels are distributed.
@@ -191,10 +256,39 @@ def _update(gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, med
 
 
 @kernel
-def iterate_kernel(gram, wn, keff, lab, prev, cost, counts, share, inner, norms, lst, coef, start, cnt, mass, medoids,
-                   unit_coef, unit_start, unit_cnt, N, K, row, num_iters, labelled, MEDOIDS: tl.constexpr,
-                   BI: tl.constexpr, BJ: tl.constexpr, TI: tl.constexpr, TL: tl.constexpr, BLOCK: tl.constexpr,
-                   BLOCK_K: tl.constexpr):
+def iterate_kernel(
+    gram,
+    wn,
+    keff,
+    lab,
+    prev,
+    cost,
+    counts,
+    share,
+    inner,
+    norms,
+    lst,
+    coef,
+    start,
+    cnt,
+    mass,
+    medoids,
+    unit_coef,
+    unit_start,
+    unit_cnt,
+    N,
+    K,
+    row,
+    num_iters,
+    labelled,
+    MEDOIDS: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    TI: tl.constexpr,
+    TL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """All iterations of one image in one program; an image whose labels repeat stops by itself.
 
     gram float32 (Bc, N, row).  Per-image scratch: lab, prev, lst int32 (N,); cost, share, inner, coef float32 (N,);
@@ -227,8 +321,11 @@ def iterate_kernel(gram, wn, keff, lab, prev, cost, counts, share, inner, norms,
         for k0 in range(0, clusters, BLOCK_K):
             j = k0 + offs_k
             token = tl.load(lst + j, mask=j < clusters, other=0)
-            tl.store(norms + j, tl.load(gram + token.to(tl.int64) * (row + 1), mask=j < clusters, other=0.0),
-                     mask=j < clusters)
+            tl.store(
+                norms + j,
+                tl.load(gram + token.to(tl.int64) * (row + 1), mask=j < clusters, other=0.0),
+                mask=j < clusters,
+            )
             if MEDOIDS:
                 tl.store(medoids + j, token, mask=j < clusters)
         tl.debug_barrier()
@@ -240,11 +337,45 @@ def iterate_kernel(gram, wn, keff, lab, prev, cost, counts, share, inner, norms,
                 tl.store(counts + k0 + offs_k, tl.zeros([BLOCK_K], tl.int32), mask=k0 + offs_k < clusters)
             tl.debug_barrier()
             if MEDOIDS:
-                _assign(gram, wn, lab, cost, counts, norms, medoids, unit_coef, unit_start, unit_cnt, medoids,
-                        clusters, N, row, MEDOIDS, BI, BJ)
+                _assign(
+                    gram,
+                    wn,
+                    lab,
+                    cost,
+                    counts,
+                    norms,
+                    medoids,
+                    unit_coef,
+                    unit_start,
+                    unit_cnt,
+                    medoids,
+                    clusters,
+                    N,
+                    row,
+                    MEDOIDS,
+                    BI,
+                    BJ,
+                )
             else:
-                _assign(gram, wn, lab, cost, counts, norms, lst, coef, start, cnt, medoids, clusters, N, row, MEDOIDS,
-                        BI, BJ)
+                _assign(
+                    gram,
+                    wn,
+                    lab,
+                    cost,
+                    counts,
+                    norms,
+                    lst,
+                    coef,
+                    start,
+                    cnt,
+                    medoids,
+                    clusters,
+                    N,
+                    row,
+                    MEDOIDS,
+                    BI,
+                    BJ,
+                )
             tl.debug_barrier()
         repair_image(lab, cost, counts, clusters, N, BLOCK, BLOCK_K)
         changed = settle_image(lab, prev, N, BLOCK)

@@ -7,6 +7,7 @@ order something is added does not depend on K, and on N only on either side of L
 below has been tuned on a GPU yet, all are the safe plan.  To add one: put (capability, kernel, dtype bytes) ->
 config in TUNED, with the GPU and the date beside it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -47,7 +48,7 @@ class Device:
 UNKNOWN = Device(0, 64 * KIB)  # 64 KiB: what AMD's LDS and any NVIDIA GPU since Volta give
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
@@ -70,7 +71,8 @@ def path(N: int, K: int, num_iters: int, per_image: bool = False) -> tuple[str, 
     N K num_iters.
 
     per_image: K is the largest of a tensor num_clusters, which batch mates decide, so N alone chooses.  An image then
-    gives the same bits as alone with num_clusters of one element, and also as alone with an int, padding cut off its end,
+    gives the same bits as alone with num_clusters of one element, and also as alone with an int, padding cut off its
+    end,
     if both calls take the same path: not where 2 K num_iters <= N (direct for the int, gram here), or where N is above
     GRAM_MAX_TOKENS, or LONG, with padding and not above it without.
     """
@@ -156,17 +158,25 @@ def assign_configs(device: Device, D: int, itemsize: int) -> list[Config]:
 
 
 def gram_configs(device: Device, D: int, itemsize: int) -> list[Config]:
-    table = ((64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)) if itemsize == 2 else \
-        ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1))
+    table = (
+        ((64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
+        if itemsize == 2
+        else ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1))
+    )
     found = [dict(BM=bm, BD=bucket(D, 16, bd), num_warps=warps, num_stages=stages) for bm, bd, warps, stages in table]
     return _fit("gram", device, itemsize, D, shared_gram, found)
 
 
 def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
-    table = ((64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1)) if itemsize == 2 else \
-        ((64, 64, 64, 8, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
-    found = [dict(BQ=bq, BK=bk, BD=bucket(d, 16, bd), num_warps=warps, num_stages=stages)
-             for bq, bk, bd, warps, stages in table]
+    table = (
+        ((64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
+        if itemsize == 2
+        else ((64, 64, 64, 8, 2), (32, 32, 32, 4, 1), (16, 16, 16, 4, 1))
+    )
+    found = [
+        dict(BQ=bq, BK=bk, BD=bucket(d, 16, bd), num_warps=warps, num_stages=stages)
+        for bq, bk, bd, warps, stages in table
+    ]
     return _fit("attention", device, itemsize, d, shared_attention, found)
 
 
@@ -190,9 +200,23 @@ def init_configs(device: Device, D: int, itemsize: int) -> list[Config]:
 
 def update_configs(device: Device, N: int, D: int, itemsize: int) -> list[Config]:
     few = N <= LONG
-    return _tuned("update", device, itemsize, D, [
-        dict(rows_config(D), BC=4 if few else 16, BLOCK=256 if few else 1024, BLOCK_E=128, BLOCK_K=256, num_warps=4,
-             num_stages=1)])
+    return _tuned(
+        "update",
+        device,
+        itemsize,
+        D,
+        [
+            dict(
+                rows_config(D),
+                BC=4 if few else 16,
+                BLOCK=256 if few else 1024,
+                BLOCK_E=128,
+                BLOCK_K=256,
+                num_warps=4,
+                num_stages=1,
+            )
+        ],
+    )
 
 
 def finish_configs(device: Device, D: int, itemsize: int) -> list[Config]:
@@ -208,13 +232,19 @@ def stats_configs(device: Device, D: int, itemsize: int) -> list[Config]:
 
 
 def settle_configs(device: Device, N: int, itemsize: int) -> list[Config]:
-    return _tuned("settle", device, itemsize, 0, [
-        dict(BLOCK=256 if N <= LONG else 2048, BLOCK_K=256, num_warps=4 if N <= LONG else 8, num_stages=1)])
+    return _tuned(
+        "settle",
+        device,
+        itemsize,
+        0,
+        [dict(BLOCK=256 if N <= LONG else 2048, BLOCK_K=256, num_warps=4 if N <= LONG else 8, num_stages=1)],
+    )
 
 
 def farthest_configs(device: Device, D: int, itemsize: int) -> list[Config]:
-    return _tuned("farthest", device, itemsize, D, [
-        dict(BN=64, BD=bucket(D, 16, 128), BLOCK=256, num_warps=8, num_stages=1)])
+    return _tuned(
+        "farthest", device, itemsize, D, [dict(BN=64, BD=bucket(D, 16, 128), BLOCK=256, num_warps=8, num_stages=1)]
+    )
 
 
 def farthest_gram_configs(device: Device, itemsize: int) -> list[Config]:
@@ -236,8 +266,8 @@ def token_configs(device: Device, D: int, itemsize: int) -> list[Config]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one kmeans / kmedoids call does.  Bytes are what its loops read and write of tokens, centers, Gram matrix and
-    labels, an image of clusters of equal size: what goes through L2 where no cache above it helps."""
+    """What one kmeans / kmedoids call does.  Bytes are what its loops read and write of tokens, centers, Gram matrix
+    and labels, an image of clusters of equal size: what goes through L2 where no cache above it helps."""
 
     path: str
     reason: str
@@ -253,11 +283,16 @@ class Plan:
     device: Device
 
     def __str__(self) -> str:
-        each = (f"{self.launches_per_iteration} launches an iteration" if self.launches_per_iteration
-                else "all iterations in one launch")
-        return (f"triton, {self.path} path ({self.reason}) on {self.device}: {self.launches_before} launches before, "
-                f"{each}, {self.launches_after} after; {self.images_per_chunk} images a chunk, "
-                f"{self.workspace_bytes / KIB / KIB:.1f} MiB of workspace; tiles {self.tiles}. Not tuned on a GPU.")
+        each = (
+            f"{self.launches_per_iteration} launches an iteration"
+            if self.launches_per_iteration
+            else "all iterations in one launch"
+        )
+        return (
+            f"triton, {self.path} path ({self.reason}) on {self.device}: {self.launches_before} launches before, "
+            f"{each}, {self.launches_after} after; {self.images_per_chunk} images a chunk, "
+            f"{self.workspace_bytes / KIB / KIB:.1f} MiB of workspace; tiles {self.tiles}. Not tuned on a GPU."
+        )
 
 
 def gram_row(N: int) -> int:
@@ -275,8 +310,17 @@ def chunk_images(B: int, N: int, K: int, which: str, gram_tile: int = 16) -> int
     return max(1, min(images, GRID_LIMIT // programs))
 
 
-def plan(B: int, N: int, K: int, D: int, dtype: torch.dtype, num_iters: int = 5, device: Device = UNKNOWN,
-         algorithm: str = "kmeans", per_image: bool = False) -> Plan:
+def plan(
+    B: int,
+    N: int,
+    K: int,
+    D: int,
+    dtype: torch.dtype,
+    num_iters: int = 5,
+    device: Device = UNKNOWN,
+    algorithm: str = "kmeans",
+    per_image: bool = False,
+) -> Plan:
     """The plan of `algorithm` on (B, N, D) tokens; `B` only enters the number of chunks and the workspace.  per_image:
     num_clusters is a tensor, whose largest is K."""
     itemsize = torch.empty(0, dtype=dtype).element_size()
@@ -306,5 +350,6 @@ def plan(B: int, N: int, K: int, D: int, dtype: torch.dtype, num_iters: int = 5,
         update = 4 * N * -(-K // tiles["update"]["BC"]) + N * D * itemsize + K * D * itemsize * planes
         flops = 2 * N * K * D * planes * num_iters
         per_iteration, once = assign + update + 12 * N, 4 * N * D * itemsize
-    return Plan(which, reason, before, each, 2, images, per_iteration, once, images * workspace + shared, flops,
-                tiles, device)
+    return Plan(
+        which, reason, before, each, 2, images, per_iteration, once, images * workspace + shared, flops, tiles, device
+    )

@@ -1,5 +1,6 @@
 """Starting kernels: try the plans in order, remember which one works, and turn failure into KernelUnavailable.  The
 kernels of an operator's first call are compiled side by side, ahead of it."""
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -7,7 +8,8 @@ import contextlib
 import functools
 import os
 import threading
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -131,14 +133,18 @@ def compile_together(launches: list[Launch]) -> None:
     try:
         from triton import AsyncCompileMode
         from triton.runtime import driver
+
         source = one_at_a_time()
     except ImportError:
         return
     order = {name: place for place, name in enumerate(SLOW_TO_COMPILE)}
     launches = sorted(launches, key=lambda one: order.get(one.kernel.fn.__name__, len(order)))
     workers = max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-    with (contextlib.suppress(Exception), concurrent.futures.ThreadPoolExecutor(workers) as pool,
-          AsyncCompileMode(pool, ignore_errors=True)):
+    with (
+        contextlib.suppress(Exception),
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+    ):
         for one in launches:
             tensor = next(value for value in one.arguments.values() if isinstance(value, torch.Tensor))
             with torch.cuda.device_of(tensor), _front_end:
@@ -155,8 +161,18 @@ def _is_device_error(error: BaseException) -> bool:
     if accelerator is not None and isinstance(error, accelerator):
         return True
     text = str(error).lower()
-    return any(sign in text for sign in ("illegal memory access", "unspecified launch failure", "device-side assert",
-                                         "misaligned address", "out of memory", "no cuda gpus", "ecc error"))
+    return any(
+        sign in text
+        for sign in (
+            "illegal memory access",
+            "unspecified launch failure",
+            "device-side assert",
+            "misaligned address",
+            "out of memory",
+            "no cuda gpus",
+            "ecc error",
+        )
+    )
 
 
 def _is_permanent(error: BaseException) -> bool:
@@ -164,6 +180,7 @@ def _is_permanent(error: BaseException) -> bool:
     ptxas, say."""
     from triton.errors import TritonError
     from triton.runtime.errors import PTXASError
+
     said = str(error)
     if isinstance(error, PTXASError) and ("error code -" in said or "no space left" in said.lower()):
         return False
@@ -172,8 +189,10 @@ def _is_permanent(error: BaseException) -> bool:
 
 def _variant(kernel, x: torch.Tensor, configs: list[Config], arguments: dict) -> tuple:
     """What decides whether plans compile and fit: kernel, device, the plans, dtypes and constexpr flags."""
-    kinds = (value.dtype if isinstance(value, torch.Tensor) else value if isinstance(value, (bool, str)) else None
-             for value in arguments.values())
+    kinds = (
+        value.dtype if isinstance(value, torch.Tensor) else value if isinstance(value, (bool, str)) else None
+        for value in arguments.values()
+    )
     return kernel.fn.__name__, x.device, str(configs), tuple(kinds)
 
 

@@ -1,13 +1,27 @@
 """pool, unpool and their gradients for given labels: counting sort, then segmented means in a fixed order."""
-import triton
+
 import triton.language as tl
 
 from .device import coefficient, kernel, narrow
 
 
 @kernel
-def labels_kernel(assignment, weights, lab, wn, counts, N, K, total, a_b, a_n, w_b, w_n, HAS_WEIGHTS: tl.constexpr,
-                  BLOCK: tl.constexpr):
+def labels_kernel(
+    assignment,
+    weights,
+    lab,
+    wn,
+    counts,
+    N,
+    K,
+    total,
+    a_b,
+    a_n,
+    w_b,
+    w_n,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """int64 labels (any strides) -> int32 lab (B, N), -1 where outside 0 .. K - 1; wn float32 (B, N), 1 without
     weights; counts int32 (B, K) += members (integer atomics).  One program per BLOCK of all `total` = B N tokens."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -24,8 +38,9 @@ def labels_kernel(assignment, weights, lab, wn, counts, N, K, total, a_b, a_n, w
 
 
 @kernel
-def segment_kernel(x, lst, coef, start, cnt, out, N, D, K, x_b, x_n, x_d, MEAN: tl.constexpr, R: tl.constexpr,
-                   BD: tl.constexpr):
+def segment_kernel(
+    x, lst, coef, start, cnt, out, N, D, K, x_b, x_n, x_d, MEAN: tl.constexpr, R: tl.constexpr, BD: tl.constexpr
+):
     """out (B, K, D) = sum over a cluster's members, in a fixed order, of coef * row (MEAN) or of row.
 
     One program per (image, cluster); x (B, N, D) any strides; accumulates in float32.
@@ -41,8 +56,11 @@ def segment_kernel(x, lst, coef, start, cnt, out, N, D, K, x_b, x_n, x_d, MEAN: 
             e = e0 + tl.arange(0, R)
             live = e < size
             token = tl.load(lst + b * N + first + e, mask=live, other=0)
-            rows = tl.load(x + b * x_b + token.to(tl.int64)[:, None] * x_n + offs_d.to(tl.int64)[None, :] * x_d,
-                           mask=live[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+            rows = tl.load(
+                x + b * x_b + token.to(tl.int64)[:, None] * x_n + offs_d.to(tl.int64)[None, :] * x_d,
+                mask=live[:, None] & (offs_d < D)[None, :],
+                other=0.0,
+            ).to(tl.float32)
             if MEAN:
                 p = tl.load(coef + b * N + first + e, mask=live, other=0.0)
                 rows = tl.where(live[:, None], p[:, None] * rows, 0.0)
@@ -51,8 +69,33 @@ def segment_kernel(x, lst, coef, start, cnt, out, N, D, K, x_b, x_n, x_d, MEAN: 
 
 
 @kernel
-def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w, N, D, K, tiles, g_b, g_k, g_d, x_b,
-                         x_n, x_d, c_b, c_k, c_d, HAS_WEIGHTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+def pool_backward_kernel(
+    grad,
+    x,
+    centers,
+    lab,
+    wn,
+    mass,
+    counts,
+    grad_x,
+    grad_w,
+    N,
+    D,
+    K,
+    tiles,
+    g_b,
+    g_k,
+    g_d,
+    x_b,
+    x_n,
+    x_d,
+    c_b,
+    c_k,
+    c_d,
+    HAS_WEIGHTS: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """grad_x_i = share_i g[a_i] and, HAS_WEIGHTS, grad_w_i = (x_i - c_{a_i}) . g[a_i] / W (0 when W = 0); one program
     per (image, BN tokens).  grad, centers (B, K, D) and x (B, N, D) any strides; mass float32 (B, K) contiguous; lab,
     wn, counts from labels_kernel; grad_x (B, N, D) x.dtype and grad_w float32 (B, N) contiguous."""
@@ -74,9 +117,11 @@ def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w
             v = tl.load(x + b * x_b + i[:, None] * x_n + offs_d[None, :] * x_d, mask=inside, other=0.0)
             c = tl.load(centers + b * c_b + j[:, None] * c_k + offs_d[None, :] * c_d, mask=inside, other=0.0)
             dot += tl.sum((v.to(tl.float32) - c.to(tl.float32)) * g, axis=1)
-        tl.store(grad_x + (b * N + i)[:, None] * D + offs_d[None, :],
-                 narrow(tl.where(inside, share[:, None] * g, 0.0), grad_x.dtype.element_ty),
-                 mask=(i < N)[:, None] & (offs_d < D)[None, :])
+        tl.store(
+            grad_x + (b * N + i)[:, None] * D + offs_d[None, :],
+            narrow(tl.where(inside, share[:, None] * g, 0.0), grad_x.dtype.element_ty),
+            mask=(i < N)[:, None] & (offs_d < D)[None, :],
+        )
     if HAS_WEIGHTS:
         regular = valid & (total != 0)
         slope = tl.div_rn(dot, tl.where(regular, total, 1.0))
@@ -84,8 +129,9 @@ def pool_backward_kernel(grad, x, centers, lab, wn, mass, counts, grad_x, grad_w
 
 
 @kernel
-def unpool_kernel(centers, assignment, out, N, D, K, tiles, c_b, c_k, c_d, a_b, a_n, BN: tl.constexpr,
-                  BD: tl.constexpr):
+def unpool_kernel(
+    centers, assignment, out, N, D, K, tiles, c_b, c_k, c_d, a_b, a_n, BN: tl.constexpr, BD: tl.constexpr
+):
     """out[b, i] = centers[b, a_i], zeros where a_i is outside 0 .. K - 1.  One program per (image, BN tokens)."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles
@@ -95,6 +141,9 @@ def unpool_kernel(centers, assignment, out, N, D, K, tiles, c_b, c_k, c_d, a_b, 
     label = tl.where(valid, label, 0)
     for d0 in range(0, D, BD):
         offs_d = (d0 + tl.arange(0, BD)).to(tl.int64)
-        row = tl.load(centers + b * c_b + label[:, None] * c_k + offs_d[None, :] * c_d,
-                      mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+        row = tl.load(
+            centers + b * c_b + label[:, None] * c_k + offs_d[None, :] * c_d,
+            mask=valid[:, None] & (offs_d < D)[None, :],
+            other=0.0,
+        )
         tl.store(out + (b * N + i)[:, None] * D + offs_d[None, :], row, mask=(i < N)[:, None] & (offs_d < D)[None, :])

@@ -3,6 +3,7 @@
 Two launches: `x_stats_kernel` reads the tokens once (B * N * D elements) and leaves (B, chunks, D) partial sums and
 extremes; `prepare_kernel` reduces them in a fixed order, normalises the weights and writes the initial state.
 """
+
 import triton
 import triton.language as tl
 
@@ -12,8 +13,27 @@ CHUNK = tl.constexpr(1024)  # tokens whose statistics one program gathers; part 
 
 
 @kernel
-def x_stats_kernel(x, mask, part_sum, part_min, part_max, N, D, chunks, d_tiles, pre, x_b, x_n, x_d, mask_b, mask_n,
-                   HAS_MASK: tl.constexpr, CONTIG: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+def x_stats_kernel(
+    x,
+    mask,
+    part_sum,
+    part_min,
+    part_max,
+    N,
+    D,
+    chunks,
+    d_tiles,
+    pre,
+    x_b,
+    x_n,
+    x_d,
+    mask_b,
+    mask_n,
+    HAS_MASK: tl.constexpr,
+    CONTIG: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """One program per (image, chunk of tokens, feature tile).
 
     x (B, N, D); mask bool (B, N), unused without HAS_MASK; part_* float32 (B, chunks, D); `pre` is a power of two
@@ -62,10 +82,47 @@ def _extremes(part_min, part_max, b, chunks, D, offs_d, BD: tl.constexpr):
 
 
 @kernel
-def prepare_kernel(part_sum, part_min, part_max, mask, weights, k_per_image, init, scale, unscale, center, wn,
-                   w_unscale, keff, done, prev, label_out, lst, coef, start, cnt, N, D, K, chunks, pre, mask_b, mask_n,
-                   w_b, w_n, counts_b, init_b, init_k, HAS_X: tl.constexpr, CENTER: tl.constexpr, HAS_MASK: tl.constexpr,
-                   HAS_WEIGHTS: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def prepare_kernel(
+    part_sum,
+    part_min,
+    part_max,
+    mask,
+    weights,
+    k_per_image,
+    init,
+    scale,
+    unscale,
+    center,
+    wn,
+    w_unscale,
+    keff,
+    done,
+    prev,
+    label_out,
+    lst,
+    coef,
+    start,
+    cnt,
+    N,
+    D,
+    K,
+    chunks,
+    pre,
+    mask_b,
+    mask_n,
+    w_b,
+    w_n,
+    counts_b,
+    init_b,
+    init_k,
+    HAS_X: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program per image.  Writes
     scale, unscale (B,) powers of two; center (B, D) float32, in scaled units; wn (B, N) float32 weights times a power
     of two (largest in [1, 2)), -1 for padding; w_unscale (B,); keff (B,) int32; done (B,) = 0; prev (B, N) = -2;

@@ -1,4 +1,5 @@
 """Host side of pool, unpool, their gradients and attention_received."""
+
 from __future__ import annotations
 
 import torch
@@ -15,10 +16,27 @@ def _labels(assignment, weights, B: int, N: int, K: int):
     sizes = torch.zeros((B, K), dtype=torch.int32, device=assignment.device)
     given = weights if weights is not None else wn
     configs = heuristics.block_configs(heuristics.device_of(assignment), wn.element_size())
-    launch(pooling.labels_kernel, assignment, configs, lambda config: (
-        -(-B * N // config["BLOCK"]), dict(
-            assignment=assignment, weights=given, lab=lab, wn=wn, counts=sizes, N=N, K=K, total=B * N,
-            **strides(assignment, a_b=0, a_n=1), **strides(given, w_b=0, w_n=1), HAS_WEIGHTS=weights is not None)))
+    launch(
+        pooling.labels_kernel,
+        assignment,
+        configs,
+        lambda config: (
+            -(-B * N // config["BLOCK"]),
+            dict(
+                assignment=assignment,
+                weights=given,
+                lab=lab,
+                wn=wn,
+                counts=sizes,
+                N=N,
+                K=K,
+                total=B * N,
+                **strides(assignment, a_b=0, a_n=1),
+                **strides(given, w_b=0, w_n=1),
+                HAS_WEIGHTS=weights is not None,
+            ),
+        ),
+    )
     return lab, wn, sizes
 
 
@@ -39,16 +57,64 @@ def segment(x, assignment, weights, K: int, mean: bool):
     def lists(config):
         tiles = -(-K // config["BC"])
         return B * tiles, dict(
-            x=idle, scale=idle, center=idle, wn=wn, keff=keff, done=done, lab=lab, counts=sizes,
-            next_counts=torch.empty_like(sizes), tmp=tmp, lst=lst, coef=coef, start=start, cnt=cnt, mass=mass,
-            high=idle, low=idle, norms=idle, medoids=lab, N=N, D=D, K=K, tiles=tiles, x_b=0, x_n=0, x_d=0, means=0,
-            CENTER=False, SCALE=False, CONTIG=False, SPLIT=False, MEDOIDS=False)
+            x=idle,
+            scale=idle,
+            center=idle,
+            wn=wn,
+            keff=keff,
+            done=done,
+            lab=lab,
+            counts=sizes,
+            next_counts=torch.empty_like(sizes),
+            tmp=tmp,
+            lst=lst,
+            coef=coef,
+            start=start,
+            cnt=cnt,
+            mass=mass,
+            high=idle,
+            low=idle,
+            norms=idle,
+            medoids=lab,
+            N=N,
+            D=D,
+            K=K,
+            tiles=tiles,
+            x_b=0,
+            x_n=0,
+            x_d=0,
+            means=0,
+            CENTER=False,
+            SCALE=False,
+            CONTIG=False,
+            SPLIT=False,
+            MEDOIDS=False,
+        )
+
     launch(direct.update_kernel, x, heuristics.update_configs(device, N, D, x.element_size()), lists)
     out = x.new_empty((B, K, D))
     configs = heuristics.segment_configs(device, D, x.element_size())
-    launch(pooling.segment_kernel, x, configs, lambda config: (B * K, dict(
-        x=x, lst=lst, coef=coef, start=start, cnt=cnt, out=out, N=N, D=D, K=K, **strides(x, x_b=0, x_n=1, x_d=2),
-        MEAN=mean)))
+    launch(
+        pooling.segment_kernel,
+        x,
+        configs,
+        lambda config: (
+            B * K,
+            dict(
+                x=x,
+                lst=lst,
+                coef=coef,
+                start=start,
+                cnt=cnt,
+                out=out,
+                N=N,
+                D=D,
+                K=K,
+                **strides(x, x_b=0, x_n=1, x_d=2),
+                MEAN=mean,
+            ),
+        ),
+    )
     return out, mass
 
 
@@ -65,11 +131,28 @@ def pool_backward(grad_centers, x, centers, assignment, weights, mass):
     def make(config):
         tiles = -(-N // config["BN"])
         return B * tiles, dict(
-            grad=grad_centers, x=x, centers=centers, lab=lab, wn=wn, mass=mass.contiguous(), counts=sizes,
-            grad_x=grad_x, grad_w=grad_w, N=N, D=D, K=K, tiles=tiles, **strides(grad_centers, g_b=0, g_k=1, g_d=2),
-            **strides(x, x_b=0, x_n=1, x_d=2), **strides(centers, c_b=0, c_k=1, c_d=2),
-            HAS_WEIGHTS=weights is not None)
-    launch(pooling.pool_backward_kernel, x, heuristics.token_configs(heuristics.device_of(x), D, x.element_size()), make)
+            grad=grad_centers,
+            x=x,
+            centers=centers,
+            lab=lab,
+            wn=wn,
+            mass=mass.contiguous(),
+            counts=sizes,
+            grad_x=grad_x,
+            grad_w=grad_w,
+            N=N,
+            D=D,
+            K=K,
+            tiles=tiles,
+            **strides(grad_centers, g_b=0, g_k=1, g_d=2),
+            **strides(x, x_b=0, x_n=1, x_d=2),
+            **strides(centers, c_b=0, c_k=1, c_d=2),
+            HAS_WEIGHTS=weights is not None,
+        )
+
+    launch(
+        pooling.pool_backward_kernel, x, heuristics.token_configs(heuristics.device_of(x), D, x.element_size()), make
+    )
     return grad_x, grad_w
 
 
@@ -81,8 +164,18 @@ def unpool(centers, assignment):
 
     def make(config):
         tiles = -(-N // config["BN"])
-        return B * tiles, dict(centers=centers, assignment=assignment, out=out, N=N, D=D, K=K, tiles=tiles,
-                               **strides(centers, c_b=0, c_k=1, c_d=2), **strides(assignment, a_b=0, a_n=1))
+        return B * tiles, dict(
+            centers=centers,
+            assignment=assignment,
+            out=out,
+            N=N,
+            D=D,
+            K=K,
+            tiles=tiles,
+            **strides(centers, c_b=0, c_k=1, c_d=2),
+            **strides(assignment, a_b=0, a_n=1),
+        )
+
     configs = heuristics.token_configs(heuristics.device_of(centers), D, centers.element_size())
     launch(pooling.unpool_kernel, centers, configs, make)
     return out
@@ -99,24 +192,37 @@ def attention_received(q, k, scale: float, lse):
         q, k = q.to(common), k.to(common)
     device = heuristics.device_of(q)
     configs = heuristics.attention_configs(device, d, q.element_size())
-    shared = dict(q=q, k=k, factor=float(scale), H=H, Nq=Nq, N=N, d=d, PRECISION=precision(q.dtype),
-                  **strides(q, q_b=0, q_h=1, q_n=2, q_d=3), **strides(k, k_b=0, k_h=1, k_n=2, k_d=3))
+    shared = dict(
+        q=q,
+        k=k,
+        factor=float(scale),
+        H=H,
+        Nq=Nq,
+        N=N,
+        d=d,
+        PRECISION=precision(q.dtype),
+        **strides(q, q_b=0, q_h=1, q_n=2, q_d=3),
+        **strides(k, k_b=0, k_h=1, k_n=2, k_d=3),
+    )
     if lse is None:
         lse = q.new_empty((B, H, Nq), dtype=torch.float32)
 
         def rows(config):
             tiles = -(-Nq // config["BQ"])
             return B * H * tiles, dict(shared, lse=lse, tiles=tiles)
+
         launch(attention.lse_kernel, q, configs, rows)
     part = q.new_empty((B, H, N), dtype=torch.float32)
 
     def columns(config):
         tiles = -(-N // config["BK"])
         return B * H * tiles, dict(shared, lse=lse, part=part, tiles=tiles, **strides(lse, l_b=0, l_h=1, l_n=2))
+
     launch(attention.received_kernel, q, configs, columns)
 
     def heads(config):
         tiles = -(-N // config["BLOCK"])
         return B * tiles, dict(part=part, out=out, H=H, N=N, inverse=1.0 / (H * Nq), tiles=tiles)
+
     launch(attention.heads_kernel, q, heuristics.block_configs(device, q.element_size()), heads)
     return out

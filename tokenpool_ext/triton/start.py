@@ -4,6 +4,7 @@ First the heaviest token, then K - 1 times the token farthest from all chosen on
 float32 (B, N) holds each token's rank: its squared distance to the nearest chosen token, or one of the marks below.
 A product that is not a number counts as distance 0.
 """
+
 import triton
 import triton.language as tl
 
@@ -87,8 +88,25 @@ def farthest_gram_kernel(gram, wn, keff, lst, coef, state, squares, N, row, BLOC
 
 
 @kernel
-def farthest_kernel(x, scale, wn, keff, lst, coef, state, N, D, x_b, x_n, x_d, SCALE: tl.constexpr,
-                    CONTIG: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
+def farthest_kernel(
+    x,
+    scale,
+    wn,
+    keff,
+    lst,
+    coef,
+    state,
+    N,
+    D,
+    x_b,
+    x_n,
+    x_d,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """As farthest_gram_kernel, from the tokens x (B, N, D), any strides: by differences from the token chosen last, so
     no centering is needed.  Reads K - 1 times the tokens of an image that may still be chosen for their distance."""
     b = tl.program_id(0).to(tl.int64)
@@ -110,8 +128,20 @@ def farthest_kernel(x, scale, wn, keff, lst, coef, state, N, D, x_b, x_n, x_d, S
                 for d0 in range(0, D, BD):
                     offs_d = d0 + tl.arange(0, BD)
                     rows = load_rows(x, scale, s, i, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
-                    chosen = load_rows(x, scale, s, token + tl.zeros([1], tl.int32), tl.full([1], True, tl.int1),
-                                       offs_d, D, x_n, x_d, False, SCALE, CONTIG)
+                    chosen = load_rows(
+                        x,
+                        scale,
+                        s,
+                        token + tl.zeros([1], tl.int32),
+                        tl.full([1], True, tl.int1),
+                        offs_d,
+                        D,
+                        x_n,
+                        x_d,
+                        False,
+                        SCALE,
+                        CONTIG,
+                    )
                     gap = rows - chosen
                     apart += tl.sum(gap * gap, axis=1)
                 value = _closer(state, i, N, token, apart)

@@ -10,9 +10,11 @@ Known families: Hugging Face ViT, DeiT, DINOv2 and DINOv2 with registers (``hf.p
 ViT, DeiT (distilled too), DINOv2 with and without registers (``timm.py``). They are recognised by their structure,
 never by a version number, and every block is checked numerically before it is touched.
 """
+
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +23,16 @@ from .patching import apply_patch, patched_blocks, remove_patch
 from .recording import Record, record
 
 __all__ = [
-    "Cost", "Record", "ViTSpec", "cost", "gmacs", "patch", "patched_blocks", "record", "tokens_per_layer", "unpatch",
+    "Cost",
+    "Record",
+    "ViTSpec",
+    "cost",
+    "gmacs",
+    "patch",
+    "patched_blocks",
+    "record",
+    "tokens_per_layer",
+    "unpatch",
 ]
 
 
@@ -42,11 +53,12 @@ def patch(
 
     Only the block *instances* named by the schedule get a new ``forward`` and a parameter-free submodule
     ``tokenpool`` (visible in ``print(model)``; it adds nothing to ``state_dict``). Classes stay as they are, nothing
-    is kept on the model between forwards, and patching again replaces the earlier patch. The user's hooks stay and do not
-    run while patching.
+    is kept on the model between forwards, and patching again replaces the earlier patch. The user's hooks stay and do
+    not run while patching.
 
     A patched model compiles and exports (``torch.compile``, ``torch.export``); ``torch.jit.trace`` is refused. Compile
-    after patching: a compiled model is patched too, but compiles anew. What needs a token for every place of a feature map
+    after patching: a compiled model is patched too, but compiles anew. What needs a token for every place of a feature
+    map
     (features_only and Hugging Face backbones, masked image modelling, timm's ``forward_intermediates`` in its default
     format NCHW) is refused; :func:`record` tells the assignments with which ``tokenpool_ext.unpool`` fills the map.
 
@@ -84,14 +96,22 @@ def patch(
     it has computes exactly what it did before (bit-equal).
 
     Raises:
-        TypeError: ``model`` is not a Vision Transformer of a known family, or arranges tokens in feature maps (the class
+        TypeError: ``model`` is not a Vision Transformer of a known family, or arranges tokens in feature maps (the
+        class
             is named); a schedule of something else than numbers; an unknown keyword.
         ValueError: a schedule that is empty, outside the depth, increasing or given twice; an unknown name; a block
             whose own forward does not match what the adapter would compute (the class is named).
     """
     return apply_patch(
-        model, num_tokens=num_tokens, keep_ratio=keep_ratio, layers=layers, pooling=pooling, position=position,
-        cluster_on=cluster_on, track_size=track_size, num_prefix_tokens=num_prefix_tokens,
+        model,
+        num_tokens=num_tokens,
+        keep_ratio=keep_ratio,
+        layers=layers,
+        pooling=pooling,
+        position=position,
+        cluster_on=cluster_on,
+        track_size=track_size,
+        num_prefix_tokens=num_prefix_tokens,
         pooling_options=pooling_options,
     )
 

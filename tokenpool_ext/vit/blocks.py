@@ -6,15 +6,15 @@ A :class:`Block` view names the parts of a pre-norm block and runs its two resid
     x = x + after_mlp(mlp(norm2(x)))                    feed_forward
 
 through the block's *own* submodules, so that something can happen in between. Nothing of a library's attention is
-reimplemented: queries and keys are recorded as the model's own projections produce them, by a forward hook that writes to
-a dict carried by the very tensor that is being projected. That dict lives for one call, so no state is left on the model
-and threads do not meet.
+reimplemented: queries and keys are recorded as the model's own projections produce them, by a forward hook that writes
+to a dict carried by the very tensor that is being projected. That dict lives for one call, so no state is left on the
+model and threads do not meet.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,15 @@ class Block:
     """
 
     def __init__(
-        self, block: nn.Module, names: dict[str, str], after_attention: tuple[str, ...], after_mlp: tuple[str, ...],
-        num_heads: int, head_dim: int, scale: float, mask_argument: Optional[str],
+        self,
+        block: nn.Module,
+        names: dict[str, str],
+        after_attention: tuple[str, ...],
+        after_mlp: tuple[str, ...],
+        num_heads: int,
+        head_dim: int,
+        scale: float,
+        mask_argument: str | None,
     ) -> None:
         self.block = block
         self.names = names
@@ -114,13 +121,14 @@ class Block:
         width = next((width for width in widths if width is not None), None)
         if width is None:
             raise ValueError(
-                f"patch: neither {type(norm).__name__} nor the projections of {type(self.block).__name__} tell how wide a"
+                f"patch: neither {type(norm).__name__} nor the projections of {type(self.block).__name__} "
+                "tell how wide a"
                 " token is (normalized_shape, weight, in_features); this block is not supported"
             )
         return width
 
     def attend(
-        self, x: Tensor, args: tuple, kwargs: dict, bias: Optional[Tensor] = None, record: Optional[dict] = None
+        self, x: Tensor, args: tuple, kwargs: dict, bias: Tensor | None = None, record: dict | None = None
     ) -> tuple[Tensor, tuple]:
         """First half: (B, N, M) -> (B, N, M), and whatever else the attention returned.
 
@@ -169,16 +177,16 @@ class Block:
         return projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
-def names_in(owner: Optional[nn.Module], *names: str) -> tuple[str, ...]:
+def names_in(owner: nn.Module | None, *names: str) -> tuple[str, ...]:
     """Those of ``names`` that are submodules of ``owner``, in the order given."""
     return tuple(name for name in names if isinstance(getattr(owner, name, None), nn.Module))
 
 
-def first_in(owner: Optional[nn.Module], *names: str) -> Optional[str]:
+def first_in(owner: nn.Module | None, *names: str) -> str | None:
     return next(iter(names_in(owner, *names)), None)
 
 
-def submodule(owner: nn.Module, *names: str) -> Optional[nn.Module]:
+def submodule(owner: nn.Module, *names: str) -> nn.Module | None:
     """The first of ``names`` that is a submodule of ``owner``, or None."""
     name = first_in(owner, *names)
     return None if name is None else getattr(owner, name)
@@ -204,7 +212,8 @@ class Family:
 
 def unknown_block(model: nn.Module, block: nn.Module) -> TypeError:
     return TypeError(
-        f"patch: {type(model).__name__} looks like a Vision Transformer, but its block {type(block).__name__} has parts that"
+        f"patch: {type(model).__name__} looks like a Vision Transformer, but its block "
+        f"{type(block).__name__} has parts that"
         " are not known here (expected a pre-norm block with separate attention and MLP and absolute positions)"
     )
 
@@ -221,8 +230,8 @@ def _of_torch(hooks: OrderedDict) -> OrderedDict:
 def probe(view: Block, num_prefix_tokens: int) -> bool:
     """Check that the halves reproduce the class's own forward on made-up tokens; returns whether it gives a tuple.
 
-    Runs the block once each way on one image of a few tokens, in evaluation mode, without touching the random state. Hooks
-    do not run, for made-up tokens are not for them, but those by which torch itself makes a module's weight.
+    Runs the block once each way on one image of a few tokens, in evaluation mode, without touching the random state.
+    Hooks do not run, for made-up tokens are not for them, but those by which torch itself makes a module's weight.
 
     Raises:
         ValueError: they differ, naming the block's class.

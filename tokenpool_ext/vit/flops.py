@@ -3,19 +3,20 @@
 Per block with N tokens of width M (paper: Marin et al., arXiv 2110.03860, section 3; "Gflops" there are GMACs):
 queries, keys, values ``3 N M^2``, ``q k^T`` and attention times values ``N^2 M`` each, output projection ``N M^2``, MLP
 ``2 N M H`` (3 for SwiGLU) with hidden width H. Patch embedding ``n P^2 C M``, head ``M * classes``. Norms, softmax,
-activations, attention-pooling heads and the choice of starts for the clustering are left out. A block that pools between
-attention and MLP pays for its MLP only on the tokens left.
+activations, attention-pooling heads and the choice of starts for the clustering are left out. A block that pools
+between attention and MLP pays for its MLP only on the tokens left.
 
 Pooling, on n patch tokens of width E (M, or the head width when keys are clustered), K kept, T iterations:
-K-Means ``T n K E`` (every distance in every iteration) or, when less, ``n^2 E`` (the Gram product, after which iterations
+K-Means ``T n K E`` (every distance in every iteration) or, when less, ``n^2 E`` (the Gram product, after which
+iterations
 only add); K-Medoids ``n^2 E``; bipartite matching ``n^2 E / 4``; grid, pruning and random nothing. Significance scores:
 ``2 N^2 M``, a pass for the normaliser and one for the sum, which is what a pass over queries and keys costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping, Optional, Union
 
 from torch import nn
 
@@ -41,7 +42,7 @@ class ViTSpec:
     num_classes: int = 1000
 
     @classmethod
-    def from_model(cls, model: nn.Module, image_size: Union[int, tuple[int, int], None] = None) -> "ViTSpec":
+    def from_model(cls, model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ViTSpec:
         """Read it off a supported model. ``image_size``: pixels, a side or (height, width); None: the model's own."""
         from .patching import find_family
 
@@ -87,7 +88,7 @@ class Cost:
 
 
 def tokens_per_layer(
-    model: Union[nn.Module, ViTSpec], schedule: Optional[Mapping[int, Union[int, float]]] = None, *, image_size=None
+    model: nn.Module | ViTSpec, schedule: Mapping[int, int | float] | None = None, *, image_size=None
 ) -> list[int]:
     """Tokens that leave each block, prefix tokens included.
 
@@ -105,8 +106,8 @@ def tokens_per_layer(
 
 
 def cost(
-    model: Union[nn.Module, ViTSpec],
-    schedule: Optional[Mapping[int, Union[int, float]]] = None,
+    model: nn.Module | ViTSpec,
+    schedule: Mapping[int, int | float] | None = None,
     *,
     image_size=None,
     pooling: str = "kmeans",
@@ -117,9 +118,10 @@ def cost(
 ) -> Cost:
     """Multiply-accumulates of one image.
 
-    Of a patched model nothing else need be said: schedule and pooling are read off it. For a :class:`ViTSpec`, or to ask
-    "what if" of a model, give a ``schedule`` and the pooling by name: "kmeans", "kmedoids", "bipartite", or anything else
-    for one that costs nothing; ``scores``: whether significance scores are computed.
+    Of a patched model nothing else need be said: schedule and pooling are read off it. For a :class:`ViTSpec`, or to
+    ask
+    "what if" of a model, give a ``schedule`` and the pooling by name: "kmeans", "kmedoids", "bipartite", or anything
+    else for one that costs nothing; ``scores``: whether significance scores are computed.
     """
     spec, poolings, forwards = _inputs(model, schedule, image_size)
     m, p = spec.width, spec.num_prefix_tokens
@@ -148,7 +150,7 @@ def cost(
     return Cost(projections, attention, mlp, score, clustering, embedding, m * spec.num_classes)
 
 
-def gmacs(model: Union[nn.Module, ViTSpec], schedule=None, **options) -> float:
+def gmacs(model: nn.Module | ViTSpec, schedule=None, **options) -> float:
     """Giga multiply-accumulates of one image; arguments as :func:`cost`. DeiT-S at 224 pixels: 4.6."""
     return cost(model, schedule, **options).gmacs
 
@@ -206,7 +208,10 @@ def _patch_projection(model: nn.Module) -> nn.Conv2d:
 
 
 def _own_size(model: nn.Module):
-    for owner, name in ((getattr(model, "config", None), "image_size"), (getattr(model, "patch_embed", None), "img_size")):
+    for owner, name in (
+        (getattr(model, "config", None), "image_size"),
+        (getattr(model, "patch_embed", None), "img_size"),
+    ):
         size = getattr(owner, name, None)
         if size is not None:
             return size if isinstance(size, int) else tuple(size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from types import CodeType, MethodType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class HFBlock(Block):
         }
         self.two_part_mlp = not names_in(block, "mlp")
         dropout = () if self.two_part_mlp else ("dropout",)  # in 4.x's ViT it sits inside `output`
-        head_dim = getattr(holder, "head_dim", None) or getattr(holder, "attention_head_size")
+        head_dim = getattr(holder, "head_dim", None) or holder.attention_head_size
         parameters = inspect.signature(type(attention).forward).parameters
         super().__init__(
             block,
@@ -77,8 +77,10 @@ class HFBlock(Block):
 class MaskFreeForward(Replacement):
     """The model's ``forward``, which tells its blocks when the user gave no attention mask.
 
-    While a model is exported (under torch 2.11: compiled, too) transformers 5 makes a mask of ones for the tokens that came
-    from the embedding. It masks nothing, but does not fit pooled tokens, and nobody can look at its values then. So that it
+    While a model is exported (under torch 2.11: compiled, too) transformers 5 makes a mask of ones for the tokens that
+    came
+    from the embedding. It masks nothing, but does not fit pooled tokens, and nobody can look at its values then. So
+    that it
     can be told from the user's own, a keyword travels down to the blocks, where a hook drops it together with the mask.
     """
 
@@ -101,7 +103,7 @@ class MaskFreeForward(Replacement):
         return type(self.model).forward(self.model, *args, **kwargs)
 
 
-def drop_made_mask(block: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+def drop_made_mask(block: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
     """Forward pre-hook of every block: no mask where the user gave none."""
     if NO_MASK not in kwargs:
         return None
@@ -120,13 +122,14 @@ class HFFamily(Family):
             view.block.register_forward_pre_hook(drop_made_mask, prepend=True, with_kwargs=True)
 
 
-def find(module: nn.Module) -> Optional[Family]:
+def find(module: nn.Module) -> Family | None:
     """The family if ``module`` directly holds patch embeddings and blocks of this kind, else None."""
     decoder = submodule(module, "decoder")
     if decoder is not None and any(isinstance(part, nn.PixelShuffle) for part in decoder.modules()):
         if any(find(child) is not None for child in module.children()):
             raise TypeError(
-                f"patch: {type(module).__name__} arranges its tokens in an image again, which pooled tokens no longer fill;"
+                f"patch: {type(module).__name__} arranges its tokens in an image again, which pooled tokens "
+                "no longer fill;"
                 " patch the plain model"
             )
     embeddings = submodule(module, "embeddings")
@@ -138,8 +141,10 @@ def find(module: nn.Module) -> Optional[Family]:
         return None
     if hasattr(module, "out_features"):
         raise TypeError(
-            f"patch: {type(module).__name__} is a backbone that arranges its tokens in a feature map, which pooled tokens"
-            " no longer fill; patch the plain model and spread its tokens with tokenpool_ext.unpool(tokens, r.assignment),"
+            f"patch: {type(module).__name__} is a backbone that arranges its tokens in a feature map, which "
+            "pooled tokens"
+            " no longer fill; patch the plain model and spread its tokens with "
+            "tokenpool_ext.unpool(tokens, r.assignment),"
             " where r comes from `with tokenpool_ext.vit.record(model) as r`"
         )
     for block in blocks:

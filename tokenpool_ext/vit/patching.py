@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Callable, Iterable, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from ..functional import attention_received
 from ..modules import TokenPooling, TokenReduction, check_bool, check_choice, check_int
-from . import hf, recording, schedule as schedules, timm
+from . import hf, recording, timm
+from . import schedule as schedules
 from .blocks import HOOKS, SUBMODULE, Block, Family, Replacement, probe, remove_own
 
 SIZES = "_tokenpool_sizes"
@@ -31,13 +33,21 @@ RESERVED = ("num_tokens", "keep_ratio", "num_prefix_tokens", "return_clusters", 
 class PooledForward(Replacement):
     """The ``forward`` of a patched block instance: its two halves with the pooling in between, or after them.
 
-    Holds only what does not change between calls. What flows from block to block, the sizes when they are tracked, is an
-    attribute of the token tensor itself.
+    Holds only what does not change between calls. What flows from block to block, the sizes when they are tracked, is
+    an attribute of the token tensor itself.
     """
 
     def __init__(
-        self, view: Block, index: int, *, position: str, cluster_on: str, track_size: bool, expects_sizes: bool,
-        num_prefix_tokens: int, returns_tuple: bool,
+        self,
+        view: Block,
+        index: int,
+        *,
+        position: str,
+        cluster_on: str,
+        track_size: bool,
+        expects_sizes: bool,
+        num_prefix_tokens: int,
+        returns_tuple: bool,
     ) -> None:
         self.view = view
         self.index = index
@@ -53,7 +63,7 @@ class PooledForward(Replacement):
         return self.view.block
 
     @property
-    def pooling(self) -> Optional[nn.Module]:
+    def pooling(self) -> nn.Module | None:
         return self.block._modules.get(SUBMODULE)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +96,7 @@ class PooledForward(Replacement):
             bias = sizes.log().to(x.dtype)[:, None, None, :]
         wants_scores = pooling is not None and getattr(pooling, "needs_scores", True)
         wants_keys = pooling is not None and self.cluster_on == "keys"
-        record: Optional[dict] = {} if wants_scores or wants_keys else None
+        record: dict | None = {} if wants_scores or wants_keys else None
         tokens, rest = view.attend(x, args, kwargs, bias, record)
         scores = features = None
         if record is not None:
@@ -108,7 +118,8 @@ class PooledForward(Replacement):
         name = type(self.block).__name__
         if torch.jit.is_tracing():
             raise RuntimeError(
-                f"block {self.index} ({name}): a patched model cannot be traced by torch.jit.trace, which turns numbers of"
+                f"block {self.index} ({name}): a patched model cannot be traced by torch.jit.trace, which "
+                "turns numbers of"
                 " tokens into tensors; use torch.export.export"
             )
         if x.shape[1] <= self.num_prefix_tokens:
@@ -139,7 +150,7 @@ class PooledForward(Replacement):
             sizes = torch.ones(tokens.shape[:2], device=tokens.device)
         return pooling(tokens, scores, features=features, sizes=sizes)
 
-    def sizes_of(self, x: Tensor) -> Optional[Tensor]:
+    def sizes_of(self, x: Tensor) -> Tensor | None:
         sizes = getattr(x, SIZES, None)
         if sizes is None and self.expects_sizes and not hasattr(x, SIZES):
             raise RuntimeError(
@@ -155,7 +166,7 @@ class PooledForward(Replacement):
         return out
 
 
-def significance(q: Tensor, k: Tensor, scale: float, sizes: Optional[Tensor]) -> Tensor:
+def significance(q: Tensor, k: Tensor, scale: float, sizes: Tensor | None) -> Tensor:
     """(B, N) attention received. With sizes s, that of softmax(scale q.k + log s): one more feature carries log s."""
     if sizes is None:
         # The usual scale by its default: a float attribute would become a symbol in dynamic compilation.
@@ -167,7 +178,16 @@ def significance(q: Tensor, k: Tensor, scale: float, sizes: Optional[Tensor]) ->
 
 
 def apply_patch(
-    model: nn.Module, *, num_tokens, keep_ratio, layers, pooling, position, cluster_on, track_size, num_prefix_tokens,
+    model: nn.Module,
+    *,
+    num_tokens,
+    keep_ratio,
+    layers,
+    pooling,
+    position,
+    cluster_on,
+    track_size,
+    num_prefix_tokens,
     pooling_options: dict,
 ) -> nn.Module:
     """See ``tokenpool_ext.patch``. Everything is checked before anything is changed."""
@@ -200,8 +220,14 @@ def apply_patch(
                 raise TypeError(f"patch: pooling must make an nn.Module, got {type(module).__name__}")
             module.train(view.block.training)
         forward = PooledForward(
-            view, i, position=position, cluster_on=cluster_on, track_size=track_size, expects_sizes=i > first,
-            num_prefix_tokens=prefix, returns_tuple=returns_tuple,
+            view,
+            i,
+            position=position,
+            cluster_on=cluster_on,
+            track_size=track_size,
+            expects_sizes=i > first,
+            num_prefix_tokens=prefix,
+            returns_tuple=returns_tuple,
         )
         prepared.append((view, forward, module))
 
@@ -258,20 +284,25 @@ def find_family(model: nn.Module, caller: str = "patch") -> Family:
     found = list(families.values())
     if not found:
         raise TypeError(
-            f"{caller}: no Vision Transformer of a known family in {type(model).__name__}; known: Hugging Face ViT, DeiT,"
-            " DINOv2 (with registers), timm VisionTransformer. For other models put tokenpool_ext.TokenPooling between the"
+            f"{caller}: no Vision Transformer of a known family in {type(model).__name__}; known: Hugging "
+            "Face ViT, DeiT,"
+            " DINOv2 (with registers), timm VisionTransformer. For other models put "
+            "tokenpool_ext.TokenPooling between the"
             " blocks yourself"
         )
     if len(found) > 1:
         names = ", ".join(type(family.model).__name__ for family in found)
-        raise ValueError(f"{caller}: model must hold one Vision Transformer, got {len(found)} ({names}); pass one of them")
+        raise ValueError(
+            f"{caller}: model must hold one Vision Transformer, got {len(found)} ({names}); pass one of them"
+        )
     return found[0]
 
 
 def make_schedule(depth: int, num_tokens, keep_ratio, layers) -> schedules.Schedule:
     if (num_tokens is None) == (keep_ratio is None):
         raise ValueError(
-            f"patch: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r}, keep_ratio={keep_ratio!r}"
+            f"patch: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r}, "
+            f"keep_ratio={keep_ratio!r}"
         )
     if keep_ratio is not None:
         if layers is not None:
@@ -289,7 +320,8 @@ def make_schedule(depth: int, num_tokens, keep_ratio, layers) -> schedules.Sched
             raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
         return schedules.explicit(num_tokens)
     raise TypeError(
-        f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a single block write"
+        f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a "
+        "single block write"
         " {block: count}"
     )
 
@@ -314,7 +346,7 @@ def pooling_factory(pooling, options: dict) -> Callable[..., nn.Module]:
     return partial(make, **options)
 
 
-def accepted_options(make: Callable[..., nn.Module]) -> Optional[set[str]]:
+def accepted_options(make: Callable[..., nn.Module]) -> set[str] | None:
     """Names a pooling's constructor takes beyond the reserved ones; None when that cannot be known."""
     target = make.func if isinstance(make, partial) else make
     owners = target.__mro__ if inspect.isclass(target) else (target,)
@@ -345,6 +377,7 @@ def check_untouched(view: Block, index: int, track_size: bool) -> None:
         raise ValueError(f"patch: block {index} ({name}) already has an attribute {SUBMODULE!r} of its own")
     if track_size and view.mask_argument is None:
         raise ValueError(
-            f"patch: track_size needs an attention that takes an additive mask, but {type(view.attention).__name__} takes"
+            "patch: track_size needs an attention that takes an additive mask, but "
+            f"{type(view.attention).__name__} takes"
             " none; use track_size=False"
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ __all__ = ["Record", "record"]
 
 
 class Record:
-    """The clusters of the last forward run inside ``with record(model)``; each forward replaces those of the one before.
+    """The clusters of the last forward run inside ``with record(model)``; each forward replaces those of the one
+    before.
 
     B images of n patch tokens; prefix tokens are not counted, in rows nor in labels.
 
@@ -29,7 +31,7 @@ class Record:
         self.num_prefix_tokens: int = forwards[0].num_prefix_tokens
         self._forwards = forwards
         self._layers: list[tuple[int, Clusters]] = []
-        self._start: Optional[Tensor] = None
+        self._start: Tensor | None = None
 
     @property
     def layers(self) -> list[tuple[int, Clusters]]:
@@ -70,7 +72,8 @@ class Record:
     def _started(self) -> Tensor:
         if self._start is None:
             raise RuntimeError(
-                "record: no forward of the patched model was seen; run it inside the context, in the same thread and not"
+                "record: no forward of the patched model was seen; run it inside the context, in the same "
+                "thread and not"
                 " through torch.compile, whose graphs record nothing"
             )
         return self._start
@@ -96,7 +99,8 @@ def record(model: nn.Module) -> Iterator[Record]:
         ...     tokens = model.forward_features(images)                                     # (B, P + K, D)
         >>> tokenpool_ext.unpool(tokens[:, r.num_prefix_tokens :], r.assignment)            # (B, n, D)
 
-    Nothing is kept on the model: what is recorded belongs to this context, and to the thread (or asynchronous task) that
+    Nothing is kept on the model: what is recorded belongs to this context, and to the thread (or asynchronous task)
+    that
     entered it. Forwards compute what they compute without it. Recomputation by gradient checkpointing is not recorded.
 
     Args:
@@ -106,7 +110,8 @@ def record(model: nn.Module) -> Iterator[Record]:
         :class:`Record`, which stays valid after the context.
 
     Raises:
-        TypeError: ``model`` is not a module, or a pooling module of its blocks is not a ``TokenReduction`` and so has no
+        TypeError: ``model`` is not a module, or a pooling module of its blocks is not a ``TokenReduction`` and so has
+        no
             clusters to tell (the class is named).
         ValueError: ``model`` is not patched, or compiled by ``torch.compile``.
     """
@@ -116,7 +121,9 @@ def record(model: nn.Module) -> Iterator[Record]:
         raise TypeError(f"record: model must be an nn.Module, got {type(model).__name__}")
     forwards = [forward for forward in patches(model) if forward.pooling is not None]
     if not forwards:
-        raise ValueError(f"record: {type(model).__name__} is not patched, so there is nothing to record; patch it first")
+        raise ValueError(
+            f"record: {type(model).__name__} is not patched, so there is nothing to record; patch it first"
+        )
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(
             "record: model is compiled by torch.compile, and compiled graphs record nothing; run the model itself,"
@@ -125,7 +132,8 @@ def record(model: nn.Module) -> Iterator[Record]:
     for forward in forwards:
         if not isinstance(forward.pooling, TokenReduction):
             raise TypeError(
-                f"record: block {forward.index} pools by {type(forward.pooling).__name__}, which tells no clusters; derive"
+                f"record: block {forward.index} pools by {type(forward.pooling).__name__}, which tells no "
+                "clusters; derive"
                 " it from tokenpool_ext.modules.TokenReduction"
             )
     made = Record(forwards)

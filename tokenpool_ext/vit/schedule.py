@@ -1,18 +1,18 @@
 """How many patch tokens are left after which block: plain dicts ``{block index: count or ratio}`` for ``patch``.
 
-An int is a number of patch tokens; a float in (0, 1] is a ratio of the tokens that enter the pooling. Integers and reals
-of numpy serve as well; schedules that are returned hold Python's.
+An int is a number of patch tokens; a float in (0, 1] is a ratio of the tokens that enter the pooling. Integers and
+reals of numpy serve as well; schedules that are returned hold Python's.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Iterable, Mapping, Optional, Sequence, Union
 
 from ..modules import as_fraction, kept_by_ratio
 
-Schedule = dict[int, Union[int, float]]
+Schedule = dict[int, int | float]
 
 __all__ = ["Schedule", "constant", "default_layers", "explicit", "geometric", "normalise", "tokens_after"]
 
@@ -23,15 +23,13 @@ def default_layers(depth: int) -> tuple[int, ...]:
     return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
-def constant(depth: int, keep_ratio: float, layers: Optional[Iterable[int]] = None) -> Schedule:
+def constant(depth: int, keep_ratio: float, layers: Iterable[int] | None = None) -> Schedule:
     """The same ratio at each of ``layers``. 196 tokens at 0.7: 137, 96, 67, as published for TokenReduction."""
     layers = default_layers(depth) if layers is None else block_indices(layers)
     return normalise(depth, {layer: _ratio(keep_ratio) for layer in layers})
 
 
-def geometric(
-    depth: int, num_patches: int, last: int, layers: Optional[Iterable[int]] = None
-) -> Schedule:
+def geometric(depth: int, num_patches: int, last: int, layers: Iterable[int] | None = None) -> Schedule:
     """Counts that fall by a constant factor to ``last`` patch tokens, over ``layers`` (default: every block).
 
     The paper's own K = [K_1 .. K_L] come from PoWER-BERT's search and were not published; pooling a little after every
@@ -46,7 +44,9 @@ def geometric(
         raise ValueError(f"schedule: last must be from 1 to num_patches = {num_patches}, got {last}")
     layers = sorted(range(depth) if layers is None else block_indices(layers))
     factor = (last / num_patches) ** (1 / max(len(layers), 1))
-    return normalise(depth, {layer: max(last, round(num_patches * factor ** (i + 1))) for i, layer in enumerate(layers)})
+    return normalise(
+        depth, {layer: max(last, round(num_patches * factor ** (i + 1))) for i, layer in enumerate(layers)}
+    )
 
 
 def explicit(counts: Sequence[int]) -> Schedule:
@@ -56,7 +56,7 @@ def explicit(counts: Sequence[int]) -> Schedule:
     return normalise(len(counts), schedule)
 
 
-def normalise(depth: int, schedule: Mapping[int, Union[int, float]]) -> Schedule:
+def normalise(depth: int, schedule: Mapping[int, int | float]) -> Schedule:
     """Check a schedule against the number of blocks and sort it.
 
     Raises:
@@ -75,20 +75,24 @@ def normalise(depth: int, schedule: Mapping[int, Union[int, float]]) -> Schedule
             raise ValueError(f"schedule: block index must be from 0 to {depth - 1} for {depth} blocks, got {layer}")
         entries[layer] = value = _entry(layer, value)
         if isinstance(value, float) and not 0 < value <= 1:
-            raise ValueError(f"schedule: block {layer}: a float is a ratio in (0, 1], got {value}; write an int for a count")
+            raise ValueError(
+                f"schedule: block {layer}: a float is a ratio in (0, 1], got {value}; write an int for a count"
+            )
         if isinstance(value, int) and value < 1:
             raise ValueError(f"schedule: block {layer} must keep at least 1 token, got {value}")
     for layer in sorted(entries):
         value = entries[layer]
         if isinstance(value, int):
             if before is not None and value > before:
-                raise ValueError(f"schedule: counts must not rise with depth, got {value} at block {layer} after {before}")
+                raise ValueError(
+                    f"schedule: counts must not rise with depth, got {value} at block {layer} after {before}"
+                )
             before = value
         checked[layer] = value
     return checked
 
 
-def tokens_after(depth: int, num_patches: int, schedule: Mapping[int, Union[int, float]]) -> list[int]:
+def tokens_after(depth: int, num_patches: int, schedule: Mapping[int, int | float]) -> list[int]:
     """Patch tokens left after each of ``depth`` blocks."""
     left, out = num_patches, []
     for layer in range(depth):
@@ -97,7 +101,7 @@ def tokens_after(depth: int, num_patches: int, schedule: Mapping[int, Union[int,
     return out
 
 
-def kept(num_patches: int, value: Union[int, float, None]) -> int:
+def kept(num_patches: int, value: int | float | None) -> int:
     """What one entry of a schedule leaves of ``num_patches`` tokens."""
     if value is None:
         return num_patches
@@ -130,7 +134,7 @@ def block_indices(layers: Iterable[int]) -> list[int]:
     return [_integer(layer) for layer in listed]
 
 
-def _integer(value) -> Optional[int]:
+def _integer(value) -> int | None:
     """Anything that is an integer, as an int; None otherwise (bools are none)."""
     if isinstance(value, bool):
         return None
@@ -140,7 +144,7 @@ def _integer(value) -> Optional[int]:
         return None
 
 
-def _entry(layer, value) -> Union[int, float]:
+def _entry(layer, value) -> int | float:
     count = _integer(value)
     if count is not None:
         return count

@@ -1,14 +1,14 @@
 """timm's ``VisionTransformer``: ViT, DeiT (distilled too), DINOv2 with and without registers, and their relatives.
 
-LayerScale, stochastic depth, query/key norms, ``norm_pre``, register tokens and fused attention stay as they are, because
-the model's own modules do the work. timm itself is never imported.
+LayerScale, stochastic depth, query/key norms, ``norm_pre``, register tokens and fused attention stay as they are,
+because the model's own modules do the work. timm itself is never imported.
 """
 
 from __future__ import annotations
 
 import inspect
 from types import MethodType
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,8 +54,10 @@ class TimmBlock(Block):
 
 
 class FeatureMapGuard(Replacement):
-    """``forward_intermediates`` or ``get_intermediate_layers`` of a patched model: lists of tokens, but no feature maps of
-    blocks that have fewer tokens than the map has places (which reshaping would only notice where the counts do not divide).
+    """``forward_intermediates`` or ``get_intermediate_layers`` of a patched model: lists of tokens, but no feature
+    maps of
+    blocks that have fewer tokens than the map has places (which reshaping would only notice where the counts do not
+    divide).
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -95,8 +97,10 @@ class FeatureMapGuard(Replacement):
             if left < n:
                 wanted = "reshape=False" if "reshape" in given else "output_fmt='NLC'"
                 raise ValueError(
-                    f"{type(self.model).__name__}.{self.name}: from block {index} on, this patched model has fewer than the"
-                    f" {grid[0]} x {grid[1]} tokens of a feature map; take {wanted} and spread the tokens of block i with"
+                    f"{type(self.model).__name__}.{self.name}: from block {index} on, this patched model "
+                    "has fewer than the"
+                    f" {grid[0]} x {grid[1]} tokens of a feature map; take {wanted} and spread the tokens "
+                    "of block i with"
                     " tokenpool_ext.unpool(tokens, r.assignment_after(i)), where r comes from"
                     " `with tokenpool_ext.vit.record(model) as r`, or unpatch(model)"
                 )
@@ -109,15 +113,17 @@ class TimmFamily(Family):
                 setattr(self.model, name, FeatureMapGuard(self.model, name))
 
 
-def find(module: nn.Module) -> Optional[Family]:
+def find(module: nn.Module) -> Family | None:
     """The family if ``module`` is such a model, else None."""
     inner = submodule(module, "model")
     if inner is not None and hasattr(module, "out_indices") and getattr(module, "output_fmt", "NLC") != "NLC":
         if find(inner) is not None:
             raise TypeError(
-                f"patch: {type(module).__name__} (features_only=True) arranges the tokens of its {type(inner).__name__} in"
+                f"patch: {type(module).__name__} (features_only=True) arranges the tokens of its "
+                f"{type(inner).__name__} in"
                 " feature maps, which pooled tokens no longer fill; patch the plain model and spread its tokens with"
-                " tokenpool_ext.unpool(tokens, r.assignment), where r comes from `with tokenpool_ext.vit.record(model) as r`"
+                " tokenpool_ext.unpool(tokens, r.assignment), where r comes from `with "
+                "tokenpool_ext.vit.record(model) as r`"
             )
     blocks = submodule(module, "blocks")
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
