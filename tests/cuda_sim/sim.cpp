@@ -57,19 +57,19 @@ int simulate(const ptx::Kernel& kernel, const Args& args, const Launch& launch) 
 
 }  // namespace
 
-#define SIM_TYPED(name, Args)                                                                                   \
-  SIM_DECLARE(name##_float)                                                                                     \
-  SIM_DECLARE(name##___half) SIM_DECLARE(name##___nv_bfloat16) int launch_##name(DType dtype, const Args& args, \
-                                                                                 const Launch& launch) {        \
-    switch (dtype) {                                                                                            \
-      case DType::kFloat32:                                                                                     \
-        return simulate(SIM_INSTANCE(name, float), args, launch);                                               \
-      case DType::kFloat16:                                                                                     \
-        return simulate(SIM_INSTANCE(name, __half), args, launch);                                              \
-      case DType::kBFloat16:                                                                                    \
-        return simulate(SIM_INSTANCE(name, __nv_bfloat16), args, launch);                                       \
-    }                                                                                                           \
-    return 1;                                                                                                   \
+#define SIM_TYPED(name, Args)                                                                                \
+  SIM_DECLARE(name##_float)                                                                                  \
+  SIM_DECLARE(name##___half)                                                                                 \
+  SIM_DECLARE(name##___nv_bfloat16) int launch_##name(DType dtype, const Args& args, const Launch& launch) { \
+    switch (dtype) {                                                                                         \
+      case DType::kFloat32:                                                                                  \
+        return simulate(SIM_INSTANCE(name, float), args, launch);                                            \
+      case DType::kFloat16:                                                                                  \
+        return simulate(SIM_INSTANCE(name, __half), args, launch);                                           \
+      case DType::kBFloat16:                                                                                 \
+        return simulate(SIM_INSTANCE(name, __nv_bfloat16), args, launch);                                    \
+    }                                                                                                        \
+    return 1;                                                                                                \
   }
 #define SIM_PLAIN(name, Args)                                 \
   SIM_DECLARE(name)                                           \
