@@ -30,7 +30,7 @@ import tokenpool_ext as tp
 from bench import machine
 from bench.problem import Problem
 from bench.tokens import make
-from tokenpool_ext import registry
+from tokenpool_ext.backends import REGISTRY, run
 
 PATHS = ("resident", "spread", "gram", "streaming")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -531,12 +531,12 @@ def operators(backend, dtype):
         on_device(torch.rand(2, 70, generator=seeded(4))),
         on_device(torch.randint(-1, 24, (2, 70), generator=seeded(5))),
     )
-    chain = (backend,)
-    centers, mass = registry.call(chain, "pool", x, labels, w, 24)
-    registry.call(chain, "pool_backward", grad, x, centers, labels, w, mass)
-    registry.call(chain, "unpool", centers, labels)
-    registry.call(chain, "unpool_backward", back, labels, 24)
-    registry.call(chain, "attention_received", made(2, 3, 70, 24, seed=6), made(2, 3, 70, 24, seed=7), 0.2, None)
+    chain = (REGISTRY[backend],)
+    centers, mass = run(chain, "pool", x, labels, w, 24)
+    run(chain, "pool_backward", grad, x, centers, labels, w, mass)
+    run(chain, "unpool", centers, labels)
+    run(chain, "unpool_backward", back, labels, 24)
+    run(chain, "attention_received", made(2, 3, 70, 24, seed=6), made(2, 3, 70, 24, seed=7), 0.2, None)
 
 
 def done(_):

@@ -47,7 +47,7 @@ def start_cost_ms(call, given, clock, repeats: int) -> tuple[float, float]:
 
 def study(x, scores, clusters, iters, repeats: int, say=print) -> list[dict]:
     import tokenpool_ext as tp
-    from tokenpool_ext.init import initial
+    from tokenpool_ext.starts import initial
 
     records = []
     clock = timing.CpuClock() if torch.get_num_threads() == 1 else timing.WallClock()

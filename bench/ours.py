@@ -65,12 +65,12 @@ def setup(data, backend: str | None = None):
     if p.op == "attention_received":
         return lambda: tp.attention_received(data.x, data.k, backend=backend)
     if p.op == "pool_backward":
-        from tokenpool_ext import registry
+        from tokenpool_ext.backends import run, select
 
         assignment, _, grad = pooling_inputs(data)
-        chain = registry.select("pool", data.x, backend)
-        pooled, mass = registry.call(chain, "pool", data.x, assignment, None, p.K)
-        return lambda: registry.call(chain, "pool_backward", grad, data.x, pooled, assignment, None, mass)[
+        chain = select("pool", data.x, backend)
+        pooled, mass = run(chain, "pool", data.x, assignment, None, p.K)
+        return lambda: run(chain, "pool_backward", grad, data.x, pooled, assignment, None, mass)[
             0
         ]  # no autograd, as its peer
     cluster = getattr(tp, p.op)

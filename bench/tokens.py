@@ -68,7 +68,7 @@ def real_with_scores(images: int = BASE_IMAGES) -> tuple[dict | None, str]:
     if path.exists():
         return torch.load(path, weights_only=True), "real"
     try:
-        from tokenpool_ext.demo.pretrained import real_tokens
+        from tokenpool_ext.demo.tokens import real_tokens
     except ImportError as error:
         return None, f"no cache at bench/.cache and no tokenpool_ext.demo ({error})"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import types
@@ -470,7 +471,7 @@ def test_the_profile_follows_the_kernels(isa, capfd, monkeypatch):
 
 
 def fitted(told: str, name: str) -> float:
-    return float(told.split(f"{name} = ")[1].split(";")[0])
+    return float(re.search(rf"\b{name}\s*=\s*([0-9.]+)", told)[1])
 
 
 def test_constants_are_fitted_to_records_made_elsewhere(tmp_path, capsys):

@@ -20,7 +20,7 @@ from helpers import (
 )
 
 import tokenpool_ext as tp
-from tokenpool_ext.init import initial
+from tokenpool_ext.starts import initial
 
 pytestmark = pytest.mark.each_path
 ALGORITHMS = ["kmeans", "kmedoids"]

@@ -9,11 +9,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpool_ext as tp
+from tokenpool_ext.ops import SCHEMAS as OPS
 
 pytestmark = pytest.mark.one_path
 
 CPU_OPS = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no compiled ops: {tp.backends()['cpu']}")
-OPS = ["kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received"]
 
 
 def samples(name, dtype=torch.float32, device="cpu"):
@@ -65,6 +65,15 @@ def test_opcheck(name, dtype):
         if dtype == torch.float32 and len(arguments[0]):
             tests.append("test_aot_dispatch_dynamic")
         torch.library.opcheck(op.default, arguments, test_utils=tests)
+
+
+@CPU_OPS
+@pytest.mark.parametrize("name", OPS)
+def test_backends_agree_on_the_schemas(name):
+    """What csrc/ops.cpp defines is what ops.py says, argument for argument."""
+    for namespace in (torch.ops.tokenpool_ext, torch.ops.tokenpool_ext_triton):
+        schema = getattr(namespace, name).default._schema
+        assert str(schema).split("::")[1].replace(" -> ", "->") == (name + OPS[name]).replace(" -> ", "->")
 
 
 @CPU_OPS

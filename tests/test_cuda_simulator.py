@@ -19,7 +19,7 @@ from helpers import assert_consistent, assert_identical, integer_tokens, positiv
 
 from tokenpool_ext import reference
 from tokenpool_ext.functional import Clusters
-from tokenpool_ext.init import initial
+from tokenpool_ext.starts import initial
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
 of_the_source = pytest.mark.skipif(simulator.default_variant() == "ptx", reason="only of the kernels compiled as C++")
@@ -344,7 +344,7 @@ def with_whole_mean(x, mask):
 
 @pytest.mark.parametrize("case", FARTHEST_CASES)
 def test_farthest_start_inside_the_kernels(library, path, algorithm, case):
-    """Small integers, one iteration: exactly what the start of tokenpool_ext.init gives, on every path and dtype."""
+    """Small integers, one iteration: exactly what the start of tokenpool_ext.starts gives, on every path and dtype."""
     given = {"weights": None, "masked": False, "high": 5, **FARTHEST_CASES[case]}
     b, n, d, k = given["shape"]
     generator = torch.Generator().manual_seed(n)

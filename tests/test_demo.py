@@ -8,6 +8,7 @@ import torch
 
 from tokenpool_ext import viz
 from tokenpool_ext.demo import compare, pretrained
+from tokenpool_ext.demo import tokens as demo_tokens
 
 PIL = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra demo)")
 
@@ -250,7 +251,7 @@ def test_real_tokens_are_cached_and_repeat(tmp_path, monkeypatch):
     weights = pretrained.weights_path()
     monkeypatch.setenv("TOKENPOOL_EXT_CACHE", str(tmp_path))
     (tmp_path / weights.name).symlink_to(weights)
-    tokens, scores = pretrained.real_tokens(2, 3, with_scores=True)
+    tokens, scores = demo_tokens.real_tokens(2, 3, with_scores=True)
     assert tokens.shape == (2, 256, 384) and scores.shape == (2, 256) and tokens.isfinite().all()
     assert (scores > 0).all() and (scores.sum(dim=1) < 1).all()  # CLS's share is left out
-    assert torch.equal(pretrained.real_tokens(2, 3), tokens) and len(list(tmp_path.glob("tokens-*.pt"))) == 1
+    assert torch.equal(demo_tokens.real_tokens(2, 3), tokens) and len(list(tmp_path.glob("tokens-*.pt"))) == 1

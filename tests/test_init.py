@@ -10,7 +10,7 @@ from helpers import assert_consistent, assert_identical, f64, integer_tokens, po
 
 import tokenpool_ext as tp
 from tokenpool_ext import loader
-from tokenpool_ext.init import SORTED_HERE, STRATEGIES, initial
+from tokenpool_ext.starts import SORTED_HERE, STRATEGIES, initial
 
 pytestmark = pytest.mark.one_path
 

@@ -6,11 +6,11 @@ model = tp.patch(model, keep_ratio=0.7)                       # a timm or Huggin
 """
 
 from ._version import __version__
+from .backends import backends
 from .baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
+from .explain import Plan, explain
 from .functional import Clusters, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
-from .plan import Plan, explain
-from .registry import backends
 from .vit import patch, unpatch
 
 __all__ = [

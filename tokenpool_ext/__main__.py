@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from . import __version__, backends, loader, registry
+from . import __version__, loader
+from .backends import ENVIRONMENT, backends
 
 USAGE = """usage: python -m tokenpool_ext COMMAND
 
@@ -34,9 +35,9 @@ def info() -> int:
     print("backends, in order of preference:")
     for name, state in backends().items():
         print(f"  {name:10} {state}")
-    asked = os.environ.get(registry.ENVIRONMENT)
+    asked = os.environ.get(ENVIRONMENT)
     if asked:
-        print(f"{registry.ENVIRONMENT}={asked} asks for this one in every call")
+        print(f"{ENVIRONMENT}={asked} asks for this one in every call")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Thin autograd functions: save, call the op, apply the formula (contract: the assignment is constant).
 
-`chain` names the backends to try, as `registry.select` chose them; forward and backward use the same.
+`chain` holds the backends to try, as `backends.select` chose them; forward and backward use the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from . import registry
+from .backends import no_autocast, run
 
 
 def wanted(*inputs: torch.Tensor | None) -> bool:
@@ -25,8 +25,8 @@ def wanted(*inputs: torch.Tensor | None) -> bool:
 class KMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, weights, mask, counts, init, num_clusters, num_iters, sort):
-        with registry.no_autocast(x):
-            centers, assignment, mass, inertia = registry.call(
+        with no_autocast(x):
+            centers, assignment, mass, inertia = run(
                 chain, "kmeans", x, weights, mask, counts, init, num_clusters, num_iters, sort
             )
         ctx.chain = chain
@@ -45,8 +45,8 @@ class KMeans(torch.autograd.Function):
 class KMedoids(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, weights, mask, counts, init, num_clusters, num_iters, sort):
-        with registry.no_autocast(x):
-            centers, assignment, mass, medoids, inertia = registry.call(
+        with no_autocast(x):
+            centers, assignment, mass, medoids, inertia = run(
                 chain, "kmedoids", x, weights, mask, counts, init, num_clusters, num_iters, sort
             )
         ctx.num_tokens = x.shape[1]
@@ -72,8 +72,8 @@ class KMedoids(torch.autograd.Function):
 class Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, x, assignment, weights, num_clusters):
-        with registry.no_autocast(x):
-            centers, mass = registry.call(chain, "pool", x, assignment, weights, num_clusters)
+        with no_autocast(x):
+            centers, mass = run(chain, "pool", x, assignment, weights, num_clusters)
         ctx.chain = chain
         ctx.save_for_backward(x, centers, assignment, weights, mass)
         return centers
@@ -92,19 +92,17 @@ class Unpool(torch.autograd.Function):
         ctx.chain = chain
         ctx.num_clusters = centers.shape[1]
         ctx.save_for_backward(assignment)
-        return registry.call(chain, "unpool", centers, assignment)
+        return run(chain, "unpool", centers, assignment)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (assignment,) = ctx.saved_tensors
-        with registry.no_autocast(grad):
-            return None, registry.call(ctx.chain, "unpool_backward", grad, assignment, ctx.num_clusters), None
+        with no_autocast(grad):
+            return None, run(ctx.chain, "unpool_backward", grad, assignment, ctx.num_clusters), None
 
 
 def _pool_backward(ctx, grad_centers, x, centers, assignment, weights, mass):
-    with registry.no_autocast(x):
-        grad_x, grad_weights = registry.call(
-            ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass
-        )
+    with no_autocast(x):
+        grad_x, grad_weights = run(ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass)
     return grad_x, None if weights is None else grad_weights

@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .checks import check_bool, check_int
 from .functional import Clusters, pool
-from .modules import TokenReduction, check_bool, check_int, take_tokens
-from .reference import accumulate_dtype
+from .modules import TokenReduction, take_tokens
+from .ops import accumulate_dtype
 
 __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
 
@@ -100,7 +101,7 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
     def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
         if seed is not None:
-            check_int(type(self).__name__, "seed", seed, 0)
+            check_int(type(self).__name__, "seed", seed, 0, 2**63 - 1)
         self.seed = seed
 
     def priority(self, x, scores):
@@ -114,7 +115,7 @@ class RandomSelection(_Seeded, _Selection):
     def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
         if seed is not None:
-            check_int(type(self).__name__, "seed", seed, 0)
+            check_int(type(self).__name__, "seed", seed, 0, 2**63 - 1)
         self.seed = seed
 
     def priority(self, x, scores):

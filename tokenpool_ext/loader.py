@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from . import fakes
+from . import ops
 
 _HERE = os.path.dirname(__file__)
 MINIMUM_TORCH = (2, 11)
@@ -61,6 +61,6 @@ _load_extension()
 _load_cuda()
 if extension is not None:
     try:
-        fakes.register("tokenpool_ext")
+        ops.register_fakes("tokenpool_ext")
     except RuntimeError as error:  # a library from another version of this package
         extension, extension_reason = None, f"tokenpool_ext._C is not of this version, build it again ({error})"

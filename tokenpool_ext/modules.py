@@ -11,16 +11,15 @@ patch tokens, D features a token, K patch tokens kept.
 
 from __future__ import annotations
 
-import numbers
 from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
-from . import registry, values
+from .checks import check_backend, check_bool, check_choice, check_int, check_ratio
 from .functional import Clusters, kmeans, kmedoids, pool
-from .init import STRATEGIES
-from .reference import accumulate_dtype
+from .ops import accumulate_dtype
+from .starts import STRATEGIES
 
 __all__ = ["TokenPooling", "TokenReduction"]
 
@@ -63,10 +62,7 @@ class TokenReduction(nn.Module):
             keep_ratio = check_ratio(name, "keep_ratio", keep_ratio)
         num_prefix_tokens = check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
         check_bool(name, "return_clusters", return_clusters)
-        if backend is not None and not isinstance(backend, str):
-            raise TypeError(f"{name}: backend must be a str or None, got {type(backend).__name__}")
-        if backend is not None:
-            check_choice(name, "backend", backend, tuple(registry.REGISTRY))
+        check_backend(name, backend)
         self.num_tokens = num_tokens
         self.keep_ratio = keep_ratio
         self._ratio = None if keep_ratio is None else as_fraction(keep_ratio)
@@ -336,30 +332,3 @@ def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
     In integers, so that one compiled graph serves every n. 196 tokens at 1/2 three times: 98, 49, 24.
     """
     return min(max(1, (2 * numerator * n + denominator - 1) // (2 * denominator)), n)
-
-
-def check_int(name: str, argument: str, value, least: int) -> int:
-    value = values.as_int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: {argument} must be at least {least}, got {value}")
-    return value
-
-
-def check_ratio(name: str, argument: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}: {argument} must be in (0, 1], got {value}")
-    return float(value)
-
-
-def check_bool(name: str, argument: str, value) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
-
-
-def check_choice(name: str, argument: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -19,14 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ops import accumulate_dtype
+
 # Products of tokens and centers are made for this many tokens at a time, so that nothing larger than
 # B x CHUNK x K is ever in memory.
 TOKEN_CHUNK = 8192
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums for tokens of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ is looked at where ops are recorded without values, nor on another device, where
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
@@ -66,10 +64,3 @@ def extremes(t: Tensor) -> tuple[int, int]:
         return loader.extension.extremes(t.data_ptr(), t.numel())
     low, high = t.aminmax()
     return int(low), int(high)
-
-
-def as_int(value):
-    """An integer of another library (NumPy's, say) as an int; everything else unchanged, bools and tensors among it."""
-    if isinstance(value, (int, Tensor, torch.SymInt)) or not isinstance(value, numbers.Integral):
-        return value
-    return int(value)

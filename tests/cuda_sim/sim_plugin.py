@@ -21,7 +21,8 @@ import torch
 def pytest_configure(config):
     from helpers import DTYPES, Target
 
-    from tokenpool_ext import registry
+    from tokenpool_ext.backends import REGISTRY, Backend
+    from tokenpool_ext.ops import SCHEMAS
 
     class SimulatedTarget(Target):
         @property
@@ -38,11 +39,9 @@ def pytest_configure(config):
     targets = []
     for path in kept:
         ops = simulator.Simulator(library, path=path)
-        namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in registry.OPS})
+        namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in SCHEMAS})
         name = f"cuda_sim_{path}"
-        registry.REGISTRY[name] = registry.Backend(
-            name, lambda: None, _refuses, lambda namespace=namespace: namespace, starts=("farthest",)
-        )
+        REGISTRY[name] = Backend(name, namespace, lambda: None, _refuses)
         targets.append(SimulatedTarget(name))
     conftest.TARGETS[:] = targets
 

@@ -188,9 +188,9 @@ def run(options: argparse.Namespace, argv: list[str], say: Progress) -> int:
 
 def backend_used() -> str:
     """Name of the backend that ``backend=None`` takes for CPU tensors on this machine."""
-    from ..registry import select
+    from ..backends import select
 
     forced = os.environ.get("TOKENPOOL_EXT_BACKEND")
     if forced:
         return f"{forced} (TOKENPOOL_EXT_BACKEND)"
-    return select("kmeans", torch.empty(0))[0]
+    return select("kmeans", torch.empty(0))[0].name

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 
 import torch
 
+from ..ops import SCHEMAS, register_fakes
 from .errors import KernelUnavailable
 from .launch import ahead, compile_calls
 
 __all__ = [
     "KernelUnavailable",
     "attention_received",
-    "can_run",
     "explain",
     "kmeans",
     "kmedoids",
@@ -30,6 +30,7 @@ __all__ = [
     "unpool",
     "unpool_backward",
     "warmup",
+    "why_not",
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,10 +62,10 @@ def unavailable() -> str | None:
     return None
 
 
-def can_run(op: str, x: torch.Tensor, *args, **kwargs) -> str | None:
+def why_not(op: str, x: torch.Tensor, *args, **kwargs) -> str | None:
     """None, or why `op` cannot run on tensors like `x` (tokens, centers or q; only its device and dtype are read)."""
-    if op not in _SCHEMAS:
-        return f"triton has no operator {op!r}; it has {', '.join(_SCHEMAS)}"
+    if op not in SCHEMAS:
+        return f"triton has no operator {op!r}; it has {', '.join(SCHEMAS)}"
     if x.dtype not in DTYPES:
         return f"triton computes float32, float16 and bfloat16, got {x.dtype}"
     if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
@@ -118,25 +119,10 @@ def explain(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype) 
 
 # ---- operators ---------------------------------------------------------------------------------------------------
 
-_CLUSTER = (
-    "(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
-    " bool sort)"
-)
-_SCHEMAS = {
-    "kmeans": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor)",
-    "kmedoids": _CLUSTER + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "pool": "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor, Tensor)",
-    "pool_backward": "(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
-    " -> (Tensor, Tensor)",
-    "unpool": "(Tensor centers, Tensor assignment) -> Tensor",
-    "unpool_backward": "(Tensor grad, Tensor assignment, SymInt num_clusters) -> Tensor",
-    "attention_received": "(Tensor q, Tensor k, float scale, Tensor? lse) -> Tensor",
-}
-
 
 def _check(op: str, x: torch.Tensor, **others) -> None:
     """Memory-safety checks: device, dtype and shape of everything a kernel dereferences."""
-    reason = can_run(op, x)
+    reason = why_not(op, x)
     if reason is not None:
         raise ValueError(f"{op}: {reason}")
     for name, (tensor, shape, dtypes) in others.items():
@@ -237,53 +223,12 @@ def _attention_received(q, k, scale, lse):
     return ahead("attention_received", (q, k, lse), lambda: run(q, k, scale, lse))
 
 
-def _fake_cluster(x, K):
-    B, N, D = x.shape
-    return (
-        x.new_empty((B, K, D)),
-        x.new_empty((B, N), dtype=torch.int64),
-        x.new_empty((B, K), dtype=torch.float32),
-        x.new_empty((B, K), dtype=torch.int64),
-        x.new_empty((B,), dtype=torch.float32),
-    )
-
-
-def _fake_kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
-    centers, assignment, mass, _, inertia = _fake_cluster(x, num_clusters)
-    return centers, assignment, mass, inertia
-
-
-def _fake_kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
-    return _fake_cluster(x, num_clusters)
-
-
-def _fake_pool(x, assignment, weights, num_clusters):
-    B, _, D = x.shape
-    return x.new_empty((B, num_clusters, D)), x.new_empty((B, num_clusters), dtype=torch.float32)
-
-
-def _fake_pool_backward(grad_centers, x, centers, assignment, weights, mass):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-def _fake_unpool(centers, assignment):
-    return centers.new_empty((centers.shape[0], assignment.shape[1], centers.shape[2]))
-
-
-def _fake_unpool_backward(grad, assignment, num_clusters):
-    return grad.new_empty((grad.shape[0], num_clusters, grad.shape[2]))
-
-
-def _fake_attention_received(q, k, scale, lse):
-    return q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
-
-
 def _register() -> torch.library.Library:
     library = torch.library.Library("tokenpool_ext_triton", "DEF")
-    for name, schema in _SCHEMAS.items():
+    for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"tokenpool_ext_triton::{name}", globals()[f"_fake_{name}"], lib=library)
+    register_fakes("tokenpool_ext_triton", library)
     return library
 
 

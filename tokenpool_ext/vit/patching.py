@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
+from ..checks import check_bool, check_choice, check_int
 from ..functional import attention_received
-from ..modules import TokenPooling, TokenReduction, check_bool, check_choice, check_int
+from ..modules import TokenPooling, TokenReduction
 from . import hf, recording, timm
 from . import schedule as schedules
 from .blocks import HOOKS, SUBMODULE, Block, Family, Replacement, probe, remove_own

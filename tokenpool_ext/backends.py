@@ -22,28 +22,31 @@ from torch import Tensor
 from . import loader, reference, triton  # which imports Triton itself only when asked
 from .errors import KernelUnavailable
 
-OPS = ("kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received")
 ENVIRONMENT = "TOKENPOOL_EXT_BACKEND"
 
 
 class Backend:
-    """A name, a reason for being absent, a check of one problem, and the operators."""
+    """A name, the operators, a reason for being absent, and one for refusing a problem.
 
-    def __init__(
-        self, name: str, unavailable: Callable, refuses: Callable, ops: Callable, starts: tuple[str, ...] = ()
-    ):
+    ops: a namespace with one function per op of ops.py. absent: () -> reason or None. refuses: (op, x) -> reason or
+    None.
+    """
+
+    def __init__(self, name: str, ops, absent: Callable, refuses: Callable):
         self.name = name
-        self.unavailable = unavailable  # () -> reason or None
-        self.refuses = refuses  # (op, x) -> reason or None
-        self.ops = ops  # () -> namespace with one function per op
-        self.starts = starts  # strategies of `init` that kmeans and kmedoids choose themselves when given no indices
+        self.ops = ops
+        self.absent = absent
+        self.refuses = refuses
 
-    def can_run(self, op: str, x: Tensor) -> str | None:
+    def __repr__(self) -> str:
+        return f"Backend({self.name!r})"
+
+    def why_not(self, op: str, x: Tensor) -> str | None:
         """None when this backend can run `op` on tokens like `x`, else the reason why not."""
-        return self.unavailable() or self.refuses(op, x)
+        return self.absent() or self.refuses(op, x)
 
 
-def _cuda_unavailable() -> str | None:
+def _cuda_absent() -> str | None:
     if loader.cuda_reason:
         return loader.cuda_reason
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
@@ -57,7 +60,7 @@ def _cuda_refuses(op: str, x: Tensor) -> str | None:
     return None
 
 
-def _cpu_unavailable() -> str | None:
+def _cpu_absent() -> str | None:
     return loader.extension_reason
 
 
@@ -68,20 +71,20 @@ def _cpu_refuses(op: str, x: Tensor) -> str | None:
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", _cuda_unavailable, _cuda_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
-        Backend("triton", triton.unavailable, triton.can_run, lambda: triton, starts=("farthest",)),
-        Backend("cpu", _cpu_unavailable, _cpu_refuses, lambda: torch.ops.tokenpool_ext, starts=("farthest",)),
-        Backend("reference", lambda: None, lambda op, x: None, lambda: reference, starts=("farthest",)),
+        Backend("cuda", torch.ops.tokenpool_ext, _cuda_absent, _cuda_refuses),
+        Backend("triton", triton, triton.unavailable, triton.why_not),
+        Backend("cpu", torch.ops.tokenpool_ext, _cpu_absent, _cpu_refuses),
+        Backend("reference", reference, lambda: None, lambda op, x: None),
     )
 }
 
 
 def backends() -> dict[str, str]:
     """Every backend by name: "ok", or the reason why it cannot run here. The order is the order of preference."""
-    return {name: backend.unavailable() or "ok" for name, backend in REGISTRY.items()}
+    return {name: backend.absent() or "ok" for name, backend in REGISTRY.items()}
 
 
-def select(op: str, x: Tensor, name: str | None = None) -> tuple[str, ...]:
+def select(op: str, x: Tensor, name: str | None = None) -> tuple[Backend, ...]:
     """The backends to try for `op` on tokens like `x`, best first; exactly one when asked for by name.
 
     Raises:
@@ -98,26 +101,26 @@ def select(op: str, x: Tensor, name: str | None = None) -> tuple[str, ...]:
         raise TypeError(f"{op}: backend must be a string or None, got {type(name).__name__}")
     if name not in REGISTRY:
         raise ValueError(f"{op}: {source} must be one of {', '.join(map(repr, REGISTRY))}, got {name!r}")
-    reason = REGISTRY[name].can_run(op, x)
+    reason = REGISTRY[name].why_not(op, x)
     if reason:
         raise RuntimeError(
             f"{op}: {source}={name!r} cannot run this: {reason}. Leave it out to have a backend chosen, or run"
             " 'python -m tokenpool_ext info'"
         )
-    return (name,)
+    return (REGISTRY[name],)
 
 
-def _willing(op: str, x: Tensor) -> tuple[str, ...]:
-    if x.is_cpu and REGISTRY["cpu"].can_run(op, x) is None:
-        return ("cpu",)
+def _willing(op: str, x: Tensor) -> tuple[Backend, ...]:
     device = x.device.type
     if device == "cpu":
+        if REGISTRY["cpu"].why_not(op, x) is None:
+            return (REGISTRY["cpu"],)
         order = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
     elif device == "cuda":
         order = ("cuda", "triton", "reference")
     else:
         order = ("triton", "reference") if device == "xpu" else ("reference",)
-    return tuple(name for name in order if REGISTRY[name].can_run(op, x) is None)
+    return tuple(REGISTRY[name] for name in order if REGISTRY[name].why_not(op, x) is None)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -133,30 +136,28 @@ def no_autocast(x: Tensor):
     return torch.autocast(kind, enabled=False)
 
 
-_warned = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def call(chain: tuple[str, ...], op: str, *args):
+def run(chain: tuple[Backend, ...], op: str, *args):
     """Run `op` on the first backend of `chain` whose kernel works, warning once for each that does not."""
-    for name in chain[:-1]:
+    last = len(chain) - 1
+    for place, backend in enumerate(chain):
         try:
-            return _run(name, op, args)
+            return getattr(backend.ops, op)(*args)
         except KernelUnavailable as error:
-            if (name, op) not in _warned:
-                _warned.add((name, op))
+            if place == last:
+                raise
+            if (backend.name, op) not in _warned:
+                _warned.add((backend.name, op))
                 warnings.warn(
-                    f"tokenpool_ext: {op} cannot run on backend {name!r} here ({error}); using "
-                    f"{chain[chain.index(name) + 1]!r}",
+                    f"tokenpool_ext: {op} cannot run on backend {backend.name!r} here ({error}); using "
+                    f"{chain[place + 1].name!r}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-    return _run(chain[-1], op, args)
-
-
-def _run(name: str, op: str, args: tuple):
-    try:
-        return getattr(REGISTRY[name].ops(), op)(*args)
-    except RuntimeError as error:  # the stable ABI loses the type, by which callers know that a smaller batch may do
-        if name == "cuda" and "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
-            raise torch.OutOfMemoryError(str(error)) from None
-        raise
+        except RuntimeError as error:  # the stable ABI loses the type, by which callers know a smaller batch may do
+            if backend.name == "cuda" and "out of memory" in str(error):
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise torch.OutOfMemoryError(str(error)) from None
+            raise

@@ -1,10 +1,32 @@
-"""Shapes and dtypes of the compiled ops' results, for torch.compile and torch.export."""
+"""The operators below the public functions: names, schemas, and the shapes and dtypes of their results.
+
+Every backend has one function per op with these arguments. `torch.ops.tokenpool_ext` gets its schemas in csrc/ops.cpp
+(a test compares them), `torch.ops.tokenpool_ext_triton` from here; the fakes serve torch.compile and torch.export.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from .reference import accumulate_dtype
+_CLUSTER = (
+    "(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
+    " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, "
+)
+SCHEMAS = {
+    "kmeans": _CLUSTER + "Tensor inertia)",
+    "kmedoids": _CLUSTER + "Tensor medoids, Tensor inertia)",
+    "pool": "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor centers, Tensor mass)",
+    "pool_backward": "(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
+    " -> (Tensor grad_x, Tensor grad_weights)",
+    "unpool": "(Tensor centers, Tensor assignment) -> Tensor",
+    "unpool_backward": "(Tensor grad, Tensor assignment, SymInt num_clusters) -> Tensor",
+    "attention_received": "(Tensor q, Tensor k, float scale, Tensor? lse) -> Tensor",
+}
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums for tokens of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
@@ -55,7 +77,7 @@ FAKES = {
 }
 
 
-def register(namespace: str) -> None:
+def register_fakes(namespace: str, lib: torch.library.Library | None = None) -> None:
     """Register the fakes for every op of `namespace` (once)."""
     for name, fake in FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=lib)

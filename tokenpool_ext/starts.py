@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from . import loader, values
-from .reference import accumulate_dtype, pool, power_of_two_scale, spread
+from .backends import no_autocast
+from .ops import accumulate_dtype
+from .reference import pool, power_of_two_scale, spread
 
 STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
 
@@ -23,7 +25,28 @@ STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
 SORTED_HERE = 1 << 15  # scores of "topk"; torch sorts more of them with all threads
 
 
-def without_ops(
+def make(
+    name: str,
+    x: Tensor,
+    num_clusters: int,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    counts: Tensor | None,
+    generator: torch.Generator | None,
+    as_indices: bool,
+) -> Tensor:
+    """What an op is given for this start: indices or centers as `initial` makes them, no indices (B, 0) for "farthest",
+    which every op chooses itself."""
+    if name == "farthest":
+        return x.new_empty(x.shape[0], 0, dtype=torch.int64)
+    start = _without_ops(name, x, num_clusters, weights, mask, counts)
+    if start is not None:
+        return start
+    with torch.no_grad(), no_autocast(x):
+        return initial(name, x, num_clusters, weights, mask, counts, generator, as_indices)
+
+
+def _without_ops(
     name: str, x: Tensor, num_clusters: int, weights: Tensor | None, mask: Tensor | None, counts: Tensor | None
 ) -> Tensor | None:
     """The indices of `initial` where the extension can make them at once, in a microsecond instead of twenty; else

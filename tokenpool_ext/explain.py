@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import loader, registry, values
-from .functional import FLOATING
-from .init import STRATEGIES
-from .reference import accumulate_dtype
+from . import loader
+from .backends import ENVIRONMENT, REGISTRY, select
+from .checks import FLOATING, check_choice, check_int
+from .ops import accumulate_dtype
+from .starts import STRATEGIES
 
 CPU_PATHS = ("gram", "direct", "streamed")
 CUDA_PATHS = ("resident", "gram", "streaming", "spread")  # numbered as csrc/planner_cuda.h does
@@ -69,22 +70,18 @@ def explain(
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size below 1, K above N, an unknown init or algorithm, a dtype no backend takes, or a path in
             TOKENPOOL_EXT_CPU_PATH (.._CUDA_PATH) that there is not.
         RuntimeError: TOKENPOOL_EXT_BACKEND names a backend that cannot run this.
     """
-    B, N, K, D, num_iters = (values.as_int(value) for value in (B, N, K, D, num_iters))
-    for argument, value in (("B", B), ("N", N), ("K", K), ("D", D), ("num_iters", num_iters)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"explain: {argument} must be a positive int, got {value!r}")
-    if K > N:
-        raise ValueError(f"explain: K must be at most N = {N}, got {K}")
+    B, N, D = (check_int("explain", argument, value, 1) for argument, value in (("B", B), ("N", N), ("D", D)))
+    K, num_iters = check_int("explain", "K", K, 1, N), check_int("explain", "num_iters", num_iters, 1)
     if dtype not in FLOATING:
         raise ValueError(f"explain: dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype}")
     if init not in (None, *STRATEGIES, "centers"):
         raise ValueError(f"explain: init must be one of {', '.join(STRATEGIES)}, or centers, got {init!r}")
-    if algorithm not in ("kmeans", "kmedoids"):
-        raise ValueError(f"explain: algorithm must be kmeans or kmedoids, got {algorithm!r}")
+    check_choice("explain", "algorithm", algorithm, ("kmeans", "kmedoids"))
     medoids, farthest = algorithm == "kmedoids", init == "farthest"
     given = init == "centers" or (init == "bipartite" and not medoids)
     if medoids and given:
@@ -94,12 +91,12 @@ def explain(
         return _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, compute_capability, "")
     acc = accumulate_dtype(dtype)
     probe = _Probe(device, dtype)
-    chain = registry.select(algorithm, probe)
-    name = chain[0]
-    better = list(registry.REGISTRY)[: list(registry.REGISTRY).index(name)]
-    reasons = {other: registry.REGISTRY[other].can_run(algorithm, probe) for other in better}
-    asked = os.environ.get(registry.ENVIRONMENT)
-    otherwise = f"{registry.ENVIRONMENT}={asked} asks for another" if asked else "not preferred on this device"
+    chosen = select(algorithm, probe)[0]
+    name = chosen.name
+    better = list(REGISTRY)[: list(REGISTRY).index(name)]
+    reasons = {other: REGISTRY[other].why_not(algorithm, probe) for other in better}
+    asked = os.environ.get(ENVIRONMENT)
+    otherwise = f"{ENVIRONMENT}={asked} asks for another" if asked else "not preferred on this device"
     refusals = "; ".join(f"{other} ({reason or otherwise})" for other, reason in reasons.items())
     item = torch.empty((), dtype=dtype).element_size()
     moved = B * (N * D + K * D) * item + B * N * 8
@@ -150,7 +147,7 @@ def explain(
             refusals,
             gpu.multi_processor_count,
         )
-    found = registry.REGISTRY[name].ops().explain(B, N, K, D, num_iters, dtype)
+    found = chosen.ops.explain(B, N, K, D, num_iters, dtype)
     return Plan(
         path=found["path"],
         flops=found["flops"],

@@ -1,0 +1,341 @@
+"""Checks of the arguments of the public functions and layers; what is below them may trust its inputs.
+
+Each check names the argument, what was expected, what came and, where it helps, the remedy: TypeError for a wrong kind,
+ValueError for a wrong value. `name` is the function or layer that was called.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from . import values
+from .backends import REGISTRY
+from .ops import accumulate_dtype
+from .starts import STRATEGIES
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+LARGEST = 2**31 - 1  # of what the kernels count in int32
+
+
+# ---- numbers, flags and names ----------------------------------------------------------------------------------------
+
+
+def check_int(name: str, argument: str, value, least: int, most: int | None = None, *, kind="an int", hint=""):
+    """An integer of any library (no bool) from `least` to `most`, as an int or, where sizes are symbols, a SymInt.
+
+    most: None for the largest int32, in which kernels count; a symbol is not compared with that (it would be a guard).
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        value = int(value)  # NumPy's
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: {argument} must be {kind}, got {type(value).__name__}")
+    above = value > most if most is not None else isinstance(value, int) and value > LARGEST
+    if above or value < least:
+        limit = "2^31 - 1" if most is None else f"N = {most}" if argument in ("num_clusters", "K") else most
+        raise ValueError(f"{name}: {argument} must be from {least} to {limit}, got {value}{hint if above else ''}")
+    return value
+
+
+def check_ratio(name: str, argument: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: {argument} must be in (0, 1], got {value}")
+    return float(value)
+
+
+def check_bool(name: str, argument: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
+
+
+def check_choice(name: str, argument: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_backend(name: str, backend) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{name}: backend must be a str or None, got {type(backend).__name__}")
+    if backend is not None:
+        check_choice(name, "backend", backend, tuple(REGISTRY))
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
+    """(K, counts): the number of clusters in the output, and the per-image numbers or None."""
+    b, n, _ = x3.shape
+    if not isinstance(num_clusters, Tensor):
+        most = n if b > 0 else None
+        kind = "an int or a (B,) integer tensor"
+        return check_int(name, "num_clusters", num_clusters, 1, most, kind=kind, hint="; ask for fewer clusters"), None
+    if num_clusters.dtype not in INTEGER:
+        raise TypeError(
+            f"{name}: num_clusters must be an int or an integer tensor, got a tensor of {num_clusters.dtype}"
+        )
+    expected = (b,) if batched else ()
+    if tuple(num_clusters.shape) not in {expected, (b,)}:
+        raise ValueError(f"{name}: num_clusters must have shape (B,) = {(b,)}, got {tuple(num_clusters.shape)}")
+    check_device(name, "num_clusters", num_clusters, x3)
+    counts = num_clusters.reshape(b).to(torch.int64)
+    if b == 0:
+        return 1, counts
+    low, high = int(counts.amin()), int(counts.amax())  # the output's shape depends on it: the one synchronisation
+    if low < 1 or high > n:
+        raise ValueError(
+            f"{name}: num_clusters must be from 1 to N = {n}, got values from {low} to {high}"
+            f"{'; ask for fewer clusters' if high > n else ''}"
+        )
+    return high, counts
+
+
+def check_tensor(name: str, argument: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: {argument} must be a dense tensor, got a nested one; pad it with "
+            "torch.nested.to_padded_tensor and pass mask"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}; call .to_dense() first")
+
+
+def check_floating(name: str, argument: str, value) -> None:
+    check_tensor(name, argument, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {value.dtype}; convert "
+            "it with .float()"
+        )
+
+
+def check_dims(name: str, argument: str, value: Tensor, least: int, most: int, shape: str) -> int:
+    if not least <= value.dim() <= most:
+        raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(value.shape)}")
+    return value.dim()
+
+
+def check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(
+            f"{name}: {argument} must be on the device of the tokens, {x.device}, got {value.device}; move "
+            "it with .to()"
+        )
+
+
+def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: bool) -> Tensor:
+    """Check the shape (B, N), or (N,) beside unbatched tokens, and return it as (B, N)."""
+    expected = x3.shape[:2] if batched else x3.shape[1:2]
+    if value.shape != expected:
+        label = "(B, N)" if batched else "(N,)"
+        raise ValueError(f"{name}: {argument} must have shape {label} = {tuple(expected)}, got {tuple(value.shape)}")
+    check_device(name, argument, value, x3)
+    return value if batched else value[None]
+
+
+def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # asking torch first takes two microseconds
+
+
+def check_mask(name: str, mask, x3: Tensor, batched: bool) -> Tensor | None:
+    if mask is None:
+        return None
+    check_tensor(name, "mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: mask must be bool (True = real token), got {mask.dtype}; write mask != 0")
+    return _per_token(name, "mask", mask, x3, batched)
+
+
+def check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Tensor | None = None) -> Tensor | None:
+    if weights is None:
+        return None
+    check_tensor(name, "weights", weights)
+    if weights.dtype.is_complex:
+        raise TypeError(f"{name}: weights must be real, got {weights.dtype}")
+    weights = _converted(_per_token(name, "weights", weights, x3, batched), accumulate_dtype(x3.dtype))
+    if values.visible(weights) and values.any_negative(weights, mask):
+        negative = weights < 0 if mask is None else (weights < 0) & mask
+        least = float(weights.detach()[negative].amin())
+        raise ValueError(f"{name}: weights must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
+    return weights
+
+
+def _next_valid(mask: Tensor) -> Tensor:
+    """(B, N): the first valid token from each place on, or the last valid one; 0 in an image of padding alone."""
+    n = mask.shape[1]
+    index = torch.arange(n, device=mask.device).expand_as(mask)
+    after = torch.where(mask, index, n).flip(1).cummin(1).values.flip(1)
+    last = torch.where(mask, index, 0).amax(1, keepdim=True)
+    return torch.where(after < n, after, last)
+
+
+def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Tensor | None) -> None:
+    bad = ~torch.isfinite(x3).all(2)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        image, token = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: x must be finite, got NaN or infinity at image {image}, token {token} "
+            f"({int(bad.sum())} tokens in all);"
+            " mask them or pass check_finite=False"
+        )
+    if weights is not None:
+        bad = ~torch.isfinite(weights) if mask is None else ~torch.isfinite(weights) & mask
+        if bad.any():
+            image, token = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"{name}: weights must be finite, got {float(weights[image, token].detach()):g} at image "
+                f"{image}, token {token};"
+                " replace it or pass check_finite=False"
+            )
+
+
+def check_assignment(name: str, assignment, values: Tensor, batched: bool, same_length: bool = True) -> Tensor:
+    check_tensor(name, "assignment", assignment)
+    if assignment.dtype not in INTEGER:
+        raise TypeError(f"{name}: assignment must hold integers, got {assignment.dtype}")
+    if assignment.dim() != (2 if batched else 1):
+        raise ValueError(
+            f"{name}: assignment must have shape {'(B, N)' if batched else '(N,)'} beside"
+            f" {'batched' if batched else 'unbatched'} tokens, got {tuple(assignment.shape)}"
+        )
+    assignment = assignment if batched else assignment[None]
+    expected = values.shape[:2] if same_length else values.shape[:1]
+    if assignment.shape[: len(expected)] != expected:
+        raise ValueError(
+            f"{name}: assignment must have shape {'(B, N) = ' if same_length else '(B, N) with B = '}{tuple(expected)},"
+            f" got {tuple(assignment.shape)}"
+        )
+    check_device(name, "assignment", assignment, values)
+    return _converted(assignment, torch.int64)
+
+
+def check_labels(name: str, assignment: Tensor, num_clusters) -> None:
+    """Labels beyond the clusters are an error where values may be looked at; elsewhere they count as -1."""
+    if values.visible(assignment) and assignment.numel():
+        low, high = values.extremes(assignment)
+        if low < -1 or high >= num_clusters:
+            raise ValueError(
+                f"{name}: assignment must hold labels from -1 to K-1 = {num_clusters - 1}, got values from "
+                f"{low} to {high}"
+            )
+
+
+def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batched: bool) -> str | Tensor:
+    """The name of a strategy, (B, K) int64 token indices, or (B, K, D) centers in acc."""
+    b, n, d = x3.shape
+    if init is None:
+        init = "strided" if weights is None else "topk"
+    if isinstance(init, str):
+        if init not in STRATEGIES:
+            raise ValueError(
+                f"{name}: init must be one of {', '.join(map(repr, STRATEGIES))} or a tensor, got {init!r}"
+            )
+        if init == "bipartite" and counts is None and mask is None and 2 * k < n:
+            raise ValueError(
+                f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init"
+            )
+        if init == "bipartite" and (counts is not None or mask is not None) and values.visible(x3) and b:
+            num_valid = torch.full((b,), n) if mask is None else mask.sum(1)
+            fewest = torch.full((b,), k) if counts is None else counts
+            if (2 * fewest < num_valid).any():
+                raise ValueError(
+                    f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid "
+                    "tokens; use another init"
+                )
+        return init
+    if not isinstance(init, Tensor):
+        raise TypeError(f"{name}: init must be a string, a tensor or None, got {type(init).__name__}")
+    check_tensor(name, "init", init)
+    check_device(name, "init", init, x3)
+    if init.dtype in INTEGER:
+        expected = (b, k) if batched else (k,)
+        if init.shape != expected:
+            label = "(B, K)" if batched else "(K,)"
+            raise ValueError(
+                f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}"
+            )
+        init = _converted(init if batched else init[None], torch.int64)
+        if init.numel() and values.visible(init):
+            # Entries of clusters that an image does not have may be anything: every backend clamps what it reads.
+            used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
+            low, high = values.extremes(used)
+            if low < 0 or high >= n:
+                raise ValueError(
+                    f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}"
+                )
+        return init if mask is None or n == 0 else _next_valid(mask).gather(1, init.clamp(0, n - 1))
+    if init.dtype not in FLOATING:
+        raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")
+    if name == "kmedoids":
+        raise TypeError(
+            f"{name}: init must be token indices (integers) or a strategy, got {init.dtype}; medoids are tokens"
+        )
+    expected = (b, k, d) if batched else (k, d)
+    if init.shape != expected:
+        label = "(B, K, D)" if batched else "(K, D)"
+        raise ValueError(f"{name}: init must hold centers of shape {label} = {expected}, got {tuple(init.shape)}")
+    return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
+
+
+def check_finite_centers(name: str, start: Tensor, counts: Tensor | None) -> None:
+    if not start.is_floating_point():
+        return
+    used = start if counts is None else start[torch.arange(start.shape[1], device=start.device) < counts[:, None]]
+    if not torch.isfinite(used).all():
+        raise ValueError(
+            f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it"
+        )
+
+
+def check_generator(name: str, generator, x3: Tensor) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator.device.type != x3.device.type:
+        raise ValueError(
+            f"{name}: generator must be on the device of the tokens, {x3.device}, got {generator.device};"
+            f" make it with torch.Generator({str(x3.device)!r})"
+        )
+
+
+def check_attention(q, k, scale, lse) -> tuple[float, Tensor | None]:
+    """Check the arguments of `attention_received`; returns (scale, lse in acc)."""
+    name = "attention_received"
+    check_floating(name, "q", q)
+    check_floating(name, "k", k)
+    check_dims(name, "q", q, 4, 4, "(B, H, Nq, d)")
+    check_dims(name, "k", k, 4, 4, "(B, H, N, d)")
+    if k.dtype != q.dtype:
+        raise TypeError(f"{name}: k must have the dtype of q, {q.dtype}, got {k.dtype}; convert one of them")
+    check_device(name, "k", k, q)
+    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        raise ValueError(
+            f"{name}: k must have the batch, heads and width of q, got k {tuple(k.shape)} for q {tuple(q.shape)};"
+            " repeat grouped key heads first"
+        )
+    if scale is None:
+        scale = max(q.shape[3], 1) ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
+        raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
+    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"{name}: scale must be finite, got {scale}")
+    if lse is not None:
+        check_tensor(name, "lse", lse)
+        if lse.shape != q.shape[:3]:
+            raise ValueError(f"{name}: lse must have shape (B, H, Nq) = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+        if lse.dtype not in FLOATING:
+            raise TypeError(f"{name}: lse must be floating, got {lse.dtype}")
+        check_device(name, "lse", lse, q)
+        lse = lse.detach().to(accumulate_dtype(q.dtype))
+    return float(scale), lse
