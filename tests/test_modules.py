@@ -271,6 +271,73 @@ def test_bipartite_matching_by_hand():
     torch.testing.assert_close(y[0, 4], (x[0, 4] + 3 * x[0, 5]) / 4)
 
 
+ATTRIBUTES = [  # layer, attribute, a new value, the layer made with that value
+    (TokenPooling(keep_ratio=0.9), "keep_ratio", 0.5, TokenPooling(keep_ratio=0.5)),
+    (TokenPooling(20), "num_tokens", 7, TokenPooling(7)),
+    (TokenPooling(keep_ratio=0.9), "num_tokens", 7, TokenPooling(7)),
+    (TokenPooling(7), "keep_ratio", 0.25, TokenPooling(keep_ratio=0.25)),
+    (TokenPooling(7), "algorithm", "kmedoids", TokenPooling(7, algorithm="kmedoids")),
+    (TokenPooling(7), "weighted", False, TokenPooling(7, weighted=False)),
+    (TokenPooling(7), "num_iters", 1, TokenPooling(7, num_iters=1)),
+    (TokenPooling(7), "init", "strided", TokenPooling(7, init="strided")),
+    (TokenPooling(7), "sort", False, TokenPooling(7, sort=False)),
+    (TokenPooling(7), "num_prefix_tokens", 3, TokenPooling(7, num_prefix_tokens=3)),
+    (TokenPooling(7, algorithm="kmedoids"), "emit", "mean", TokenPooling(7, algorithm="kmedoids", emit="mean")),
+    (RandomSelection(7, seed=1), "seed", 2, RandomSelection(7, seed=2)),
+    (GridPooling(6), "grid_size", (4, 9), GridPooling(6, grid_size=(4, 9))),
+    (BipartiteMatching(18), "sort", False, BipartiteMatching(18, sort=False)),
+]
+
+
+@pytest.mark.parametrize("layer, attribute, value, made", ATTRIBUTES, ids=lambda v: v if isinstance(v, str) else "")
+def test_an_attribute_set_later_is_the_attribute_given_at_first(layer, attribute, value, made):
+    generator = torch.Generator().manual_seed(4)
+    x, scores = torch.randn(2, 37, 5, generator=generator), torch.rand(2, 37, generator=generator)
+    layer, before = copy.deepcopy(layer), layer(x, scores)
+    setattr(layer, attribute, value)
+    assert torch.equal(layer(x, scores), made(x, scores)) and repr(layer) == repr(made)
+    assert layer(x, scores).shape != before.shape or not torch.equal(layer(x, scores), before)
+
+
+@pytest.mark.parametrize(
+    "layer, attribute, value, error",
+    [
+        (TokenPooling(7), "num_tokens", 0, ValueError),
+        (TokenPooling(7), "num_tokens", None, ValueError),
+        (TokenPooling(7), "keep_ratio", 1.5, ValueError),
+        (TokenPooling(7), "keep_ratio", "half", TypeError),
+        (TokenPooling(7), "algorithm", "mean", ValueError),
+        (TokenPooling(7), "num_iters", 2.0, TypeError),
+        (TokenPooling(7), "init", "best", ValueError),
+        (TokenPooling(7), "emit", "medoid", ValueError),
+        (TokenPooling(7, algorithm="kmedoids", emit="medoid"), "algorithm", "kmeans", ValueError),
+        (TokenPooling(keep_ratio=0.5, init="bipartite"), "keep_ratio", 0.4, ValueError),
+        (TokenPooling(keep_ratio=0.4), "init", "bipartite", ValueError),
+        (TokenPooling(7), "weighted", 1, TypeError),
+        (TokenPooling(7), "backend", "gpu", ValueError),
+        (TokenPooling(7), "num_prefix_tokens", -1, ValueError),
+        (TokenPooling(7), "return_clusters", None, TypeError),
+        (ImportanceSampling(7), "seed", -1, ValueError),
+        (GridPooling(7), "grid_size", (0, 4), ValueError),
+        (BipartiteMatching(7), "sort", 0, TypeError),
+    ],
+)
+def test_a_wrong_value_set_later_is_refused_and_changes_nothing(layer, attribute, value, error):
+    before = dict(layer.__dict__)
+    with pytest.raises(error, match=attribute.split("_")[0]):
+        setattr(layer, attribute, value)
+    assert layer.__dict__ == before
+
+
+def test_an_annealed_keep_ratio_while_compiled():
+    layer = TokenPooling(keep_ratio=0.9, weighted=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for ratio, left in ((0.9, 91), (0.5, 51), (0.7, 71)):
+        layer.keep_ratio = ratio
+        assert compiled(torch.randn(1, 101, 8)).shape[1] == left
+
+
 @pytest.mark.parametrize(
     "arguments, error, words",
     [

@@ -7,14 +7,12 @@ selection assigns -1 to the tokens it dropped; ``Clusters.inertia`` is None, for
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from .checks import check_bool, check_int
 from .functional import Clusters, pool
-from .modules import TokenReduction, take_tokens
+from .modules import TokenReduction, cached, take_tokens
 from .ops import accumulate_dtype
 
 __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
@@ -78,6 +76,9 @@ class _Seeded:
 
     seed: int | None
 
+    def _check_seed(self, value) -> int | None:
+        return None if value is None else check_int(type(self).__name__, "seed", value, 0, 2**63 - 1)
+
     def _uniform(self, x: Tensor) -> Tensor:
         shape = x.shape[:2]
         if self.seed is None:
@@ -100,8 +101,6 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
 
     def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
-        if seed is not None:
-            check_int(type(self).__name__, "seed", seed, 0, 2**63 - 1)
         self.seed = seed
 
     def priority(self, x, scores):
@@ -114,8 +113,6 @@ class RandomSelection(_Seeded, _Selection):
 
     def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
-        if seed is not None:
-            check_int(type(self).__name__, "seed", seed, 0, 2**63 - 1)
         self.seed = seed
 
     def priority(self, x, scores):
@@ -135,21 +132,19 @@ class GridPooling(TokenReduction):
 
     def __init__(self, num_tokens: int | None = None, *, grid_size: tuple[int, int] | None = None, **common) -> None:
         super().__init__(num_tokens, **common)
-        if grid_size is not None:
-            name = type(self).__name__
-            if not isinstance(grid_size, (tuple, list)) or len(grid_size) != 2:
-                raise TypeError(f"{name}: grid_size must be (h, w), got {grid_size!r}")
-            for side in grid_size:
-                check_int(name, "grid_size", side, 1)
-            grid_size = tuple(grid_size)
         self.grid_size = grid_size
+
+    def _check_grid_size(self, value) -> tuple[int, int] | None:
+        if value is None:
+            return None
+        name = type(self).__name__
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise TypeError(f"{name}: grid_size must be (h, w), got {value!r}")
+        return tuple(check_int(name, "grid_size", side, 1) for side in value)
 
     def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
         b, n, _ = x.shape
-        find = (
-            grid_cells.__wrapped__ if torch.compiler.is_compiling() else grid_cells
-        )  # the compiler sees through caches
-        cells = find(n, k, *(self.grid_size or (1, 1)))
+        cells = grid_cells(n, k, *(self.grid_size or (1, 1)))
         assignment = torch.tensor(cells, device=x.device).expand(b, n)
         if mask is not None:
             assignment = torch.where(mask, assignment, -1)
@@ -159,7 +154,7 @@ class GridPooling(TokenReduction):
         return [] if self.grid_size is None else [f"grid_size={self.grid_size}"]
 
 
-@lru_cache(maxsize=256)
+@cached
 def grid_cells(n: int, k: int, height: int, width: int) -> tuple[int, ...]:
     """The cell of each of n raster-ordered tokens when an image of that aspect is cut into k <= n cells, none empty."""
     rows = _bands(n, height, width)
@@ -201,8 +196,10 @@ class BipartiteMatching(TokenReduction):
 
     def __init__(self, num_tokens: int | None = None, *, sort: bool = True, **common) -> None:
         super().__init__(num_tokens, **common)
-        check_bool(type(self).__name__, "sort", sort)
         self.sort = sort
+
+    def _check_sort(self, value) -> bool:
+        return check_bool(type(self).__name__, "sort", value)
 
     def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
         if mask is not None:

@@ -49,21 +49,24 @@ def check_ratio(name: str, argument: str, value) -> float:
     return float(value)
 
 
-def check_bool(name: str, argument: str, value) -> None:
+def check_bool(name: str, argument: str, value) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
+    return value
 
 
-def check_choice(name: str, argument: str, value, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, argument: str, value, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
-def check_backend(name: str, backend) -> None:
+def check_backend(name: str, backend) -> str | None:
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"{name}: backend must be a str or None, got {type(backend).__name__}")
     if backend is not None:
         check_choice(name, "backend", backend, tuple(REGISTRY))
+    return backend
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

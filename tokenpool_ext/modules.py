@@ -11,6 +11,7 @@ patch tokens, D features a token, K patch tokens kept.
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 
 import torch
@@ -50,31 +51,51 @@ class TokenReduction(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
         if (num_tokens is None) == (keep_ratio is None):
             raise ValueError(
-                f"{name}: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r},"
+                f"{type(self).__name__}: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r},"
                 f" keep_ratio={keep_ratio!r}"
             )
-        if num_tokens is not None:
-            num_tokens = check_int(name, "num_tokens", num_tokens, 1)
-        if keep_ratio is not None:
-            keep_ratio = check_ratio(name, "keep_ratio", keep_ratio)
-        num_prefix_tokens = check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
-        check_bool(name, "return_clusters", return_clusters)
-        check_backend(name, backend)
-        self.num_tokens = num_tokens
-        self.keep_ratio = keep_ratio
-        self._ratio = None if keep_ratio is None else as_fraction(keep_ratio)
+        if keep_ratio is None:
+            self.num_tokens = num_tokens
+        else:
+            self.keep_ratio = keep_ratio
         self.num_prefix_tokens = num_prefix_tokens
         self.return_clusters = return_clusters
         self.backend = backend
+
+    def __setattr__(self, attribute: str, value) -> None:
+        """Every assignment, also one after construction, is checked by ``_check_<attribute>`` where there is one."""
+        check = getattr(self, f"_check_{attribute}", None)
+        super().__setattr__(attribute, value if check is None else check(value))
+        other = {"num_tokens": "keep_ratio", "keep_ratio": "num_tokens"}.get(attribute)
+        if other is not None:  # two rules for one number: the one set last holds
+            self.__dict__[other] = None
+
+    def _check_num_tokens(self, value) -> int:
+        if value is None:
+            raise ValueError(f"{type(self).__name__}: num_tokens must be an int, got None; set keep_ratio instead")
+        return check_int(type(self).__name__, "num_tokens", value, 1)
+
+    def _check_keep_ratio(self, value) -> float:
+        if value is None:
+            raise ValueError(f"{type(self).__name__}: keep_ratio must be a float, got None; set num_tokens instead")
+        return check_ratio(type(self).__name__, "keep_ratio", value)
+
+    def _check_num_prefix_tokens(self, value) -> int:
+        return check_int(type(self).__name__, "num_prefix_tokens", value, 0)
+
+    def _check_return_clusters(self, value) -> bool:
+        return check_bool(type(self).__name__, "return_clusters", value)
+
+    def _check_backend(self, value) -> str | None:
+        return check_backend(type(self).__name__, value)
 
     def tokens_kept(self, num_patches: int) -> int:
         """K for an image of ``num_patches`` patch tokens (never more than it has)."""
         if self.num_tokens is not None:
             return min(self.num_tokens, num_patches)
-        return kept_by_ratio(num_patches, *self._ratio)
+        return kept_by_ratio(num_patches, *as_fraction(self.keep_ratio))
 
     def reduce(
         self,
@@ -230,35 +251,60 @@ class TokenPooling(TokenReduction):
             return_clusters=return_clusters,
             backend=backend,
         )
-        name = type(self).__name__
-        check_choice(name, "algorithm", algorithm, ("kmeans", "kmedoids"))
-        check_bool(name, "weighted", weighted)
-        check_bool(name, "sort", sort)
-        num_iters = check_int(name, "num_iters", num_iters, 1)
-        if init is not None and not isinstance(init, str):
-            raise TypeError(
-                f"{name}: init must be the name of a strategy or None, got {type(init).__name__}; call"
-                " tokenpool_ext.kmeans for a start given as a tensor"
-            )
-        if init is not None:
-            check_choice(name, "init", init, STRATEGIES)
-        if init == "bipartite" and self.keep_ratio is not None and self.keep_ratio < 0.5:
-            raise ValueError(
-                f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {self.keep_ratio:g}; use another init"
-            )
-        if emit is None:
-            emit = "medoid" if algorithm == "kmedoids" else "mean"
-        check_choice(name, "emit", emit, ("mean", "medoid"))
-        if emit == "medoid" and algorithm == "kmeans":
-            raise ValueError(
-                f"{name}: emit='medoid' needs algorithm='kmedoids', got {algorithm!r}; K-Means has no medoids"
-            )
         self.algorithm = algorithm
         self.weighted = weighted
         self.num_iters = num_iters
         self.init = init
         self.emit = emit
         self.sort = sort
+
+    def _check_algorithm(self, value) -> str:
+        check_choice(type(self).__name__, "algorithm", value, ("kmeans", "kmedoids"))
+        self._check_together(algorithm=value)
+        return value
+
+    def _check_weighted(self, value) -> bool:
+        return check_bool(type(self).__name__, "weighted", value)
+
+    def _check_num_iters(self, value) -> int:
+        return check_int(type(self).__name__, "num_iters", value, 1)
+
+    def _check_init(self, value) -> str | None:
+        name = type(self).__name__
+        if value is not None and not isinstance(value, str):
+            raise TypeError(
+                f"{name}: init must be the name of a strategy or None, got {type(value).__name__}; call"
+                " tokenpool_ext.kmeans for a start given as a tensor"
+            )
+        if value is not None:
+            check_choice(name, "init", value, STRATEGIES)
+        self._check_together(init=value)
+        return value
+
+    def _check_keep_ratio(self, value) -> float:
+        value = super()._check_keep_ratio(value)
+        self._check_together(keep_ratio=value)
+        return value
+
+    def _check_emit(self, value) -> str | None:
+        if value is not None:
+            check_choice(type(self).__name__, "emit", value, ("mean", "medoid"))
+        self._check_together(emit=value)
+        return value
+
+    def _check_sort(self, value) -> bool:
+        return check_bool(type(self).__name__, "sort", value)
+
+    def _check_together(self, **new) -> None:
+        """What one attribute says about another, with ``new`` in place of what is set."""
+        name = type(self).__name__
+        value = {**self.__dict__, **new}.get
+        if value("init") == "bipartite" and value("keep_ratio") is not None and value("keep_ratio") < 0.5:
+            raise ValueError(
+                f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {value('keep_ratio'):g}; use another init"
+            )
+        if value("emit") == "medoid" and value("algorithm") == "kmeans":
+            raise ValueError(f"{name}: emit='medoid' needs algorithm='kmedoids', got 'kmeans'; K-Means has no medoids")
 
     @property
     def needs_scores(self) -> bool:
@@ -275,7 +321,7 @@ class TokenPooling(TokenReduction):
         clusters = cluster(
             on, k, weights=weights, init=init, num_iters=self.num_iters, mask=mask, sort=self.sort, backend=self.backend
         )
-        if self.emit == "mean":
+        if self._emitted() == "mean":
             if features is None and self.algorithm == "kmeans":
                 return clusters.centers, clusters
             return pool(x, clusters.assignment, k, weights=weights, backend=self.backend), clusters
@@ -283,12 +329,15 @@ class TokenPooling(TokenReduction):
             return clusters.centers, clusters
         return take_tokens(x, clusters.medoids), clusters
 
+    def _emitted(self) -> str:
+        return self.emit or ("medoid" if self.algorithm == "kmedoids" else "mean")
+
     def _options(self) -> list[str]:
         options = [
             f"algorithm={self.algorithm!r}",
             f"weighted={self.weighted}",
             f"num_iters={self.num_iters}",
-            f"emit={self.emit!r}",
+            f"emit={self._emitted()!r}",
         ]
         if self.init is not None:
             options.append(f"init={self.init!r}")
@@ -320,6 +369,18 @@ def _identity(x: Tensor, scores: Tensor | None, mask: Tensor | None) -> Clusters
     return Clusters(x, index, mass, index, torch.zeros(b, dtype=acc, device=x.device))
 
 
+def cached(function):
+    """Remembers results, except while torch.compile looks: it traces the function itself."""
+    remembered = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (function if torch.compiler.is_compiling() else remembered)(*args)
+
+    return call
+
+
+@cached
 def as_fraction(ratio: float) -> tuple[int, int]:
     """A ratio as numerator and denominator (at most 10000): 0.7 is 7/10."""
     fraction = Fraction(ratio).limit_denominator(10000)
