@@ -213,16 +213,6 @@ def test_what_has_no_gradient_says_so(backend):
         assert not tp.kmeans(x, 4, weights=w, backend=backend.name).centers.requires_grad
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_second_derivatives_are_refused_or_right(backend, algorithm):
-    x = tokens(1, 8, 2, device=backend.device).requires_grad_()
-    c = getattr(tp, algorithm)(x, 3, backend=backend.name).centers
-    (g,) = torch.autograd.grad(c.square().sum(), x, create_graph=True)
-    if g.requires_grad:
-        with pytest.raises(RuntimeError):
-            torch.autograd.grad(g.sum(), x)
-
-
 def test_only_weights_or_only_tokens(backend):
     x, w = tokens(2, 12, 3, device=backend.device), positive_weights(2, 12, device=backend.device)
     a = torch.arange(12, device=backend.device).expand(2, 12) % 4

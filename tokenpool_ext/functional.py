@@ -160,7 +160,7 @@ def pool(
     weights = check_weights(name, weights, x3, batched)
     chain = select("pool", x3, backend)
     if autograd.wanted(x3, weights):
-        centers = autograd.Pool.apply(chain, x3, assignment, weights, num_clusters)
+        centers = autograd.pool(chain, x3, assignment, weights, num_clusters)
     else:
         with no_autocast(x3):
             centers, _ = run(chain, "pool", x3, assignment, weights, num_clusters)
@@ -185,10 +185,7 @@ def unpool(centers: Tensor, assignment: Tensor, *, backend: str | None = None) -
     assignment = check_assignment(name, assignment, centers3, batched, same_length=False)
     check_labels(name, assignment, centers3.shape[1])
     chain = select("unpool", centers3, backend)
-    if autograd.wanted(centers3):
-        tokens = autograd.Unpool.apply(chain, centers3, assignment)
-    else:
-        tokens = run(chain, "unpool", centers3, assignment)
+    tokens = autograd.unpool(chain, centers3, assignment)
     return tokens if batched else tokens[0]
 
 
@@ -245,7 +242,7 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
         check_finite_centers(name, start, counts)
     arguments = (x3, weights, mask, counts, start, k, num_iters, sort)
     if autograd.wanted(x3, weights):
-        result = (autograd.KMeans if name == "kmeans" else autograd.KMedoids).apply(chain, *arguments)
+        result = (autograd.kmeans if name == "kmeans" else autograd.kmedoids)(chain, *arguments)
     else:
         with no_autocast(x3):
             result = run(chain, name, *arguments)

@@ -6,6 +6,8 @@ Every backend has one function per op with these arguments. `torch.ops.tokenpool
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 _CLUSTER = (
@@ -77,7 +79,25 @@ FAKES = {
 }
 
 
+def more_images(function, info, in_dims, *args):
+    """The rule of `torch.vmap` for a function of tensors that all begin with the images B: more images."""
+    size = info.batch_size
+
+    def fold(value, dim):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.reshape(size * value.shape[1], *value.shape[2:])
+
+    out = function(*map(fold, args, in_dims))
+    parts = out if isinstance(out, (tuple, list)) else (out,)
+    parts = tuple(part.reshape(size, part.shape[0] // size, *part.shape[1:]) for part in parts)
+    return (parts, (0,) * len(parts)) if isinstance(out, (tuple, list)) else (parts[0], 0)
+
+
 def register_fakes(namespace: str, lib: torch.library.Library | None = None) -> None:
-    """Register the fakes for every op of `namespace` (once)."""
+    """Register the fakes, and the rule of `torch.vmap`, for every op of `namespace` (once)."""
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=lib)
+        op = getattr(getattr(torch.ops, namespace), name)
+        torch.library.register_vmap(f"{namespace}::{name}", functools.partial(more_images, op), lib=lib)

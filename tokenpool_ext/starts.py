@@ -176,11 +176,11 @@ def _bipartite(
     merged = place < merges[:, None]  # (B, |A|): this A token joins its partner
 
     # A cluster is named by the rank of its destination: an unmerged A token, or any B token. Names -> 0..K-1 by rank.
-    destination = torch.arange(n, device=device).repeat(b, 1)
-    destination[:, 0::2] = torch.where(merged, rank_b[partner], rank_a)
-    is_destination = torch.ones(b, n, dtype=torch.bool, device=device)
-    is_destination[:, 0::2] = ~merged
-    is_destination &= torch.arange(n, device=device) < num_valid[:, None]
+    rank = torch.arange(n, device=device)
+    of_a = rank % 2 == 0
+    joined = torch.where(merged, rank_b[partner], rank_a).repeat_interleave(2, 1)[:, :n]
+    destination = torch.where(of_a, joined, rank)
+    is_destination = (destination == rank) & (rank < num_valid[:, None])
     if as_indices:
         first = is_destination.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
         return order.gather(1, first)

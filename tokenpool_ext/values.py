@@ -28,7 +28,17 @@ def recorded() -> bool:
 
 def visible(t: Tensor) -> bool:
     """May ops of torch look at the values?"""
-    return t.is_cpu and type(t).__name__ != "FakeTensor" and not recorded()
+    return t.is_cpu and type(t).__name__ != "FakeTensor" and not recorded() and not _batched(t)
+
+
+def _batched(t: Tensor) -> bool:
+    """Does `torch.vmap` stand for many tensors with this one?"""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    while torch._C._are_functorch_transforms_active() and wrapped(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def plain(t: Tensor) -> bool:
