@@ -71,13 +71,16 @@ def test_schedules():
     assert explicit([9, 9, 4, 4]) == {0: 9, 2: 4}
     assert normalise(4, {2: 3, 0: 8}) == {0: 8, 2: 3}
     assert tokens_after(3, 5, {0: 0.01}) == [1, 1, 1]
+    assert normalise(4, {-1: 3, -4: 8}) == {0: 8, 3: 3}
+    assert tokens_after(4, 20, dict.fromkeys(range(4), -8)) == [12, 6, 3, 2], "at most half of them go"
     for call in (
         lambda: constant(12, 0),
         lambda: constant(0, 0.5),
         lambda: geometric(12, 10, 11),
         lambda: normalise(4, {0: 3, 1: 4}),
         lambda: normalise(4, {}),
-        lambda: normalise(4, {-1: 4}),
+        lambda: normalise(4, {-5: 4}),
+        lambda: normalise(4, {-1: 4, 3: 4}),
         lambda: normalise(4, {0: 2.0}),
     ):
         with pytest.raises(ValueError, match="schedule"):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import tokenpool_ext as tp
+from tokenpool_ext import vit
 from tokenpool_ext.modules import TokenReduction
-from tokenpool_ext.vit import patch, patching, record, unpatch
+from tokenpool_ext.vit import patching, record, unpatch
 from tokenpool_ext.viz import compose
 
 transformers = pytest.importorskip("transformers")
@@ -27,6 +28,10 @@ def build(kind="Dinov2WithRegisters"):
             if parameter.dim() == 2:
                 parameter.normal_(std=0.3)
     return model
+
+
+def patch(model, **options):
+    return vit.patch(model, **{"outside": "short", **options})
 
 
 def photos(batch, seed=1):
@@ -66,10 +71,10 @@ def test_labels_name_the_tokens_that_come_out():
     """Pooling after the block: the pooled tokens are the means of the tokens that the clusters name."""
     model, inputs = build("ViT"), []
     patch(model, num_tokens={1: 6}, position="block", weighted=False)
-    block = patching.patches(model)[0].block
+    block = patching.patches(model)[0][0]
     handle = block.tokenpool.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     outputs = []
-    other = block.tokenpool.register_forward_hook(lambda m, args, out: outputs.append(out))
+    other = block.tokenpool.register_forward_hook(lambda m, args, out: outputs.append(out[0]))
     with record(model) as r:
         model(photos(3))
     handle.remove(), other.remove()
@@ -154,9 +159,9 @@ def test_what_cannot_be_recorded_is_named():
         def forward(self, x, scores=None, *, features=None, mask=None, sizes=None):
             return x[:, :5]
 
-    patch(model, num_tokens={1: 4}, pooling=lambda **_: Own())
-    with pytest.raises(TypeError, match="Own, which tells no clusters"), record(model):
-        pass
+    with record(patch(model, num_tokens={1: 5}, pooling=lambda **_: Own())) as r:  # the nearest of its tokens
+        model(photos(2))
+    assert r.assignment.shape == (2, 16) and set(r.assignment.flatten().tolist()) == set(range(4))
     patch(model, num_tokens={1: 4})
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tokenpool_ext import unpool
-from tokenpool_ext.vit import patch, patching, record, tokens_per_layer, unpatch
+from tokenpool_ext import unpool, vit
+from tokenpool_ext.vit import patching, record, tokens_per_layer, unpatch
 
 timm = pytest.importorskip("timm")
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
@@ -37,6 +37,11 @@ MODELS = {
         ),
     ),
 }
+
+
+def patch(model, **options):
+    """The pooled tokens themselves, fewer; tests/test_vit_any.py looks at the default, as many as before."""
+    return vit.patch(model, **{"outside": "short", **options})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -184,31 +189,26 @@ def test_compile_fullgraph(images):
 
 
 @torch.no_grad()
-def test_masks_are_refused_where_tokens_are_pooled(images):
+def test_masks_follow_the_tokens(images):
+    """Keys that nobody sees: whatever they hold, the other tokens do not change."""
     model = build("vit")
-    mask = torch.zeros(1, 1, 17, 17)
+    mask = torch.ones(2, 1, 1, 17, dtype=torch.bool)
+    mask[:, :, :, 13:] = False
     try:
         model.forward_features(images, attn_mask=mask)
     except TypeError:
         pytest.skip("this timm has no attention masks")
-    patch(model, num_tokens={1: 10})
-    with pytest.raises(ValueError, match="mask"):
-        model.forward_features(images, attn_mask=mask)
+    patch(model, num_tokens={1: 8, 2: 5}, outside="full")
+    other = images.clone()
+    other[:, :, 48:, :] = 7.0  # the patches 12 to 15, tokens 13 to 16
+    ours, theirs = (model.forward_features(x, attn_mask=mask)[:, :13] for x in (images, other))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_unknown_models_are_named():
     swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
     with pytest.raises(TypeError, match="SwinTransformer"):
         patch(swin, keep_ratio=0.5)
-    from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
-
-    with pytest.raises(TypeError, match="ParallelScalingBlock"):
-        patch(VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), keep_ratio=0.5)
-    with pytest.raises(ValueError, match="ResPostBlock"):
-        patch(VisionTransformer(**SMALL, block_fn=ResPostBlock), keep_ratio=0.5)
-    eva = timm.create_model("eva02_tiny_patch14_224", depth=1)
-    with pytest.raises(TypeError, match="rotary"):
-        patch(eva, keep_ratio=0.5)
 
 
 MAPS = dict(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4)
@@ -216,48 +216,27 @@ MAPS = dict(img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 4])
-def test_feature_maps_of_pooled_tokens_are_refused(registers, images):
+def test_feature_maps_stay_whole(registers, images):
     plain = timm.create_model("vit_base_patch16_224", reg_tokens=registers, **MAPS).eval()
-    model = patch(copy.deepcopy(plain), keep_ratio=0.5, layers=[1, 2, 3])
+    model = vit.patch(copy.deepcopy(plain), keep_ratio=0.5, layers=[1, 2, 3], position="block")
+    maps, wanted = model.forward_intermediates(images)[1], plain.forward_intermediates(images)[1]
+    assert [m.shape for m in maps] == [m.shape for m in wanted] and torch.equal(maps[0], wanted[0])
+    for i, count in ((1, 32), (2, 16), (3, 8)):
+        assert all(len(image.flatten(1).T.unique(dim=0)) == count for image in maps[i]), "one token for each cluster"
     for call in (
-        lambda m: m.forward_intermediates(images),
-        lambda m: m.forward_intermediates(images, [-3], output_fmt="NCHW", intermediates_only=True),
-        lambda m: m.forward_intermediates(images, indices=2, intermediates_only=True),
+        lambda m: m.forward_intermediates(images, [-3], output_fmt="NLC", intermediates_only=True),
+        lambda m: m.forward_intermediates(images, indices=2, stop_early=True)[1],
         lambda m: m.get_intermediate_layers(images, n=2, reshape=True),
-        lambda m: m.get_intermediate_layers(images, [0, 1], True),
+        lambda m: [m(images)],
     ):
-        for other in (model, copy.deepcopy(model)):
-            with pytest.raises(
-                ValueError, match="from block [123] on, this patched model has fewer than the 8 x 8 tokens"
-            ):
-                call(other)
-        call(plain)
-    maps = model.forward_intermediates(images, [0], intermediates_only=True)  # a block before the first that pools
-    assert torch.equal(maps[0], plain.forward_intermediates(images, [0], intermediates_only=True)[0])
-    assert model.get_intermediate_layers(images, n=[0], reshape=True)[0].shape == (2, 64, 8, 8)
-    final, tokens = model.forward_intermediates(images, output_fmt="NLC")
-    assert [t.shape[1] for t in tokens] == [64, 32, 16, 8] and torch.equal(final, model.forward_features(images))
-    assert [t.shape[1] for t in model.get_intermediate_layers(images, n=2)] == [16, 8]
-    with record(model) as r:
-        tokens = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
-    spread = [unpool(t, r.assignment_after(i)) for i, t in enumerate(tokens)]
-    assert all(s.shape == (2, 64, 64) for s in spread) and torch.equal(spread[0], tokens[0])
-    assert all(len(image.unique(dim=0)) == t.shape[1] for s, t in zip(spread, tokens) for image in s)
+        assert [m.shape for m in call(model)] == [m.shape for m in call(plain)]
+        assert all(torch.equal(a, b) for a, b in zip(call(model), call(copy.deepcopy(model))))
     for kept in (dict(keep_ratio=1.0), dict(num_tokens={1: 64})):
-        ours = patch(model, **kept).forward_intermediates(images)[1]
-        assert all(torch.equal(a, b) for a, b in zip(ours, plain.forward_intermediates(images)[1]))
-    unpatch(model)
-    assert not {"forward_intermediates", "get_intermediate_layers"} & set(model.__dict__)
-    assert model.forward_intermediates(images)[1][3].shape == (2, 64, 8, 8)
-
-
-def test_feature_extractors_are_refused():
-    with pytest.raises(TypeError, match="FeatureGetterNet .*features_only=True.* tokenpool_ext.vit.record"):
-        patch(timm.create_model("vit_base_patch16_224", features_only=True, **MAPS), keep_ratio=0.5)
-    extractor = timm.create_model("vit_base_patch16_224", features_only=True, **MAPS)
-    patch(extractor.model, keep_ratio=0.5)
-    with pytest.raises(ValueError, match="8 x 8 tokens"):
-        extractor(torch.randn(1, 3, 64, 64))
+        ours = vit.patch(model, **kept).forward_intermediates(images)[1]
+        assert all(torch.equal(a, b) for a, b in zip(ours, wanted))
+    extractor = timm.create_model("vit_base_patch16_224", features_only=True, **MAPS).eval()
+    shapes = [m.shape for m in extractor(images)]
+    assert [m.shape for m in vit.patch(extractor, keep_ratio=0.5)(images)] == shapes
 
 
 @torch.no_grad()

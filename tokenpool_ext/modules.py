@@ -31,7 +31,7 @@ class TokenReduction(nn.Module):
     A subclass implements :meth:`reduce`. ``needs_scores`` tells a model adapter whether ``scores`` make a difference.
 
     Args:
-        num_tokens: K, the number of *patch* tokens kept (prefix tokens come on top).
+        num_tokens: K, the number of *patch* tokens kept (prefix tokens come on top); -r: all but r, but at least half.
         keep_ratio: instead of ``num_tokens``: K = keep_ratio * n, 0 < keep_ratio <= 1, rounded to the nearest (halves
             down), at least 1.
         num_prefix_tokens: P, tokens in front that pass through unchanged.
@@ -75,7 +75,8 @@ class TokenReduction(nn.Module):
     def _check_num_tokens(self, value) -> int:
         if value is None:
             raise ValueError(f"{type(self).__name__}: num_tokens must be an int, got None; set keep_ratio instead")
-        return check_int(type(self).__name__, "num_tokens", value, 1)
+        value = check_int(type(self).__name__, "num_tokens", value, -(2**31))
+        return value or check_int(type(self).__name__, "num_tokens", value, 1)
 
     def _check_keep_ratio(self, value) -> float:
         if value is None:
@@ -94,7 +95,7 @@ class TokenReduction(nn.Module):
     def tokens_kept(self, num_patches: int) -> int:
         """K for an image of ``num_patches`` patch tokens (never more than it has)."""
         if self.num_tokens is not None:
-            return min(self.num_tokens, num_patches)
+            return kept_by_count(num_patches, self.num_tokens)
         return kept_by_ratio(num_patches, *as_fraction(self.keep_ratio))
 
     def reduce(
@@ -385,6 +386,11 @@ def as_fraction(ratio: float) -> tuple[int, int]:
     """A ratio as numerator and denominator (at most 10000): 0.7 is 7/10."""
     fraction = Fraction(ratio).limit_denominator(10000)
     return max(fraction.numerator, 1), fraction.denominator
+
+
+def kept_by_count(n: int, count: int) -> int:
+    """Tokens kept of n: ``count``, or, if that is negative, all but so many, of which at most half go."""
+    return min(count, n) if count > 0 else n - min(-count, n // 2)
 
 
 def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:

@@ -136,23 +136,27 @@ def costs(rows: list[Variant]) -> None:
 class Watch:
     """Context: records what enters and leaves every block and pooling module of ``model`` during forwards.
 
-    ``calls[block] = (module, args, kwargs, output)`` of each pooling module; ``lengths[block]``: tokens after it.
+    ``calls[block] = (module, args, kwargs, output)`` of each pooling module; ``lengths[block]``: tokens after it,
+    of which the block hands out as many copies as the model expects.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.model, self.calls, self.lengths, self._hooks = model, {}, {}, []
+        self.model, self.calls, self.lengths, self.left, self._hooks = model, {}, {}, 0, []
 
     def __enter__(self) -> Watch:
         for index, module in pooling_modules(self.model):
 
             def keep(module, args, kwargs, output, index=index):
                 self.calls[index] = (module, args, kwargs, output)
+                self.left = (output[0] if isinstance(output, tuple) else output).shape[1]
 
             self._hooks.append(module.register_forward_hook(keep, with_kwargs=True))
         for index, block in enumerate(blocks_of(self.model)):
 
             def measure(module, args, output, index=index):
-                self.lengths[index] = (output[0] if isinstance(output, tuple) else output).shape[1]
+                if index == 0 and 0 not in self.calls:
+                    self.left = (output[0] if isinstance(output, tuple) else output).shape[1]
+                self.lengths[index] = self.left
 
             self._hooks.append(block.register_forward_hook(measure))
         return self

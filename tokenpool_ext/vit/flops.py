@@ -22,8 +22,8 @@ from torch import nn
 
 from ..baselines import BipartiteMatching
 from ..modules import TokenPooling
+from . import finding, halves
 from . import schedule as schedules
-from .blocks import names_in, submodule
 
 __all__ = ["Cost", "ViTSpec", "cost", "gmacs", "tokens_per_layer"]
 
@@ -44,22 +44,26 @@ class ViTSpec:
     @classmethod
     def from_model(cls, model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ViTSpec:
         """Read it off a supported model. ``image_size``: pixels, a side or (height, width); None: the model's own."""
-        from .patching import find_family
-
-        family = find_family(model, "ViTSpec.from_model")
-        block = family.blocks[0]
-        linear = [m for part in block.mlp_modules() for m in part.modules() if isinstance(m, nn.Linear)]
-        embedding = _patch_projection(family.model)
-        side = _own_size(family.model) if image_size is None else image_size
+        found = finding.find_blocks(model, None, "ViTSpec.from_model")
+        block, owner = found.blocks[0], _with_stem(found)
+        parts = halves.find(block)
+        if parts is None:
+            raise TypeError(f"cost: {type(block).__name__} has no attention and MLP known here; use ViTSpec(...)")
+        linear = [m for part in parts.mlp for m in getattr(block, part).modules() if isinstance(m, nn.Linear)]
+        attention = list(getattr(block, parts.attention).modules())
+        names = ("num_heads", "num_attention_heads")
+        num_heads = next((getattr(m, n) for m in attention for n in names if hasattr(m, n)), 0)
+        embedding = _patch_projection(owner)
+        side = _own_size(owner) if image_size is None else image_size
         height, width = (side, side) if isinstance(side, int) else side
         patch_h, patch_w = embedding.kernel_size
-        heads = [m for m in _heads(model, family.model)]
+        heads = list(_heads(model, owner))
         return cls(
-            depth=len(family.blocks),
+            depth=len(found.blocks),
             width=embedding.out_channels,
             num_patches=(height // patch_h) * (width // patch_w),
-            num_prefix_tokens=family.num_prefix_tokens,
-            num_heads=block.num_heads,
+            num_prefix_tokens=finding.count_prefix(found)[0],
+            num_heads=num_heads,
             patch_inputs=embedding.in_channels * patch_h * patch_w,
             mlp_macs=sum(m.in_features * m.out_features for m in linear),
             num_classes=sum(m.in_features * m.out_features for m in heads) // embedding.out_channels,
@@ -123,7 +127,7 @@ def cost(
     "what if" of a model, give a ``schedule`` and the pooling by name: "kmeans", "kmedoids", "bipartite", or anything
     else for one that costs nothing; ``scores``: whether significance scores are computed.
     """
-    spec, poolings, forwards = _inputs(model, schedule, image_size)
+    spec, poolings, plans = _inputs(model, schedule, image_size)
     m, p = spec.width, spec.num_prefix_tokens
     mlp_macs = spec.mlp_macs or 8 * m * m
     left = spec.num_patches
@@ -135,12 +139,12 @@ def cost(
         attention += 2 * n * n * m
         place, on = position, cluster_on
         if after < left:
-            forward = forwards.get(layer)
-            if forward is None:
+            plan = plans.get(layer)
+            if plan is None:
                 kind, iters, scored = pooling, num_iters, scores
             else:
-                place, on = forward.position, forward.cluster_on
-                kind, iters, scored = _describe(forward.pooling)
+                place, on = plan.position, plan.cluster_on
+                kind, iters, scored = _describe(poolings[layer])
             width = m // spec.num_heads if on == "keys" and spec.num_heads else m
             score += 2 * n * n * m if scored else 0
             clustering += _clustering(kind, left, after, width, iters)
@@ -181,13 +185,13 @@ def _inputs(model, schedule, image_size):
     """(spec, {layer: count, ratio or module}, {layer: patched forward})."""
     if isinstance(model, ViTSpec):
         return model, schedules.normalise(model.depth, schedule) if schedule else {}, {}
-    from .patching import patches
+    from .patching import patched_blocks, patches
 
     spec = ViTSpec.from_model(model, image_size)
     if schedule is not None:
         return spec, schedules.normalise(spec.depth, schedule) if schedule else {}, {}
-    forwards = {forward.index: forward for forward in patches(model) if forward.pooling is not None}
-    return spec, {layer: forward.pooling for layer, forward in forwards.items()}, forwards
+    poolings = patched_blocks(model)
+    return spec, poolings, {place.index: place.plan for _, place in patches(model) if place.index in poolings}
 
 
 def _kept(left: int, entry) -> int:
@@ -197,14 +201,22 @@ def _kept(left: int, entry) -> int:
 
 
 def _patch_projection(model: nn.Module) -> nn.Conv2d:
-    stem = submodule(model, "embeddings", "patch_embed")
-    stem = submodule(stem, "patch_embeddings") or stem
-    projection = submodule(stem, "projection", "proj")
-    if names_in(stem, "backbone") or not isinstance(projection, nn.Conv2d):
+    stem = _child(model, "embeddings", "patch_embed")
+    stem = _child(stem, "patch_embeddings") or stem
+    projection = _child(stem, "projection", "proj")
+    if _child(stem, "backbone") or not isinstance(projection, nn.Conv2d):
         raise ValueError(
             f"cost: the stem {type(stem).__name__} is not a plain patch projection; describe it with ViTSpec(...)"
         )
     return projection
+
+
+def _with_stem(found) -> nn.Module:
+    return next((m for m in found.owners if _child(m, "embeddings", "patch_embed")), found.owners[-1])
+
+
+def _child(owner, *names: str) -> nn.Module | None:
+    return next((m for m in (getattr(owner, name, None) for name in names) if isinstance(m, nn.Module)), None)
 
 
 def _own_size(model: nn.Module):

@@ -1,24 +1,21 @@
-"""The work of ``patch`` and ``unpatch``: find the blocks, check them, give the chosen instances a new ``forward``."""
+"""The work of ``patch`` and ``unpatch``: find the blocks, prove them, give the touched ones a pooling class."""
 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from ..checks import check_bool, check_choice, check_int
-from ..functional import attention_received
 from ..modules import TokenPooling, TokenReduction
-from . import hf, recording, timm
+from . import finding, pooled, probing
 from . import schedule as schedules
-from .blocks import HOOKS, SUBMODULE, Block, Family, Replacement, probe, remove_own
+from .pooled import PLACE, SUBMODULE, Place, Plan, PooledBlock
 
-SIZES = "_tokenpool_sizes"
 POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "kmeans": partial(TokenPooling, algorithm="kmeans"),
     "kmedoids": partial(TokenPooling, algorithm="kmedoids"),
@@ -29,219 +26,87 @@ POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "bipartite": BipartiteMatching,
 }
 RESERVED = ("num_tokens", "keep_ratio", "num_prefix_tokens", "return_clusters", "algorithm")
-
-
-class PooledForward(Replacement):
-    """The ``forward`` of a patched block instance: its two halves with the pooling in between, or after them.
-
-    Holds only what does not change between calls. What flows from block to block, the sizes when they are tracked, is
-    an attribute of the token tensor itself.
-    """
-
-    def __init__(
-        self,
-        view: Block,
-        index: int,
-        *,
-        position: str,
-        cluster_on: str,
-        track_size: bool,
-        expects_sizes: bool,
-        num_prefix_tokens: int,
-        returns_tuple: bool,
-    ) -> None:
-        self.view = view
-        self.index = index
-        self.position = position
-        self.cluster_on = cluster_on
-        self.track_size = track_size
-        self.expects_sizes = expects_sizes
-        self.num_prefix_tokens = num_prefix_tokens
-        self.returns_tuple = returns_tuple
-
-    @property
-    def block(self) -> nn.Module:
-        return self.view.block
-
-    @property
-    def pooling(self) -> nn.Module | None:
-        return self.block._modules.get(SUBMODULE)
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        block = self.block
-        if self.pooling is not None:
-            self.check(x)
-            recording.entered(self, x)
-        if not self.track_size and not self.reduces(x):
-            return type(block).forward(block, x, *args, **kwargs)
-        if getattr(block, "gradient_checkpointing", False) and block.training:
-            # transformers 5 checkpoints inside the class's forward, which this replaces; 4.x does it in __call__.
-            if type(block).__call__ is nn.Module.__call__:
-                return block._gradient_checkpointing_func(partial(self.run, **kwargs), x, *args)
-        return self.run(x, *args, **kwargs)
-
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        view = self.view
-        pooling = self.pooling if self.reduces(x) else None
-        sizes = self.sizes_of(x) if self.track_size else None
-        if pooling is None and sizes is None:
-            out = type(view.block).forward(view.block, x, *args, **kwargs)
-            return self.with_sizes(out, None)
-        if view.given_mask(args, kwargs) is not None:
-            raise ValueError(
-                f"{type(view.block).__name__}: an attention mask was given, but this block is patched to pool tokens,"
-                " after which the mask fits no more; unpatch(model), or leave the mask out"
-            )
-        bias = None
-        if sizes is not None:
-            bias = sizes.log().to(x.dtype)[:, None, None, :]
-        wants_scores = pooling is not None and getattr(pooling, "needs_scores", True)
-        wants_keys = pooling is not None and self.cluster_on == "keys"
-        record: dict | None = {} if wants_scores or wants_keys else None
-        tokens, rest = view.attend(x, args, kwargs, bias, record)
-        scores = features = None
-        if record is not None:
-            q, k = view.queries_and_keys(record)
-            if wants_scores:
-                scores = significance(q.detach(), k.detach(), view.scale, sizes)
-            if wants_keys:
-                features = k.detach().mean(dim=1)
-        if self.position == "attention":
-            tokens, sizes = self.pool(pooling, tokens, scores, features, sizes)
-            tokens = view.feed_forward(tokens)
-        else:
-            tokens = view.feed_forward(tokens)
-            tokens, sizes = self.pool(pooling, tokens, scores, features, sizes)
-        tokens = self.with_sizes(tokens, sizes)
-        return (tokens, *rest) if self.returns_tuple else tokens
-
-    def check(self, x: Tensor) -> None:
-        name = type(self.block).__name__
-        if torch.jit.is_tracing():
-            raise RuntimeError(
-                f"block {self.index} ({name}): a patched model cannot be traced by torch.jit.trace, which "
-                "turns numbers of"
-                " tokens into tensors; use torch.export.export"
-            )
-        if x.shape[1] <= self.num_prefix_tokens:
-            raise ValueError(
-                f"block {self.index} ({name}): num_prefix_tokens = {self.num_prefix_tokens} tokens in front are never"
-                f" pooled, but only {x.shape[1]} tokens came; patch with fewer prefix tokens"
-            )
-
-    def reduces(self, x: Tensor) -> bool:
-        """Whether this block has fewer tokens to give than it gets."""
-        pooling = self.pooling
-        if pooling is None:
-            return False
-        if not isinstance(pooling, TokenReduction):
-            return True
-        n = x.shape[1] - self.num_prefix_tokens
-        return pooling.tokens_kept(n) < n
-
-    def pool(self, pooling, tokens, scores, features, sizes):
-        if pooling is None:
-            return tokens, sizes
-        records = recording.active(self)
-        if records:
-            pooling = partial(recording.reduce_recorded, records, self.index, pooling)
-        if not self.track_size:
-            return pooling(tokens, scores, features=features), None
-        if sizes is None:
-            sizes = torch.ones(tokens.shape[:2], device=tokens.device)
-        return pooling(tokens, scores, features=features, sizes=sizes)
-
-    def sizes_of(self, x: Tensor) -> Tensor | None:
-        sizes = getattr(x, SIZES, None)
-        if sizes is None and self.expects_sizes and not hasattr(x, SIZES):
-            raise RuntimeError(
-                f"block {self.index}: track_size=True, but the token sizes did not arrive with the tokens of the block"
-                " before; something between the blocks made a new tensor (reentrant gradient checkpointing does: use"
-                " use_reentrant=False), or patch with track_size=False"
-            )
-        return sizes
-
-    def with_sizes(self, out, sizes):
-        if self.track_size:
-            setattr(out[0] if isinstance(out, tuple) else out, SIZES, sizes)
-        return out
-
-
-def significance(q: Tensor, k: Tensor, scale: float, sizes: Tensor | None) -> Tensor:
-    """(B, N) attention received. With sizes s, that of softmax(scale q.k + log s): one more feature carries log s."""
-    if sizes is None:
-        # The usual scale by its default: a float attribute would become a symbol in dynamic compilation.
-        return attention_received(q, k, scale=None if scale == q.shape[3] ** -0.5 else scale)
-    b, h, n, _ = k.shape
-    q = torch.cat([q.float() * scale, q.new_ones(q.shape[:3] + (1,), dtype=torch.float32)], dim=3)
-    k = torch.cat([k.float(), sizes.float().log()[:, None, :, None].expand(b, h, n, 1)], dim=3)
-    return attention_received(q, k, scale=1.0)
+DEFAULT_RATIO = 0.7
 
 
 def apply_patch(
     model: nn.Module,
     *,
-    num_tokens,
-    keep_ratio,
-    layers,
+    blocks,
+    schedule: dict,
     pooling,
-    position,
-    cluster_on,
-    track_size,
-    num_prefix_tokens,
+    position: str | None,
+    outside: str | None,
+    cluster_on: str | None,
+    track_size: bool | None,
+    num_prefix_tokens: int | None,
+    protect,
+    example,
     pooling_options: dict,
 ) -> nn.Module:
     """See ``tokenpool_ext.patch``. Everything is checked before anything is changed."""
-    family = find_family(model)
-    blocks = family.blocks
-    plan = make_schedule(len(blocks), num_tokens, keep_ratio, layers)
-    check_choice("patch", "position", position, ("attention", "block"))
-    if cluster_on is None:
-        cluster_on = "keys" if pooling == "bipartite" else "tokens"
-    check_choice("patch", "cluster_on", cluster_on, ("tokens", "keys"))
-    check_bool("patch", "track_size", track_size)
-    prefix = family.num_prefix_tokens
+    found = finding.find_blocks(model, blocks)
+    depth = len(found.blocks)
+    counts = make_schedule(depth, **schedule)
+    for name, value, choices in (
+        ("position", position, ("attention", "block", None)),
+        ("outside", outside, ("full", "short", None)),
+        ("cluster_on", cluster_on, ("tokens", "keys", None)),
+    ):
+        check_choice("patch", name, value, choices)
+    if track_size is not None:
+        check_bool("patch", "track_size", track_size)
+    prefix, suffix = finding.count_prefix(found)
+    if finding.is_mixed(found) and num_prefix_tokens is None and protect is None:
+        raise ValueError(
+            f"patch: {type(model).__name__} has words and patches in one sequence, which must not be pooled together;"
+            " say how many tokens in front are words with num_prefix_tokens=..., or which ones with protect=..."
+        )
     if num_prefix_tokens is not None:
         prefix = check_int("patch", "num_prefix_tokens", num_prefix_tokens, 0)
+    plan = Plan(
+        depth=depth,
+        first=min(counts),
+        prefix=prefix,
+        suffix=suffix,
+        protect=protected_indices(protect),
+        outside=outside or "full",
+        position="block",
+        cluster_on=cluster_on or ("keys" if pooling == "bipartite" else "tokens"),
+        track_size=False,
+        schedule=counts,
+    )
     make = pooling_factory(pooling, pooling_options)
-
-    first = min(plan)
-    touched = [i for i in range(len(blocks)) if i in plan or (track_size and i > first)]
-    prepared = []
+    touched = list(range(plan.first, depth))
     for i in touched:
-        view = blocks[i]
-        check_untouched(view, i, track_size)
-        returns_tuple = probe(view, prefix)
-        module = None
-        if i in plan:
-            value = plan[i]
-            amount = {"num_tokens": value} if isinstance(value, int) else {"keep_ratio": value}
-            module = make(**amount, num_prefix_tokens=prefix)
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"patch: pooling must make an nn.Module, got {type(module).__name__}")
-            module.train(view.block.training)
-        forward = PooledForward(
-            view,
-            i,
-            position=position,
-            cluster_on=cluster_on,
-            track_size=track_size,
-            expects_sizes=i > first,
-            num_prefix_tokens=prefix,
-            returns_tuple=returns_tuple,
+        check_untouched(found.blocks[i], i)
+    modules = {i: make_pooling(make, value, plan, found.blocks[i]) for i, value in counts.items()}
+    parts = probing.probe(found, touched, plan, example, position)
+    if position == "attention" or (position is None and all(parts[i] is not None for i in counts)):
+        plan.position = "attention"
+    else:
+        parts = dict.fromkeys(parts)
+    if track_size and not plan.form.attends:
+        raise ValueError(
+            f"patch: track_size=True adds to the logits of an attention product, but none is seen in"
+            f" {found.block_name}; use track_size=False"
         )
-        prepared.append((view, forward, module))
+    plan.track_size = plan.form.attends if track_size is None else track_size
 
     remove_patch(model)
-    for view, forward, module in prepared:
-        if module is not None:
-            view.block.add_module(SUBMODULE, module)
-            if getattr(module, "needs_scores", True) or cluster_on == "keys":
-                for name, projection in view.projections.items():
-                    projection.register_forward_hook(HOOKS[name])
-        view.block.forward = forward
-    family.guard()
+    for i in touched:
+        pooled.install(found.blocks[i], Place(plan, i, parts[i]), modules.get(i))
     return model
+
+
+def make_pooling(make: Callable, value: int | float, plan: Plan, block: nn.Module) -> nn.Module:
+    amount = {"num_tokens": value} if isinstance(value, int) else {"keep_ratio": value}
+    module = make(**amount, num_prefix_tokens=plan.num_protected)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"patch: pooling must make an nn.Module, got {type(module).__name__}")
+    if isinstance(module, TokenReduction):
+        module.return_clusters = True
+    return module.train(block.training)
 
 
 def remove_patch(model: nn.Module) -> nn.Module:
@@ -249,63 +114,48 @@ def remove_patch(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be an nn.Module, got {type(model).__name__}")
     for module in list(model.modules()):
-        if isinstance(module.__dict__.get("forward"), PooledForward):
-            module._modules.pop(SUBMODULE, None)
-        remove_own(module, (*HOOKS.values(), hf.drop_made_mask))
+        pooled.remove(module)
     return model
 
 
+def patches(model: nn.Module) -> list[tuple[nn.Module, Place]]:
+    """The patched blocks of a model and their places, in order of depth."""
+    found = {id(m): (m, m.__dict__[PLACE]) for m in model.modules() if PLACE in m.__dict__}
+    return sorted(found.values(), key=lambda pair: pair[1].index)
+
+
 def patched_blocks(model: nn.Module) -> dict[int, nn.Module]:
-    """The pooling module of every pooling block by block index; empty when the model is not patched."""
-    return {forward.index: forward.pooling for forward in patches(model) if forward.pooling is not None}
+    """The pooling module of every pooling block by block index; empty when the model is not patched.
 
-
-def patches(model: nn.Module) -> list[PooledForward]:
-    """The replaced forwards of a model, in order of depth."""
-    forwards = (module.__dict__.get("forward") for module in model.modules())
-    return sorted((f for f in forwards if isinstance(f, PooledForward)), key=lambda f: f.index)
-
-
-def find_family(model: nn.Module, caller: str = "patch") -> Family:
-    """The one Vision Transformer in ``model``.
-
-    Raises:
-        TypeError: not a module, or none of a known family; the class is named.
-        ValueError: more than one.
+    Their ``num_tokens`` or ``keep_ratio`` may be changed between forwards:
+    ``patched_blocks(model)[3].keep_ratio = 0.5``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
-    families = {}
-    for module in model.modules():
-        for library in (hf, timm):
-            family = library.find(module)
-            if family is not None:
-                # torch.compile's wrapper shows its model's parts as its own: the same blocks. The model comes after it.
-                families[tuple(id(view.block) for view in family.blocks)] = family
-    found = list(families.values())
-    if not found:
+    pools = ((place.index, place.pooling(block)) for block, place in patches(model))
+    return {index: module for index, module in pools if module is not None}
+
+
+def protected_indices(protect) -> tuple[int, ...]:
+    if protect is None:
+        return ()
+    try:
+        return tuple(sorted({operator.index(i) for i in ([protect] if isinstance(protect, int) else protect)}))
+    except TypeError:
         raise TypeError(
-            f"{caller}: no Vision Transformer of a known family in {type(model).__name__}; known: Hugging "
-            "Face ViT, DeiT,"
-            " DINOv2 (with registers), timm VisionTransformer. For other models put "
-            "tokenpool_ext.TokenPooling between the"
-            " blocks yourself"
-        )
-    if len(found) > 1:
-        names = ", ".join(type(family.model).__name__ for family in found)
-        raise ValueError(
-            f"{caller}: model must hold one Vision Transformer, got {len(found)} ({names}); pass one of them"
-        )
-    return found[0]
+            f"patch: protect must be indices of tokens that are never pooled, like range(1, 5) or [-1], got {protect!r}"
+        ) from None
 
 
-def make_schedule(depth: int, num_tokens, keep_ratio, layers) -> schedules.Schedule:
-    if (num_tokens is None) == (keep_ratio is None):
-        raise ValueError(
-            f"patch: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r}, "
-            f"keep_ratio={keep_ratio!r}"
-        )
-    if keep_ratio is not None:
+def make_schedule(depth: int, num_tokens=None, keep_ratio=None, r=None, layers=None) -> schedules.Schedule:
+    given = {"num_tokens": num_tokens, "keep_ratio": keep_ratio, "r": r}
+    if sum(value is not None for value in given.values()) > 1:
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        raise ValueError(f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {told}")
+    if r is not None:
+        r = check_int("patch", "r", r, 1)
+        layers = range(depth) if layers is None else schedules.block_indices(layers)
+        return schedules.normalise(depth, dict.fromkeys(layers, -r))
+    if num_tokens is None:
+        keep_ratio = DEFAULT_RATIO if keep_ratio is None else keep_ratio
         if layers is not None:
             layers = schedules.block_indices(layers)
             if not layers:
@@ -366,19 +216,11 @@ def accepted_options(make: Callable[..., nn.Module]) -> set[str] | None:
     return None
 
 
-def check_untouched(view: Block, index: int, track_size: bool) -> None:
-    block = view.block
+def check_untouched(block: nn.Module, index: int) -> None:
     name = type(block).__name__
-    forward = block.__dict__.get("forward")
-    if forward is not None and not isinstance(forward, PooledForward):
+    if "forward" in block.__dict__ and "_old_forward" not in block.__dict__:  # the latter: accelerate's, see pooled.py
         raise ValueError(
             f"patch: block {index} ({name}) already has a forward put there by something else; undo that first"
         )
-    if forward is None and hasattr(block, SUBMODULE):
+    if not isinstance(block, PooledBlock) and hasattr(block, SUBMODULE):
         raise ValueError(f"patch: block {index} ({name}) already has an attribute {SUBMODULE!r} of its own")
-    if track_size and view.mask_argument is None:
-        raise ValueError(
-            "patch: track_size needs an attention that takes an additive mask, but "
-            f"{type(view.attention).__name__} takes"
-            " none; use track_size=False"
-        )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import Clusters
-from ..modules import TokenReduction
 
 __all__ = ["Record", "record"]
 
@@ -27,9 +24,9 @@ class Record:
         num_prefix_tokens: P, tokens in front that were never pooled.
     """
 
-    def __init__(self, forwards: list) -> None:
-        self.num_prefix_tokens: int = forwards[0].num_prefix_tokens
-        self._forwards = forwards
+    def __init__(self, plan, blocks: list[int]) -> None:
+        self.num_prefix_tokens: int = plan.num_protected
+        self._plan, self._blocks = plan, blocks
         self._layers: list[tuple[int, Clusters]] = []
         self._start: Tensor | None = None
 
@@ -52,7 +49,7 @@ class Record:
         Raises:
             RuntimeError: no forward of the model was recorded.
         """
-        return self.assignment_after(self._forwards[-1].index)
+        return self.assignment_after(self._blocks[-1])
 
     def assignment_after(self, block: int) -> Tensor:
         """(B, n) int64: like :attr:`assignment`, but for the tokens that leave block ``block``, counted from 0.
@@ -78,8 +75,8 @@ class Record:
             )
         return self._start
 
-    def _enter(self, forward, x: Tensor) -> None:
-        if forward is self._forwards[0]:
+    def _enter(self, index: int, x: Tensor) -> None:
+        if index == self._blocks[0]:
             n = x.shape[1] - self.num_prefix_tokens
             self._start = torch.arange(n, device=x.device).expand(x.shape[0], n).contiguous()
             self._layers = []
@@ -115,12 +112,12 @@ def record(model: nn.Module) -> Iterator[Record]:
             clusters to tell (the class is named).
         ValueError: ``model`` is not patched, or compiled by ``torch.compile``.
     """
-    from .patching import patches
+    from .patching import patched_blocks, patches
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"record: model must be an nn.Module, got {type(model).__name__}")
-    forwards = [forward for forward in patches(model) if forward.pooling is not None]
-    if not forwards:
+    poolings = patched_blocks(model)
+    if not poolings:
         raise ValueError(
             f"record: {type(model).__name__} is not patched, so there is nothing to record; patch it first"
         )
@@ -129,14 +126,7 @@ def record(model: nn.Module) -> Iterator[Record]:
             "record: model is compiled by torch.compile, and compiled graphs record nothing; run the model itself,"
             " uncompiled"
         )
-    for forward in forwards:
-        if not isinstance(forward.pooling, TokenReduction):
-            raise TypeError(
-                f"record: block {forward.index} pools by {type(forward.pooling).__name__}, which tells no "
-                "clusters; derive"
-                " it from tokenpool_ext.modules.TokenReduction"
-            )
-    made = Record(forwards)
+    made = Record(patches(model)[0][1].plan, list(poolings))
     token = _ACTIVE.set((*_ACTIVE.get(), made))
     try:
         yield made
@@ -144,39 +134,22 @@ def record(model: nn.Module) -> Iterator[Record]:
         _ACTIVE.reset(token)
 
 
-def active(forward) -> tuple[Record, ...]:
-    """The records that want to know of this block's forward."""
+def active(plan) -> tuple[Record, ...]:
+    """The records that want to know of this forward."""
     if torch.compiler.is_compiling():
         return ()
     records = _ACTIVE.get()
     if not records or torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint recomputes
         return ()
-    return tuple(r for r in records if any(f is forward for f in r._forwards))
+    return tuple(r for r in records if r._plan is plan)
 
 
-def entered(forward, x: Tensor) -> None:
+def entered(plan, index: int, x: Tensor) -> None:
     """Tell the records which tokens a pooling block gets."""
-    for r in active(forward):
-        r._enter(forward, x)
+    for r in active(plan):
+        r._enter(index, x)
 
 
-def reduce_recorded(records: tuple[Record, ...], index: int, pooling: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``pooling(*args, **kwargs)``, whose clusters go to the records.
-
-    The module itself may be running in other threads, so a shallow copy asks for the clusters.
-    """
-    seen = []
-
-    def reduce(x, k, scores, features, mask, sizes, want_clusters):
-        pooled, clusters = pooling.reduce(x, k, scores, features, mask, sizes, True)
-        seen.append(clusters)
-        return pooled, clusters
-
-    twin = copy.copy(pooling)
-    twin.reduce = reduce
-    out = twin(*args, **kwargs)
-    if len(seen) != 1:
-        raise RuntimeError(f"record: block {index}: {type(pooling).__name__} did not call its reduce(...) once")
-    for r in records:
-        r._add(index, seen[0])
-    return out
+def add(plan, index: int, clusters: Clusters) -> None:
+    for r in active(plan):
+        r._add(index, clusters)

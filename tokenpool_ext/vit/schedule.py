@@ -1,6 +1,7 @@
 """How many patch tokens are left after which block: plain dicts ``{block index: count or ratio}`` for ``patch``.
 
-An int is a number of patch tokens; a float in (0, 1] is a ratio of the tokens that enter the pooling. Integers and
+An int is a number of patch tokens; a negative one removes as many, at most half (ToMe's ``r``); a float in (0, 1] is a
+ratio of the tokens that enter the pooling. Integers and
 reals of numpy serve as well; schedules that are returned hold Python's.
 """
 
@@ -10,7 +11,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
-from ..modules import as_fraction, kept_by_ratio
+from ..modules import as_fraction, kept_by_count, kept_by_ratio
 
 Schedule = dict[int, int | float]
 
@@ -71,18 +72,21 @@ def normalise(depth: int, schedule: Mapping[int, int | float]) -> Schedule:
         layer = _integer(key)
         if layer is None:
             raise TypeError(f"schedule: block indices must be ints, got {key!r}")
-        if not 0 <= layer < depth:
+        if not -depth <= layer < depth:
             raise ValueError(f"schedule: block index must be from 0 to {depth - 1} for {depth} blocks, got {layer}")
+        layer %= depth
+        if layer in entries:
+            raise ValueError(f"schedule: block {layer} of {depth} is named twice, as {key} and otherwise")
         entries[layer] = value = _entry(layer, value)
         if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError(
                 f"schedule: block {layer}: a float is a ratio in (0, 1], got {value}; write an int for a count"
             )
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and value == 0:
             raise ValueError(f"schedule: block {layer} must keep at least 1 token, got {value}")
     for layer in sorted(entries):
         value = entries[layer]
-        if isinstance(value, int):
+        if isinstance(value, int) and value > 0:
             if before is not None and value > before:
                 raise ValueError(
                     f"schedule: counts must not rise with depth, got {value} at block {layer} after {before}"
@@ -107,7 +111,7 @@ def kept(num_patches: int, value: int | float | None) -> int:
         return num_patches
     value = _entry("?", value)
     if isinstance(value, int):
-        return min(value, num_patches)
+        return kept_by_count(num_patches, value)
     return kept_by_ratio(num_patches, *as_fraction(value))
 
 

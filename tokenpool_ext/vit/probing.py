@@ -1,0 +1,305 @@
+"""A block is proven, not recognised: permute its tokens and side inputs, and its output must permute alike.
+
+That is what lets a block run on other tokens than those it was made for. What does not commute (windows, token order,
+positions made inside from the number of tokens, several frames in one batch) is refused by name. The probe runs the
+very code that later runs on pooled tokens; it draws no random numbers that the user sees, and runs none of the user's
+hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import finding, halves, pooled
+from .pooled import Form, Plan, State
+from .tap import Tap
+
+HARMLESS = re.compile(r"mask|output_|return_|causal|drop|kwargs|args|cache|layer_idx|need_weights|layer_head")
+
+
+class Stop(Exception):
+    """Ends a trial forward once everything was seen."""
+
+
+@contextlib.contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, the random state kept, and only the hooks by which torch makes weights."""
+    state = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
+    devices = {p.device for p in module.parameters()}
+    kind = next(iter(devices)).type if devices else "cpu"
+    cuda = [d for d in devices if d.type == "cuda"]
+    try:
+        for m, *_ in state:
+            m.training = False
+            m._forward_hooks, m._forward_pre_hooks = _of_torch(m._forward_hooks), _of_torch(m._forward_pre_hooks)
+        with torch.no_grad(), torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for m, training, hooks, pre_hooks in state:
+            m.training = training
+            m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
+
+
+def _of_torch(hooks: OrderedDict) -> OrderedDict:
+    """The hooks in which pruning, weight norms, sharding and offloading make or gather a module's weight."""
+    kept = OrderedDict()
+    for key, hook in hooks.items():
+        if (getattr(hook, "__module__", None) or "").startswith(("torch.nn.utils.", "torch.distributed.")):
+            kept[key] = hook
+    return kept
+
+
+def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: Any, position: str | None) -> dict:
+    """Fill ``plan.form``; returns ``{block index: halves.Parts or None}``.
+
+    Raises:
+        TypeError, ValueError: a block is not supported; class and reason are named.
+    """
+    first = blocks.blocks[touched[0]]
+    parts: dict[int, halves.Parts | None] = {}
+    parameter = next(first.parameters(), None)
+    if parameter is not None and parameter.device.type == "meta":
+        plan.form = Form()
+        return {i: halves.find(blocks.blocks[i]) if position == "attention" else None for i in touched}
+    kinds: dict[Any, tuple[Form, halves.Parts | None]] = {}
+    calls = calls_of(blocks, touched, plan, example)
+    for i in touched:
+        block = blocks.blocks[i]
+        key = kind(block)
+        if key not in kinds:
+            args, kwargs = calls[i]
+            with quiet(block):
+                form = prove(block, args, kwargs, plan)
+                kinds[key] = form, split(block, args, kwargs, position, form)
+        form, parts[i] = kinds[key]
+        if plan.form is not None and form._replace(attends=True) != plan.form._replace(attends=True):
+            raise TypeError(f"patch: block {i} ({name(block)}) takes its tokens in another way than the blocks before")
+        plan.form = form if plan.form is None else plan.form._replace(attends=plan.form.attends and form.attends)
+    return parts
+
+
+def name(block: nn.Module) -> str:
+    return type(block).__name__
+
+
+def kind(block: nn.Module) -> Any:
+    """What must be equal for two blocks to compute the same up to their weights."""
+    found = []
+    for path, m in block.named_modules():
+        if path.split(".")[0] == pooled.SUBMODULE:
+            continue
+        plain = sorted((k, repr(v)) for k, v in m.__dict__.items() if isinstance(v, (int, float, str, tuple, bool)))
+        found.append(
+            (path, pooled.base_class(type(m)), tuple(p for p in plain if p[0] not in ("layer_idx", "training")))
+        )
+    return tuple(found)
+
+
+def calls_of(blocks: finding.BlockList, touched: list[int], plan: Plan, example: Any) -> dict[int, tuple[tuple, dict]]:
+    """{block index: (args, kwargs)} with which the touched blocks are called: alone, or in a forward of the model."""
+    first = blocks.blocks[touched[0]]
+    text = any(finding.is_text(owner) for owner in blocks.owners[:2])  # whose order may come from outside
+    if example is None and not text and alone_is_enough(first):
+        width = finding.block_width(first)
+        weight = next(first.parameters())
+        n = plan.num_protected + 11
+        if width:
+            x = noise(2, n, width, like=weight)
+            missing = required(first)
+            with quiet(first):
+                with contextlib.suppress(Exception):
+                    out = pooled_free(first)(x, **dict.fromkeys(missing))
+                    out = out[0] if isinstance(out, (tuple, list)) else out
+                    if isinstance(out, Tensor) and out.shape == x.shape:
+                        return dict.fromkeys(touched, ((x,), dict.fromkeys(missing)))
+    return captured(blocks, touched, example)
+
+
+def noise(*shape: int, like: Tensor) -> Tensor:
+    """Made-up tokens, without touching the random state."""
+    ramp = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return (3 * (ramp * 0.7310585).sin() + (ramp * 0.01931).cos()).reshape(shape).to(like)
+
+
+def alone_is_enough(block: nn.Module) -> bool:
+    """Whether nothing but tokens and masks comes in."""
+    names = pooled.parameter_names(pooled.base_class(type(block)))[1:]
+    return all(HARMLESS.search(n) for n in names)
+
+
+def required(block: nn.Module) -> list[str]:
+    parameters = list(inspect.signature(pooled.base_class(type(block)).forward).parameters.values())[2:]
+    return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def pooled_free(block: nn.Module):
+    """The block's own class's forward."""
+    base = pooled.base_class(type(block))
+    return lambda *args, **kwargs: base.forward(block, *args, **kwargs)
+
+
+def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dict[int, tuple[tuple, dict]]:
+    """What the touched blocks get in a forward of the model on the example, or on inputs that it seems to take."""
+    model = blocks.owners[-1] if blocks.owners else None
+    if example is not None:
+        given = example if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,))
+        trials = [(model, ((), given) if isinstance(given, dict) else (given, {}))]
+    else:
+        trials = [(owner, inputs) for owner in reversed(blocks.owners) for inputs in inputs_of(owner)]
+    reasons: list[str] = []
+    for owner, (args, kwargs) in trials:
+        seen: dict[int, tuple[tuple, dict]] = {}
+        kinds = {kind(blocks.blocks[i]): i for i in reversed(touched)}
+        wanted = set(kinds.values())
+        with quiet(owner):
+            handles = []
+            for i in wanted:
+
+                def note(module, a, k, i=i):
+                    seen[i] = (a, k)
+                    if len(seen) == len(wanted):
+                        raise Stop
+
+                handles.append(blocks.blocks[i].register_forward_pre_hook(note, with_kwargs=True))
+            try:
+                owner(*args, **kwargs)
+            except Stop:
+                pass
+            except Exception as error:
+                if example is not None:
+                    raise ValueError(f"patch: the model does not run on the example given: {error}") from error
+                reasons.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
+            finally:
+                for handle in handles:
+                    handle.remove()
+        if len(seen) == len(wanted):
+            return {i: seen[kinds[kind(blocks.blocks[i])]] for i in touched}
+    raise TypeError(
+        f"patch: {name(blocks.blocks[0])} of {type(model).__name__} could not be tried: it does not run on tokens"
+        " alone, and no input was found on which the model runs; give one with example=..."
+        f" ({(reasons or ['no inputs'])[0]})"
+    )
+
+
+def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
+    try:
+        yield from finding.examples(owner)
+    except Exception:  # a config that is not what it seems
+        return
+
+
+def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
+    """The form in which the block commutes with permutations of its tokens."""
+    at, x = pooled.find_tokens(args, kwargs)
+    if x.dim() == 4 or x.dim() > 4:
+        raise TypeError(
+            f"patch: {name(block)} takes its tokens as a feature map {tuple(x.shape)}, not as a sequence (B, N, D);"
+            " pooled tokens fill no map, so this block is not supported"
+        )
+    own, base = pooled_free(block), pooled.base_class(type(block))
+    reason = "its output is not one token for each that came in"
+    try:
+        out = own(*args, **kwargs)
+        y = first_of(out)
+    except Exception as error:
+        raise TypeError(f"patch: {name(block)} does not run by itself ({type(error).__name__}: {error})") from error
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        raise TypeError(f"patch: {name(block)} is not supported: {reason}")
+    others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not x and v.dim() == 3]
+    if isinstance(out, (tuple, list)) and any(
+        isinstance(v, Tensor) and v.shape == w.shape and v is not w for v in out[1:] for w in others
+    ):
+        raise TypeError(f"patch: {name(block)} is not supported: it works on two sequences of tokens at once")
+    layout = layout_of(block, args, kwargs, at, x, y)
+    tokens, result = pooled.batch_first(x, layout), pooled.batch_first(y, layout)
+    b, n = tokens.shape[:2]
+    order = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(7 + i)) for i in range(b)])
+    p = plan.prefix if 0 < plan.prefix < n else 0
+    for i in range(b):  # prefix tokens stay in front, in use too
+        if p:
+            order[i] = torch.cat([torch.arange(p), order[i][order[i] >= p]])
+    order = order.to(x.device)
+    expected = pooled.take(result, order)
+    size = (result - tokens).float().abs().amax().clamp(min=1e-30)
+    limit = 2e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    reason = "its output does not follow its tokens when they are permuted, so it depends on their order or place"
+    for heads, square, folded in itertools.product((True, False), (True, False), (False, True)):
+        form = Form(layout, heads, square, folded)
+        trial = Plan(0, 0, p, plan.suffix, (), "full", "block", "tokens", False, form=form)
+        state = State(order.argsort(dim=1), order, None, False)
+        tap = Tap(b, n, None, None if square else order, n, note=True)
+        try:
+            a, k, _ = pooled.follow_all(block, trial, args, kwargs, at, tokens, state)
+            a, k = pooled.put(a, k, at, pooled.as_given(pooled.take(tokens, order), layout))
+            with tap:
+                got = pooled.batch_first(first_of(own(*a, **k)), layout)
+        except Exception as error:
+            reason = f"it does not run on permuted tokens ({type(error).__name__}: {error})".splitlines()[0]
+            continue
+        if got.shape == expected.shape and float((got - expected).float().abs().amax() / size) <= limit:
+            if tap.causal and any(re.search("past|cache", v) for v in pooled.parameter_names(base)):
+                raise TypeError(
+                    f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
+                    " which pooled tokens are not; this block is not supported"
+                )
+            return form._replace(attends=tap.seen > 0)
+    raise TypeError(
+        f"patch: {name(block)} is not supported: {reason}. Windowed and grid-bound attention cannot take pooled tokens"
+    )
+
+
+def first_of(out: Any) -> Any:
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def layout_of(block: nn.Module, args: tuple, kwargs: dict, at, x: Tensor, y: Tensor) -> str:
+    """Which dimension holds the tokens: the one along which they see each other."""
+    if x.dim() == 2:
+        return "packed"
+
+    def alone(dim: int) -> bool:
+        """Whether the first along ``dim`` leaves the others as they are."""
+        moved = x.clone()
+        moved.select(dim, 0).copy_(x.select(dim, 0).flip(-1) + 1)
+        a, k = pooled.put(args, kwargs, at, moved)
+        other = first_of(pooled_free(block)(*a, **k))
+        rest = [t.narrow(dim, 1, t.shape[dim] - 1) for t in (other, y)]
+        return torch.allclose(*rest, rtol=1e-3, atol=1e-4)
+
+    if x.shape[0] == 1 or alone(0):
+        return "batch first"
+    if x.shape[1] > 1 and alone(1):
+        return "tokens first"
+    raise TypeError(f"patch: {name(block)} is not supported: it mixes the images (or frames) of a batch")
+
+
+def split(block: nn.Module, args: tuple, kwargs: dict, position: str | None, form: Form) -> halves.Parts | None:
+    """The block's halves, if there are any and they give what its forward gives."""
+    parts = halves.find(block) if position != "block" and form.layout == "batch first" else None
+    why = "its parts are not those of a pre-norm block with attention and MLP"
+    if parts is not None:
+        at, x = pooled.find_tokens(args, kwargs)
+        own = pooled_free(block)(*args, **kwargs)
+        try:
+            ours, _ = halves.run(block, parts, contextlib.nullcontext(), lambda tokens: tokens, x, args, kwargs, at)
+            y = first_of(own)
+            if ours.shape == y.shape and (
+                torch.equal(ours, y) or bool((ours - y).abs().amax() <= 1e-3 * (y - x).abs().amax())
+            ):
+                return parts._replace(returns_tuple=isinstance(own, tuple))
+        except Exception as error:
+            why = f"its parts do not take what it gets ({type(error).__name__})"
+        else:
+            why = "its forward computes something else than x + attention, x + MLP with the parts found by name"
+    if position == "attention":
+        raise ValueError(f"patch: {name(block)} cannot pool between attention and MLP: {why}; use position='block'")
+    return None

@@ -1,0 +1,230 @@
+"""Look at, and add to, the attention product of a block without knowing its attention module.
+
+While :class:`Tap` is active, every call of ``F.scaled_dot_product_attention``, of a softmax over a square matrix and of
+``F.multi_head_attention_forward`` on as many tokens as the block got passes through it. There it
+
+* adds ``log size`` of every key to the logits (proportional attention, arXiv 2210.09461),
+* takes the rows and columns of the tokens that are left out of a bias made inside the block,
+* notes queries and keys, or probabilities, from which :meth:`Tap.scores` and :meth:`Tap.keys` are made.
+
+Queries and keys are seen as they enter the product: projected by whatever module projects them, normalised, rotated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..functional import attention_received
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+class Tap(TorchFunctionMode):
+    """Active for one call of one block.
+
+    Args:
+        batch, length: B and T of the tokens that enter the block.
+        sizes: (B, T) how many tokens each stands for, or None.
+        index: (B, T) the original token each stands for, or None; of ``original`` tokens.
+        note: whether queries, keys or probabilities are wanted.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        sizes: Tensor | None = None,
+        index: Tensor | None = None,
+        original: int = 0,
+        note: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batch, self.length, self.original = batch, length, original
+        self.index, self.note = index, note
+        self.bias = None if sizes is None else sizes.log()[:, None, None, :]
+        self.found: tuple | None = None
+        self.factor: Tensor | None = None  # of the last square product: the keys, where no softmax is fused with it
+        self.seen, self.causal = 0, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._product(func, {**dict(zip(SDPA_NAMES, args)), **kwargs})
+        if func in SOFTMAX:
+            return self._softmax(func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._multi_head(func, {**dict(zip(MHA_NAMES, args)), **kwargs})
+        out = func(*args, **kwargs)
+        if self.note and func in MATMUL and out.shape[-2:] == (self.length, self.length) and len(args) > 1:
+            self.factor = args[1].detach().transpose(-2, -1)
+        return out
+
+    def _product(self, func, given: dict[str, Any]) -> Tensor:
+        q, k, mask = given["query"], given["key"], given.get("attn_mask")
+        if not (q.shape[-2] == k.shape[-2] == self.length and q.dim() >= 3):
+            return func(**given)
+        self.seen += 1
+        mask = self._follow(mask)
+        self.causal = self.causal or bool(given.get("is_causal"))
+        if given.get("is_causal") and self.index is not None:  # no token sees what comes after the one it stands for
+            mask, given["is_causal"] = (self.index[:, :, None] >= self.index[:, None, :])[:, None], False
+        if self.bias is not None:
+            mask = _added(mask, self._like(self.bias, q), q.dtype)
+        if mask is not given.get("attn_mask"):
+            given["attn_mask"] = mask
+        out = func(**given)
+        if self.note:
+            self.found = ("product", q.detach(), k.detach(), given.get("scale"), mask)
+        return out
+
+    def _softmax(self, func, args: tuple, kwargs: dict) -> Tensor:
+        x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        square = isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-1] == x.shape[-2] == self.length
+        if not square or dim not in (-1, x.dim() - 1) or x.shape[0] % self.batch:
+            return func(*args, **kwargs)
+        self.seen += 1
+        if self.bias is not None:
+            x = x + self._like(self.bias, x).to(x.dtype)
+            args, kwargs = (x, *args[1:]), {name: v for name, v in kwargs.items() if name not in ("input", "self")}
+        out = func(*args, **kwargs)
+        if self.note:
+            self.found = ("probabilities", out.detach())
+        return out
+
+    def _multi_head(self, func, given: dict[str, Any]):
+        query, key = given["query"], given["key"]  # (T, B, E), or (T, E)
+        if not (query.shape[0] == key.shape[0] == self.length):
+            return func(**given)
+        self.seen += 1
+        heads = given["num_heads"]
+        mask = given.get("attn_mask")
+        if mask is not None and self.index is not None and mask.shape[-1] == self.original:
+            mask = take_square(mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads)), self.index)
+            given["attn_mask"] = mask = (mask if mask.dim() == 4 else mask[:, None].expand(-1, heads, -1, -1)).flatten(
+                0, 1
+            )
+        if self.index is not None and mask is not None:
+            given["is_causal"] = False  # a hint that would put another mask in its place
+        if self.bias is not None:
+            bias = self.bias[:, 0, 0] if query.dim() == 3 else self.bias[0, 0, 0]
+            given["key_padding_mask"] = _added(given.get("key_padding_mask"), bias, query.dtype, keep=False)
+            if mask is not None and mask.dtype == torch.bool:
+                given["attn_mask"] = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -torch.inf)
+        out = func(**given)
+        if self.note:
+            q, k = _projected(given, query.detach(), key.detach())
+            keys_only = given.get("key_padding_mask")
+            if keys_only is not None:
+                if keys_only.dtype == torch.bool:
+                    keys_only = torch.zeros_like(keys_only, dtype=q.dtype).masked_fill(keys_only, -torch.inf)
+                keys_only = keys_only.reshape(q.shape[0], 1, 1, -1)
+            self.found = ("product", q, k, None, keys_only)
+        return out
+
+    def _follow(self, mask: Tensor | None) -> Tensor | None:
+        """A bias made inside the block for the original tokens: the rows and columns of those left."""
+        if mask is None or self.index is None or mask.shape[-1] != self.original or mask.shape[-2] != self.original:
+            return mask
+        return take_square(mask, self.index)
+
+    def _like(self, bias: Tensor, x: Tensor) -> Tensor:
+        """(B, 1, 1, T) as it fits ``x``: (B, H, T, .), or heads folded into the batch, or more dimensions."""
+        if x.dim() == 3:
+            return bias[:, 0].repeat_interleave(x.shape[0] // self.batch, 0)
+        return bias.reshape(self.batch, *[1] * (x.dim() - 2), self.length)
+
+    def scores(self, valid: Tensor | None = None) -> Tensor | None:
+        """(B, T) attention received by every token in the last product seen, from ``valid`` (B, T) queries.
+
+        None when no product was seen.
+        """
+        if self.found is None:
+            return None
+        if self.found[0] == "probabilities":
+            return received(self.found[1].unflatten(0, (self.batch, -1)).flatten(1, -3), valid)
+        _, q, k, scale, mask = self.found
+        q, k = (t.reshape(self.batch, -1, self.length, t.shape[-1]) for t in (q, k))
+        if k.shape[1] != q.shape[1]:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return significance(q, k, scale, mask, valid)
+
+    def keys(self) -> Tensor | None:
+        """(B, T, d) keys as they enter the product, averaged over heads; None when none was seen."""
+        keys = self.factor if self.found is None or self.found[0] == "probabilities" else self.found[2]
+        return None if keys is None else keys.reshape(self.batch, -1, self.length, keys.shape[-1]).mean(dim=1)
+
+
+def received(probabilities: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, T) mean over heads and valid queries of (B, H, T, T)."""
+    mean = probabilities.float().mean(dim=1)
+    if valid is None:
+        return mean.mean(dim=1)
+    return torch.where(valid[:, :, None], mean, 0).sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None, valid: Tensor | None = None) -> Tensor:
+    """(B, T) attention received under ``softmax(scale q.k + bias)``.
+
+    A bias on keys alone is one more feature, so no N x N matrix is made; any other bias, or padding, makes one.
+    """
+    if bias is None and valid is None:
+        # The usual scale by its default: a float attribute would become a symbol in dynamic compilation.
+        return attention_received(q, k, scale=None if scale == q.shape[3] ** -0.5 else scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    bias = q.new_zeros(1, 1, 1, 1) if bias is None else bias
+    if bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
+    b, h, n, _ = k.shape
+    if bias.dim() == 4 and bias.shape[2] == 1 and valid is None:
+        q = torch.cat([q.float() * scale, q.new_ones(q.shape[:3] + (1,), dtype=torch.float32)], dim=3)
+        bias = bias.float().clamp(min=-1e4).transpose(2, 3).expand(b, h, n, 1)
+        return attention_received(q, torch.cat([k.float(), bias], dim=3), scale=1.0)
+    return received(((q.float() * scale) @ k.float().transpose(2, 3) + bias.float()).softmax(-1), valid)
+
+
+def take_square(bias: Tensor, index: Tensor) -> Tensor:
+    """Rows and columns ``index`` (B, K) of a bias (..., N, N): (B, ..., K, K)."""
+    b, k = index.shape
+    if bias.dim() == 2:
+        bias = bias[None]
+    elif bias.dim() == 3 and bias.shape[0] != b:  # (H, N, N)
+        bias = bias[None]
+    bias = bias.expand(b, *bias.shape[1:])
+    index = index.reshape(b, *[1] * (bias.dim() - 3), k)
+    rows = bias.gather(-2, index[..., None].expand(*bias.shape[:-2], k, bias.shape[-1]))
+    return rows.gather(-1, index.unsqueeze(-2).expand(*bias.shape[:-2], k, k))
+
+
+def _added(mask: Tensor | None, bias: Tensor, dtype: torch.dtype, keep: bool = True) -> Tensor:
+    """The sum of an additive bias and a mask, which may be boolean (True: ``keep``) or additive."""
+    bias = bias.to(dtype)
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask if keep else ~mask, bias, -torch.inf)
+    return mask + bias
+
+
+def _projected(given: dict[str, Any], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, T, d) queries and keys of ``F.multi_head_attention_forward``, whose product is out of sight."""
+    bias = given.get("in_proj_bias")
+    bias = (None, None) if bias is None else bias.detach().chunk(3)[:2]
+    if given.get("use_separate_proj_weight"):
+        weights = (given["q_proj_weight"], given["k_proj_weight"])
+    else:
+        weights = given["in_proj_weight"].chunk(3)[:2]
+    projected = []
+    for x, weight, offset in zip((query, key), weights, bias):
+        x = F.linear(x, weight.detach(), offset).unflatten(-1, (given["num_heads"], -1))  # (T, B, H, d)
+        projected.append((x[:, None] if x.dim() == 3 else x).permute(1, 2, 0, 3))
+    return projected[0], projected[1]
