@@ -340,7 +340,7 @@ def test_wrong_arguments():
     model = build("dinov2")
     cases = [
         (dict(keep_ratio=0.5, r=2), ValueError, "exactly one of num_tokens, keep_ratio, r and budget"),
-        (dict(r=0), ValueError, "r must be at least 1"),
+        (dict(r=0), ValueError, "r must be from 1"),
         (dict(r=0.5), TypeError, "r must be an int"),
         (dict(num_tokens={-5: 4}), ValueError, "from 0 to 3"),
         (dict(num_tokens={-1: 4, 3: 4}), ValueError, "twice"),
