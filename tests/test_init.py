@@ -44,14 +44,20 @@ def test_every_strategy_runs_everywhere(backend, algorithm, name, weighted):
 
 
 def test_defaults(backend):
-    """topk when weights are given, strided otherwise."""
+    """Farthest-first, with and without weights, in functions and layers."""
     x, w = tokens(2, 20, 4, device=backend.device), positive_weights(2, 20, device=backend.device)
     for algorithm in (tp.kmeans, tp.kmedoids):
-        assert_identical(algorithm(x, 5, backend=backend.name), algorithm(x, 5, init="strided", backend=backend.name))
-        assert_identical(
-            algorithm(x, 5, weights=w, backend=backend.name),
-            algorithm(x, 5, weights=w, init="topk", backend=backend.name),
-        )
+        for weights in (None, w):
+            assert_identical(
+                algorithm(x, 5, weights=weights, backend=backend.name),
+                algorithm(x, 5, weights=weights, init="farthest", backend=backend.name),
+            )
+    for algorithm in ("kmeans", "kmedoids"):
+        layers = [
+            tp.TokenPooling(5, algorithm=algorithm, init=init, backend=backend.name) for init in (None, "farthest")
+        ]
+        for scores in (None, w):
+            assert_identical(layers[0](x, scores), layers[1](x, scores))
 
 
 def test_a_strategy_equals_its_indices(backend):

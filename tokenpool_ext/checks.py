@@ -237,7 +237,7 @@ def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batch
     """The name of a strategy, (B, K) int64 token indices, or (B, K, D) centers in acc."""
     b, n, d = x3.shape
     if init is None:
-        init = "strided" if weights is None else "topk"
+        init = "farthest"
     if isinstance(init, str):
         if init not in STRATEGIES:
             raise ValueError(

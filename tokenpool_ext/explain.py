@@ -82,7 +82,7 @@ def explain(
     if init not in (None, *STRATEGIES, "centers"):
         raise ValueError(f"explain: init must be one of {', '.join(STRATEGIES)}, or centers, got {init!r}")
     check_choice("explain", "algorithm", algorithm, ("kmeans", "kmedoids"))
-    medoids, farthest = algorithm == "kmedoids", init == "farthest"
+    medoids, farthest = algorithm == "kmedoids", init in (None, "farthest")
     given = init == "centers" or (init == "bipartite" and not medoids)
     if medoids and given:
         raise ValueError("explain: kmedoids starts from tokens, not from centers")

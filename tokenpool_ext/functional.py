@@ -75,11 +75,11 @@ def kmeans(
             image with fewer valid tokens than its K gets as many clusters as it has tokens). Reading the largest from a
             GPU tensor synchronises with it: the output's shape depends on it.
         weights: significance of each token, (B, N), finite and >= 0, taken as acc. None: all ones. Only ratios matter.
-        init: where to start. "topk": the K heaviest tokens (default with weights); "strided": evenly spaced tokens
-            (default without); "random"; "kmeans++"; "farthest"; "bipartite" (the clusters of ToMe's matching, K >=
-            N/2);
-            a (B, K) integer tensor of token indices (one of padding means the next valid token); or a (B, K, D) tensor
-            of centers. A tie in "farthest" that rounding breaks may fall differently on another backend.
+        init: where to start. "farthest" (the default, None): the heaviest token, then always the one with the largest
+            w_i * (squared distance to the nearest chosen token). "topk": the K heaviest tokens; "strided": evenly
+            spaced tokens; "random"; "kmeans++"; "bipartite" (the clusters of ToMe's matching, K >= N/2); a (B, K)
+            integer tensor of token indices (one of padding means the next valid token); or a (B, K, D) tensor of
+            centers. A tie in "farthest" that rounding breaks may fall differently on another backend.
         num_iters: upper bound on iterations, >= 1. The paper: converges "usually within 5".
         mask: (B, N) bool, True for real tokens. Padding is assigned -1 and never influences anything, even NaN.
         sort: order clusters by their smallest token index (keeps spatial order) instead of by `init`.

@@ -220,8 +220,7 @@ class TokenPooling(TokenReduction):
         algorithm: ``"kmeans"`` or ``"kmedoids"``.
         weighted: use ``scores`` as weights (the paper's WK-Means, WK-Medoids). False ignores them.
         num_iters: upper bound on iterations; the paper: converges "usually within 5".
-        init: how to start, see :func:`~tokenpool_ext.kmeans`; a name or None. None: the K heaviest tokens with scores,
-            evenly spaced ones without.
+        init: how to start, see :func:`~tokenpool_ext.kmeans`; a name, or None for its default, "farthest".
         emit: what stands for a cluster: ``"mean"`` (weighted), or ``"medoid"``, a token of the input; the default is
         the
             medoid for K-Medoids and the mean for K-Means. ``"medoid"`` needs ``algorithm="kmedoids"``.
@@ -313,14 +312,18 @@ class TokenPooling(TokenReduction):
 
     def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
         scores = scores if self.weighted else None
-        init = self.init
-        if init is None and scores is None:
-            init = "strided"
         weights = sizes if scores is None else scores
         cluster = kmeans if self.algorithm == "kmeans" else kmedoids
         on = x if features is None else features.detach()
         clusters = cluster(
-            on, k, weights=weights, init=init, num_iters=self.num_iters, mask=mask, sort=self.sort, backend=self.backend
+            on,
+            k,
+            weights=weights,
+            init=self.init,
+            num_iters=self.num_iters,
+            mask=mask,
+            sort=self.sort,
+            backend=self.backend,
         )
         if self._emitted() == "mean":
             if features is None and self.algorithm == "kmeans":
