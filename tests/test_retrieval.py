@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 import tokenpool_ext as tp
 from tokenpool_ext.retrieval import TokenPooler
 from tokenpool_ext.retrieval.pooler import padded_length
+from tokenpool_ext.retrieval.refine import refined
 
 
 def documents(*lengths, features=24, seed=0, dtype=torch.float32):
@@ -42,6 +43,8 @@ RAGGED = (40, 0, 1, 2, 3, 97, 41, 40, 300, 7)
         {"max_error": 0.2},
         {"distance_threshold": 0.3, "max_tokens": 20},
         {"pool_factor": 2, "normalize": False},
+        {"pool_factor": 8, "protected_tokens": 1},  # refined
+        {"max_error": 0.3, "refine": 4},
     ],
     ids=str,
 )
@@ -159,6 +162,24 @@ def test_groups_of_equal_tokens_are_found_by_every_bound():
         assert torch.equal(TokenPooler(**options)([x])[0], torch.eye(16)[[3, 5, 9]])
 
 
+def test_refinement_lowers_the_loss_by_what_its_moves_say():
+    """0, 2 | 3.1 costs 2; moving the middle token gains 2 - 0.605: 0 | 2, 3.1 costs 0.605."""
+    x = torch.tensor([[0.0], [2.0], [3.1]], dtype=torch.float64)
+    assert refined(x, torch.tensor([0, 0, 1]), 2, 1).tolist() == [0, 1, 1]
+    assert refined(x, torch.tensor([0, 1, 1]), 2, 5).tolist() == [0, 1, 1]
+    same = torch.ones(6, 3)  # equal tokens: no move gains, no cluster is emptied
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert torch.equal(refined(same, labels, 3, 5), labels)
+    for x in documents(80, 200, features=48):
+        start = tp.kmeans(x, 16, init="farthest").assignment
+        losses = []
+        for rounds in range(6):
+            labels = refined(x, start, 16, rounds)
+            assert sorted(set(labels.tolist())) == list(range(16)) == list(dict.fromkeys(labels.tolist()))
+            losses.append(relative_error(x, torch.empty(16, 1), labels))
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
 def test_max_tokens_wins_over_a_bound_and_a_factor():
     x = documents(60)
     assert len(TokenPooler(max_error=0.0, max_tokens=7)(x)[0]) == 7
@@ -232,6 +253,7 @@ def test_bad_input_names_the_argument_or_the_document(call, error, words):
         ({"distance_threshold": -1}, ValueError, "distance_threshold"),
         ({"num_tokens": 2, "protected_tokens": 2}, ValueError, "num_tokens"),
         ({"pool_factor": 2, "protected_tokens": -1}, ValueError, "protected_tokens"),
+        ({"pool_factor": 2, "refine": -1}, ValueError, "refine"),
         ({"pool_factor": 2, "normalize": 1}, TypeError, "normalize"),
     ],
 )
