@@ -82,9 +82,9 @@ class _Seeded:
     def _uniform(self, x: Tensor) -> Tensor:
         shape = x.shape[:2]
         if self.seed is None:
-            return torch.rand(shape, device=x.device)
+            return torch.rand(shape, device=x.device, dtype=torch.float32)
         generator = torch.Generator(device=x.device).manual_seed(self.seed)
-        return torch.rand(shape, device=x.device, generator=generator)
+        return torch.rand(shape, device=x.device, dtype=torch.float32, generator=generator)
 
     def _options(self) -> list[str]:
         return [] if self.seed is None else [f"seed={self.seed}"]

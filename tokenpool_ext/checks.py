@@ -248,8 +248,8 @@ def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batch
                 f"{name}: init='bipartite' needs num_clusters >= N/2 = {n / 2:g}, got {k}; use another init"
             )
         if init == "bipartite" and (counts is not None or mask is not None) and values.visible(x3) and b:
-            num_valid = torch.full((b,), n) if mask is None else mask.sum(1)
-            fewest = torch.full((b,), k) if counts is None else counts
+            num_valid = torch.full((b,), n, device=x3.device) if mask is None else mask.sum(1)
+            fewest = torch.full((b,), k, device=x3.device) if counts is None else counts
             if (2 * fewest < num_valid).any():
                 raise ValueError(
                     f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid "
@@ -270,7 +270,9 @@ def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batch
         init = _converted(init if batched else init[None], torch.int64)
         if init.numel() and values.visible(init):
             # Entries of clusters that an image does not have may be anything: every backend clamps what it reads.
-            used = init if counts is None else torch.where(torch.arange(k) < counts[:, None], init, 0)
+            used = (
+                init if counts is None else torch.where(torch.arange(k, device=init.device) < counts[:, None], init, 0)
+            )
             low, high = values.extremes(used)
             if low < 0 or high >= n:
                 raise ValueError(

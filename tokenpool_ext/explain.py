@@ -98,7 +98,7 @@ def explain(
     asked = os.environ.get(ENVIRONMENT)
     otherwise = f"{ENVIRONMENT}={asked} asks for another" if asked else "not preferred on this device"
     refusals = "; ".join(f"{other} ({reason or otherwise})" for other, reason in reasons.items())
-    item = torch.empty((), dtype=dtype).element_size()
+    item = dtype.itemsize
     moved = B * (N * D + K * D) * item + B * N * 8
     problem = f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on {device}"
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)

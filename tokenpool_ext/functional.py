@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from . import autograd, starts
 from .backends import no_autocast, run, select
@@ -48,6 +49,16 @@ class Clusters(NamedTuple):
     mass: Tensor
     medoids: Tensor | None
     inertia: Tensor
+
+
+def _collate(batch, *, collate_fn_map=None) -> Clusters:
+    """A `DataLoader`'s batch of the clusters of single images."""
+    parts = ((None if part[0] is None else collate(part, collate_fn_map=collate_fn_map)) for part in zip(*batch))
+    return Clusters(*parts)
+
+
+torch.serialization.add_safe_globals([Clusters])  # torch.load(weights_only=True), its default, reads saved ones
+default_collate_fn_map[Clusters] = _collate
 
 
 def kmeans(

@@ -132,7 +132,7 @@ def _random(
     x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     """K distinct tokens, uniformly at random; tokens of zero weight only after all others."""
-    key = torch.rand(x.shape[:2], generator=generator, device=x.device)
+    key = torch.rand(x.shape[:2], generator=generator, device=x.device, dtype=torch.float32)
     if weights is not None:
         key = torch.where(weights > 0, key + 1, key)
     return _largest(key, mask, k)

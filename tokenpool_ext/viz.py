@@ -40,13 +40,17 @@ def compose(*assignments: torch.Tensor) -> torch.Tensor:
 
 
 def _check(image, labels: torch.Tensor) -> tuple[int, int]:
-    labels = torch.as_tensor(labels)
+    labels = _on_cpu(labels)
     if labels.dim() != 2 or labels.numel() == 0 or labels.is_floating_point():
         raise ValueError(
             f"labels: expected a (rows, cols) integer tensor, got shape {tuple(labels.shape)}, "
             f"{labels.dtype}; for a (N,) assignment use labels.view(rows, cols)"
         )
     return tuple(labels.shape)
+
+
+def _on_cpu(labels) -> torch.Tensor:
+    return labels.cpu() if isinstance(labels, torch.Tensor) else torch.as_tensor(labels, device="cpu")
 
 
 def _array(image) -> torch.Tensor:
@@ -64,12 +68,12 @@ def mean_colours(image, labels: torch.Tensor) -> torch.Tensor:
     """Mean colour of each patch's cluster: ``(rows, cols, 3)`` float32, 0 to 255; dropped patches are NaN."""
     rows, cols = _check(image, labels)
     patches = torch.nn.functional.adaptive_avg_pool2d(_array(image).float().permute(2, 0, 1), (rows, cols))
-    patches, flat = patches.flatten(1).t(), labels.flatten()
+    patches, flat = patches.flatten(1).t(), _on_cpu(labels).flatten()
     keep = flat >= 0
     slots = int(flat.max()) + 1 if keep.any() else 0
-    total = torch.zeros(slots, 3).index_add_(0, flat[keep], patches[keep])
-    count = torch.zeros(slots).index_add_(0, flat[keep], torch.ones(int(keep.sum())))
-    out = torch.full((rows * cols, 3), float("nan"))
+    total = patches.new_zeros(slots, 3).index_add_(0, flat[keep], patches[keep])
+    count = patches.new_zeros(slots).index_add_(0, flat[keep], patches.new_ones(int(keep.sum())))
+    out = patches.new_full((rows * cols, 3), float("nan"))
     out[keep] = (total / count.unsqueeze(1))[flat[keep]]
     return out.view(rows, cols, 3)
 
@@ -77,7 +81,7 @@ def mean_colours(image, labels: torch.Tensor) -> torch.Tensor:
 def edges(labels: torch.Tensor, cell: int, width: int) -> torch.Tensor:
     """Boundaries between different labels, ``(rows * cell, cols * cell)`` bool; lines of ``width`` pixels, centred."""
     big = labels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-    line = torch.zeros(big.shape, dtype=torch.bool)
+    line = torch.zeros_like(big, dtype=torch.bool)
     before, after = width // 2, width - width // 2
     for axis, count in ((0, labels.shape[0]), (1, labels.shape[1])):
         size = big.shape[axis]
@@ -115,7 +119,7 @@ def draw_clusters(
     """
     Image, _, _ = _pillow()
     rows, cols = _check(image, labels)
-    labels = torch.as_tensor(labels).cpu().long()
+    labels = _on_cpu(labels).long()
     cell = max(1, round(size / cols))
     line = max(1, round(cell / 12)) if line is None else line
     photo = _array(image.convert("RGB").resize((cols * cell, rows * cell), Image.Resampling.LANCZOS)).float()
@@ -123,7 +127,7 @@ def draw_clusters(
     gone = colours.isnan()
     pixels = torch.where(gone, photo * dropped, photo * (1 - fill) + colours.nan_to_num() * fill)
     if outline is not None and line > 0:
-        ink = _ink(pixels, line) if outline == "auto" else torch.tensor(outline, dtype=torch.float32)
+        ink = _ink(pixels, line) if outline == "auto" else pixels.new_tensor(outline)
         on = edges(labels, cell, line).unsqueeze(-1)
         pixels = torch.where(on, pixels * (1 - line_opacity) + ink * line_opacity, pixels)
     return _image(pixels)
@@ -132,14 +136,14 @@ def draw_clusters(
 def _ink(pixels: torch.Tensor, line: int) -> torch.Tensor:
     """(H, W, 3) white, or dark grey where the surroundings are too bright for white lines to be seen."""
     reach = 2 * line + 1
-    light = (pixels @ torch.tensor([0.299, 0.587, 0.114])).unsqueeze(0)
+    light = (pixels @ pixels.new_tensor([0.299, 0.587, 0.114])).unsqueeze(0)
     light = torch.nn.functional.avg_pool2d(light, reach, stride=1, padding=line, count_include_pad=False)[0]
-    return torch.where((light > 212).unsqueeze(-1), torch.tensor([96.0, 100.0, 108.0]), torch.tensor(255.0))
+    return torch.where((light > 212).unsqueeze(-1), pixels.new_tensor([96.0, 100.0, 108.0]), pixels.new_tensor(255.0))
 
 
 def draw_grid(image, rows: int, cols: int, *, size: int = 448, opacity: float = 0.2):
     """The photo with every patch outlined: what the model sees before pooling (one token a patch)."""
-    every = torch.arange(rows * cols).view(rows, cols)
+    every = torch.arange(rows * cols, device="cpu").view(rows, cols)
     return draw_clusters(image, every, size=size, fill=0.0, line=1, line_opacity=opacity)
 
 

@@ -193,4 +193,4 @@ def backend_used() -> str:
     forced = os.environ.get("TOKENPOOL_EXT_BACKEND")
     if forced:
         return f"{forced} (TOKENPOOL_EXT_BACKEND)"
-    return select("kmeans", torch.empty(0))[0].name
+    return select("kmeans", torch.empty(0, device="cpu"))[0].name

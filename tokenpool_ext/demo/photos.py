@@ -90,7 +90,7 @@ def to_pixels(images) -> torch.Tensor:
         raw = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
         rows.append(raw.view(image.size[1], image.size[0], 3).permute(2, 0, 1))
     pixels = torch.stack(rows).float() / 255
-    return (pixels - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
+    return (pixels - pixels.new_tensor(IMAGE_MEAN).view(3, 1, 1)) / pixels.new_tensor(IMAGE_STD).view(3, 1, 1)
 
 
 def random_crops(photos: dict, count: int, *, size: int = 224, seed: int = 0):

@@ -281,9 +281,12 @@ def warmup(
 def _warmup_calls(N, K, D, dtype, num_iters, device, weighted, farthest, masked, counts, centers, backward) -> list:
     """Functions of no arguments that together launch every kernel."""
     x = torch.randn((1, N, D), device=device, dtype=torch.float32).to(dtype)
-    weights = torch.ones((1, N), device=device) if weighted else None
+    weights = torch.ones((1, N), device=device, dtype=torch.float32) if weighted else None
     labels = torch.arange(N, device=device).remainder(K)[None]
-    pooled, mass = torch.zeros((1, K, D), device=device, dtype=dtype), torch.ones((1, K), device=device)
+    pooled, mass = (
+        torch.zeros((1, K, D), device=device, dtype=dtype),
+        torch.ones((1, K), device=device, dtype=torch.float32),
+    )
     init = torch.arange(0 if farthest else K, device=device).remainder(N)[None]
     masks = (None, *((torch.ones((1, N), device=device, dtype=torch.bool),) if masked else ()))
     numbers = (None, *((torch.full((1,), K, device=device),) if counts else ()))

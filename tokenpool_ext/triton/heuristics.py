@@ -323,7 +323,7 @@ def plan(
 ) -> Plan:
     """The plan of `algorithm` on (B, N, D) tokens; `B` only enters the number of chunks and the workspace.  per_image:
     num_clusters is a tensor, whose largest is K."""
-    itemsize = torch.empty(0, dtype=dtype).element_size()
+    itemsize = dtype.itemsize
     which, reason = path(N, K, num_iters, per_image)
     half, scaled, medoids = itemsize == 2, dtype != torch.float16, algorithm == "kmedoids"
     planes = 2 if half else 1

@@ -235,14 +235,14 @@ def examples(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
     config = getattr(owner, "config", None)
     parameter = next(owner.parameters())
     like = dict(device=parameter.device, dtype=parameter.dtype)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(**like)
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(**like)
 
     def words(n: int) -> torch.Tensor:
         high = setting(config, "vocab_size", default=100)
-        return torch.randint(5, max(high, 6), (2, n), generator=generator).to(parameter.device)
+        return torch.randint(5, max(high, 6), (2, n), generator=generator, device="cpu").to(parameter.device)
 
     main = getattr(owner, "main_input_name", None)
     size = image_size(owner)

@@ -240,7 +240,11 @@ class Reducer:
         features = self.tap.keys() if plan.cluster_on == "keys" else None
         valid, sizes, order = self.valid, None, None
         if plan.track_size:
-            sizes = torch.ones(b, t, device=tokens.device) if state is None or state.sizes is None else state.sizes
+            sizes = (
+                torch.ones(b, t, device=tokens.device, dtype=torch.float32)
+                if state is None or state.sizes is None
+                else state.sizes
+            )
         whole = tokens
         if plan.num_protected > plan.prefix:  # bring the protected ones to the front
             order = self.front(b, t, tokens.device)

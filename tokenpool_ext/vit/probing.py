@@ -126,7 +126,7 @@ def calls_of(blocks: finding.BlockList, touched: list[int], plan: Plan, example:
 
 def noise(*shape: int, like: Tensor) -> Tensor:
     """Made-up tokens, without touching the random state."""
-    ramp = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    ramp = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device="cpu")
     return (3 * (ramp * 0.7310585).sin() + (ramp * 0.01931).cos()).reshape(shape).to(like)
 
 
@@ -222,11 +222,13 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     layout = layout_of(block, args, kwargs, at, x, y)
     tokens, result = pooled.batch_first(x, layout), pooled.batch_first(y, layout)
     b, n = tokens.shape[:2]
-    order = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(7 + i)) for i in range(b)])
+    order = torch.stack(
+        [torch.randperm(n, generator=torch.Generator("cpu").manual_seed(7 + i), device="cpu") for i in range(b)]
+    )
     p = plan.prefix if 0 < plan.prefix < n else 0
     for i in range(b):  # prefix tokens stay in front, in use too
         if p:
-            order[i] = torch.cat([torch.arange(p), order[i][order[i] >= p]])
+            order[i] = torch.cat([torch.arange(p, device="cpu"), order[i][order[i] >= p]])
     order = order.to(x.device)
     expected = pooled.take(result, order)
     size = (result - tokens).float().abs().amax().clamp(min=1e-30)
