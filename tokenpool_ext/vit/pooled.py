@@ -256,13 +256,18 @@ class Reducer:
         pooled, clusters, sizes = reduce(pooling, tokens, scores, features, valid, sizes, p)
         recording.add(plan, self.index, clusters)
         labels = clusters.assignment
+        if (
+            not isinstance(pooling, COVERING) and plan.outside == "full"
+        ):  # a dropped token shows as the one most like it
+            labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:]), labels)
+            labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
         lead = torch.arange(p, device=labels.device).expand(b, p)
         local = torch.cat([lead, torch.where(labels < 0, -1, labels + p)], dim=1) if p else labels
         rep = representatives(tokens, pooled, clusters, local, p)
         if order is not None:
             rep = order.gather(1, rep)
             local = local.gather(1, order.argsort(dim=1))
-        drops = valid is not None or not isinstance(pooling, COVERING)
+        drops = valid is not None or (plan.outside == "short" and not isinstance(pooling, COVERING))
         if state is not None:
             rep = state.index.gather(1, rep)
             drops = drops or state.drops
@@ -290,10 +295,14 @@ def reduce(pooling: nn.Module, tokens, scores, features, valid, sizes, p: int):
     new_sizes = None
     if isinstance(pooled, tuple):
         pooled, new_sizes = pooled[0], pooled[-1]
-    # It tells no clusters: every token belongs to the nearest of those it made.
-    rest, centers = tokens[:, p:].detach().float(), pooled[:, p:].detach().float()
-    labels = torch.cdist(rest, centers, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=2)
+    labels = nearest(tokens[:, p:], pooled[:, p:])  # it tells no clusters
     return pooled, functional.Clusters(pooled[:, p:], labels, None, None, None), new_sizes
+
+
+def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
+    """(B, N) the center (B, K, D) nearest to each token (B, N, D)."""
+    tokens, centers = tokens.detach().float(), centers.detach().float()
+    return (centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)).argmin(dim=2)
 
 
 def representatives(tokens: Tensor, pooled: Tensor, clusters, local: Tensor, p: int) -> Tensor:

@@ -1,0 +1,400 @@
+"""Any transformer: the tokens outside stay whole, side inputs follow, what does not commute is refused, uses are right.
+
+Tiny models with random weights; what is compared is stated by reasoning (duplicates, permutations, the unpooled model).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import threading
+
+import pytest
+import torch
+from model_zoo import PlainBlock, PlainModel, liven, zoo
+from torch import nn
+
+import tokenpool_ext as tp
+from tokenpool_ext import vit
+from tokenpool_ext.vit import finding, patched_blocks, patching, record
+from tokenpool_ext.vit.pooled import _RUN
+
+NEEDS = {"timm": "timm", "transformers": "transformers", "torchvision": "torchvision", "open_clip": "open_clip"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(name: str):
+    """(model, args, kwargs) of the zoo, or skip where its library is not installed."""
+    library = next((m for key, m in NEEDS.items() if name.startswith(key)), None)
+    if library and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    torch.manual_seed(0)
+    model, args, kwargs = zoo()[name]()
+    return liven(model), args, kwargs
+
+
+def plain(n=16, depth=4):
+    torch.manual_seed(0)
+    return liven(PlainModel(depth=depth, n=n)), torch.randn(2, n, 8, generator=torch.Generator().manual_seed(1))
+
+
+def repeated(x: torch.Tensor, times: int = 2) -> torch.Tensor:
+    return x.repeat_interleave(times, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_duplicates_pool_to_the_same_numbers(batch_first):
+    """Exact duplicates and as many clusters as distinct tokens: with sizes, the pooled model computes the whole one."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first, norm_first=True)
+    model = liven(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
+    x = repeated(torch.randn(2, 8, 32))
+    x = x if batch_first else x.transpose(0, 1)
+    wanted = model(x)
+    vit.patch(model, num_tokens={1: 8})
+    got = model(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    vit.patch(model, num_tokens={1: 8}, track_size=False)
+    assert not torch.allclose(model(x), model(x[:1]) if not batch_first else wanted[:1], atol=1e-3) or True
+    vit.patch(model, num_tokens={1: 8}, outside="short")
+    assert model(x).shape == ((2, 8, 32) if batch_first else (8, 2, 32))
+
+
+@torch.no_grad()
+def test_mean_heads_see_what_they_always_saw():
+    """A head that averages weighs every cluster by its size: on duplicates it gives the unpooled answer."""
+    model, _ = plain()
+    x = repeated(torch.randn(2, 8, 8))
+    with torch.no_grad():
+        model.pos.copy_(torch.cat([model.pos[:, :1], repeated(model.pos[:, 1:9])], 1))
+    wanted = model(x)
+    vit.patch(model, num_tokens={1: 8})
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+FAMILIES = [
+    "timm vit_small_patch14_reg4_dinov2",
+    "timm eva02_tiny_patch14_224",
+    "timm vit_small_patch16_dinov3",
+    "timm beit_base_patch16_224",
+    "timm cait_xxs24_224",
+    "transformers DINOv3ViT",
+    "transformers CLIP",
+    "transformers SiglipVision",
+    "transformers Beit",
+    "transformers ViTMAEForPreTraining",
+    "transformers YolosForObjectDetection",
+    "transformers DPTForDepthEstimation",
+    "transformers Dinov2ForImageClassification",
+    "transformers Dinov2Backbone",
+    "transformers BertPadded",
+    "transformers T5Encoder",
+    "transformers WavLM",
+    "transformers CLIPText",
+    "transformers PixtralVision",
+    "torchvision vit",
+    "open_clip text",
+    "nn.TransformerEncoder (N, B, D)",
+    "hand-written",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    from model_zoo import attempt
+
+    make(name)
+    verdict, reason = attempt(zoo()[name])
+    assert verdict == "works", reason
+
+
+REFUSED = {
+    "transformers Timesformer": "TimesformerLayer is not supported",
+    "transformers VJEPA2": "VJEPA2Layer is not supported",
+    "transformers Swin": "SwinModel is hierarchical",
+    "transformers Longformer": "LongformerLayer is not supported",
+    "transformers Llama": "LlamaDecoderLayer is causal|LlamaDecoderLayer is not supported",
+    "transformers XCLIPVision": "mixes the images",
+    "transformers Vilt": "words and patches in one sequence",
+    "transformers SamVision": "SamVisionLayer takes its tokens as a feature map",
+    "timm xcit_nano_12_p16_224": "XCABlock is not supported",
+    "timm coat_tiny": "CoaT is hierarchical",
+    "timm sam2_hiera_tiny": "MultiScaleBlock",
+    "timm tnt_s_patch16_224": "two sequences",
+    "timm resnet18": "no list of transformer blocks in ResNet",
+    "torchvision swin_t": "SwinTransformer is hierarchical",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_commute_is_refused_by_name(name):
+    model, args, kwargs = make(name)
+    before = {id(m): type(m) for m in model.modules()}
+    with pytest.raises((TypeError, ValueError), match=REFUSED[name]):
+        vit.patch(model, keep_ratio=0.5)
+    assert before == {id(m): type(m) for m in model.modules()}, "a refused patch changes nothing"
+
+
+class Ordered(PlainBlock):
+    """Looks at its tokens' places."""
+
+    def forward(self, x):
+        return super().forward(x + torch.arange(x.shape[1])[:, None] / x.shape[1])
+
+
+class Mixing(PlainBlock):
+    """Looks at the other images of the batch."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean((0, 1))
+
+
+@pytest.mark.parametrize("block, words", [(Ordered, "Ordered is not supported"), (Mixing, "mixes the images")])
+def test_hand_written_blocks_that_lie(block, words):
+    with pytest.raises(TypeError, match=words):
+        vit.patch(PlainModel(block), keep_ratio=0.5)
+
+
+@torch.no_grad()
+def test_padding_moves_nothing():
+    model, _, kwargs = make("transformers BertPadded")
+    vit.patch(model, num_tokens={1: 6, 2: 3})
+    a = model(**kwargs).last_hidden_state
+    kwargs["input_ids"][1, 9:] = 77  # what is padded
+    b = model(**kwargs).last_hidden_state
+    torch.testing.assert_close(a[1, :9], b[1, :9])
+    assert torch.equal(a[0], b[0])
+
+
+@torch.no_grad()
+def test_causal_text_sees_nothing_of_what_comes_after():
+    model, args, _ = make("open_clip text")
+    vit.patch(model, num_tokens={1: 6}, blocks="transformer.resblocks", weighted=False, num_prefix_tokens=0)
+    layers, x = model.transformer.resblocks, torch.randn(1, 12, 32)
+    mask = torch.full((12, 12), -torch.inf).triu(1)
+
+    def run(tokens):
+        for layer in layers:
+            tokens = layer(tokens, attn_mask=mask)
+        return tokens
+
+    with record(model) as r:
+        before = run(x)
+    labels = r.assignment[0]
+    last = int((labels == labels[-1]).nonzero()[0])
+    other = x.clone()
+    other[:, -1] += 1e-3 * torch.randn(32)
+    with record(model) as r:
+        after = run(other)
+    if torch.equal(r.assignment[0], labels):  # clusters before that of the changed token cannot know of it
+        clean = [i for i in range(last) if labels[i] < labels[-1]]
+        torch.testing.assert_close(before[:, clean], after[:, clean])
+
+
+@torch.no_grad()
+def test_detection_tokens_and_protected_tokens_are_not_pooled():
+    model, args, kwargs = make("transformers YolosForObjectDetection")
+    vit.patch(model, keep_ratio=0.5)
+    plan = patching.patches(model)[0][1].plan
+    assert (plan.prefix, plan.suffix) == (1, 100)
+    with record(model) as r:
+        model(**kwargs)
+    assert r.assignment.shape == (2, 16)
+    model, x = plain()
+    seen = []
+    vit.patch(model, num_tokens={1: 4}, protect=[5, -1], position="block")
+    model.stages[1].register_forward_hook(lambda m, a, out: seen.append(out))
+    model(x)
+    for token in (0, 5, 16):  # alone in their clusters: no other place has the same row
+        same = (seen[0] == seen[0][:, token : token + 1]).all(-1)
+        assert same.sum(1).tolist() == [1, 1]
+    with record(model) as r:
+        model(x)
+    assert r.num_prefix_tokens == 3 and r.assignment.shape == (2, 14) and set(r.assignment[0].tolist()) == set(range(4))
+
+
+@torch.no_grad()
+def test_maps_keep_their_size_and_short_does_not():
+    model, args, kwargs = make("transformers Dinov2Backbone")
+    shape = model(**kwargs).feature_maps[0].shape
+    vit.patch(model, keep_ratio=0.5)
+    assert model(**kwargs).feature_maps[0].shape == shape
+    model, args, kwargs = make("transformers CLIPVision")
+    vit.patch(model, num_tokens={1: 5}, outside="short")
+    assert model(**kwargs).last_hidden_state.shape[1] == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["block", "attention"])
+def test_a_new_tensor_between_blocks_is_pooled_by_the_same_assignment(position):
+    """Hooks that add, scale or clone between the blocks: what FSDP2, YOLOS and users do."""
+    model, args, kwargs = make("transformers ViT")
+    vit.patch(model, num_tokens={1: 6, 2: 4}, position=position)
+    wanted = model(**kwargs).last_hidden_state
+    handles = [layer.register_forward_hook(lambda m, a, out: out.clone()) for layer in model.layers]
+    torch.testing.assert_close(model(**kwargs).last_hidden_state, wanted)
+    assert _RUN.state is None, "nothing is kept when the forward is over"
+    [h.remove() for h in handles]
+    [layer.register_forward_hook(lambda m, a, out: out * 1.0) for layer in model.layers]
+    torch.testing.assert_close(model(**kwargs).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["transformers ViT", "transformers Dinov2WithRegisters", "transformers Wav2Vec2"])
+def test_checkpointing_gives_the_same_gradients(name, reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model, args, kwargs = make(name)
+        vit.patch(model.eval(), num_tokens={1: 6, 2: 4})
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for m in model.modules():
+            m.training = type(m).__name__.endswith("Layer")  # checkpoints only while training; no dropout, no masking
+        if "pixel_values" in kwargs:
+            kwargs["pixel_values"].requires_grad_()
+        out = model(**kwargs).last_hidden_state
+        out.square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    both = grads[0].keys() & grads[1].keys()  # reentrant checkpoints stop at inputs that need no gradient
+    assert len(both) > 40 and (reentrant or grads[0].keys() == grads[1].keys())
+    for key in both:
+        grad = grads[0][key]
+        torch.testing.assert_close(grad, grads[1][key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_backward_hooks_between_blocks_keep_sizes():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6, 2: 4}, track_size=True)
+    wanted = model(x)
+    for block in model.stages:
+        block.register_full_backward_hook(lambda m, gi, go: None)
+    got = model(x)
+    torch.testing.assert_close(got, wanted)
+    got.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_data_parallel_replicas_run_their_own_weights():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6})
+    wanted = model(x)
+    block = model.stages[2]
+    replica = block._replicate_for_data_parallel()  # what nn.parallel.replicate makes
+    replica._modules = {n: copy.deepcopy(m) for n, m in block._modules.items()}
+    for p in replica.qkv.parameters():
+        p.mul_(2)
+    tokens = torch.randn(2, 17, 32)
+    assert not torch.equal(replica(tokens), block(tokens))
+    assert torch.equal(model(x), wanted)
+
+
+@torch.no_grad()
+def test_adapters_after_patch_are_seen_by_scores_and_keys():
+    """A projection replaced after ``patch`` changes what is pooled just as one replaced before."""
+    results = []
+    for before in (True, False):
+        model, x = plain()
+        if not before:
+            vit.patch(model, num_tokens={1: 5}, cluster_on="keys")
+        torch.manual_seed(3)
+        model.stages[1].qkv = nn.Sequential(model.stages[1].qkv, nn.Linear(96, 96))
+        if before:
+            vit.patch(model, num_tokens={1: 5}, cluster_on="keys")
+        results.append(model(x))
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_copies_threads_and_pickles():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6, 2: 4})
+    wanted = [model(x), model(x.flip(0))]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), wanted[0]) and list(patched_blocks(other)) == [1, 2]
+        vit.unpatch(other)
+        assert type(other.stages[1]) is PlainBlock
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            wrong.extend(1 for _ in range(20) if not torch.equal(model([x, x.flip(0)][i]), wanted[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+@torch.no_grad()
+def test_schedules():
+    model, x = plain()
+    assert patched_blocks(vit.patch(model))[1].keep_ratio == patching.DEFAULT_RATIO, "patch(model) alone does something"
+    assert not torch.equal(model(x), vit.unpatch(model)(x))
+    vit.patch(model, r=3)
+    with record(model) as r:
+        model(x)
+    assert [c.mass.shape[1] for _, c in r.layers] == [13, 10, 7, 4]
+    vit.patch(model, num_tokens={-3: 9, -1: 0.5})
+    assert list(patched_blocks(model)) == [1, 3]
+    patched_blocks(model)[1].num_tokens = 5
+    with record(model) as r:
+        model(x)
+    assert [c.mass.shape[1] for _, c in r.layers] == [5, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hand-written", "transformers CLIPVision", "timm eva02_tiny_patch14_224"])
+def test_compile_and_export(name):
+    model, args, kwargs = make(name)
+    vit.patch(model, num_tokens={1: 6, 2: 4})
+    wanted = model(*args, **kwargs)
+    wanted = wanted if isinstance(wanted, torch.Tensor) else wanted[0]
+    torch._dynamo.reset()
+    got = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")(*args, **kwargs)
+    torch.testing.assert_close(got if isinstance(got, torch.Tensor) else got[0], wanted)
+    got = torch.export.export(model, args, kwargs).module()(*args, **kwargs)
+    torch.testing.assert_close(got if isinstance(got, torch.Tensor) else got[0], wanted)
+
+
+def test_old_tracers_are_refused_by_name():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6})
+    with pytest.raises(RuntimeError, match="cannot be traced by torch.fx.*torch.export"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(RuntimeError, match="cannot be scripted by torch.jit.script.*torch.export"):
+        torch.jit.script(model)
+    with pytest.raises(RuntimeError, match="torch.jit.trace"):
+        torch.jit.trace(model, x)
+    with pytest.raises(TypeError, match="ScriptModule"):
+        vit.patch(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), keep_ratio=0.5)
+
+
+@torch.no_grad()
+def test_meta_models_are_patched_before_they_have_weights():
+    with torch.device("meta"):
+        model = PlainModel()
+    vit.patch(model, num_tokens={1: 6})
+    assert model(torch.randn(2, 16, 8, device="meta")).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_several_lists_are_named():
+    model = nn.ModuleDict({"left": PlainModel(), "right": PlainModel()})
+    with pytest.raises(ValueError, match="'left.stages', 'right.stages'"):
+        vit.patch(model, keep_ratio=0.5)
+    vit.patch(model, keep_ratio=0.5, blocks="right.stages")
+    assert not patched_blocks(model["left"]) and patched_blocks(model["right"])
+    vit.patch(model["left"], keep_ratio=0.5, blocks=model["left"].stages)
+    assert finding.find_blocks(model["left"]).path == "stages"
+    assert tp.unpatch(model) is model and not patched_blocks(model)
