@@ -11,6 +11,7 @@ from .baselines import BipartiteMatching, GridPooling, ImportanceSampling, Rando
 from .explain import Plan, explain
 from .functional import Clusters, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
+from .visual import compress, select
 from .vit import patch, unpatch
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "__version__",
     "attention_received",
     "backends",
+    "compress",
     "explain",
     "kmeans",
     "kmedoids",
     "patch",
     "pool",
+    "select",
     "unpatch",
     "unpool",
 ]

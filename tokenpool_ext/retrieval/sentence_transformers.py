@@ -1,0 +1,82 @@
+"""`KMeansTokenPooling`: K-Means in place of sentence-transformers' `HierarchicalTokenPooling` (6.0 or newer)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+try:
+    from sentence_transformers.multi_vector_encoder.modules import BaseTokenPooling
+except ImportError as error:
+    raise ImportError(
+        "tokenpool_ext.retrieval.sentence_transformers needs sentence-transformers 6 or newer:"
+        " pip install 'tokenpool_ext[sentence-transformers]'"
+    ) from error
+
+from .pooler import TokenPooler
+
+
+class KMeansTokenPooling(BaseTokenPooling):
+    """Module of a `MultiVectorEncoder`, `token_pooling=` of its encode calls, or standalone by `pool`. Saved in the
+    checkpoint and loaded again.
+
+    Args:
+        pool_factor: keep floor(n / pool_factor) of a document's n unprotected tokens, at least one; may be fractional.
+            1.0: all.
+        num_protected_tokens: tokens in front that are kept ([CLS]).
+        normalize_embeddings: scale all that comes out to unit norm, in float32.
+        max_tokens, max_error, distance_threshold: as in `TokenPooler`; the last two want pool_factor at 1.0.
+        tasks: the tasks it applies to; ["document"] when None.
+    """
+
+    config_keys = [
+        "pool_factor",
+        "num_protected_tokens",
+        "normalize_embeddings",
+        "max_tokens",
+        "max_error",
+        "distance_threshold",
+        "tasks",
+    ]
+
+    def __init__(
+        self,
+        pool_factor: float = 1.0,
+        *,
+        num_protected_tokens: int = 1,
+        normalize_embeddings: bool = True,
+        max_tokens: int | None = None,
+        max_error: float | None = None,
+        distance_threshold: float | None = None,
+        tasks: str | list[str] | None = None,
+    ) -> None:
+        super().__init__(tasks=tasks)
+        bounded = max_error is not None or distance_threshold is not None
+        self.pooler = TokenPooler(
+            None if bounded and pool_factor == 1 else pool_factor,
+            max_tokens=max_tokens,
+            max_error=max_error,
+            distance_threshold=distance_threshold,
+            protected_tokens=num_protected_tokens,
+            normalize=normalize_embeddings,
+        )
+        self.pool_factor = pool_factor
+        self.num_protected_tokens = num_protected_tokens
+        self.normalize_embeddings = normalize_embeddings
+        self.max_tokens = max_tokens
+        self.max_error = max_error
+        self.distance_threshold = distance_threshold
+
+    def forward(self, features: dict[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
+        if not self.applies_to(task) or features["token_embeddings"].shape[0] == 0:
+            return features
+        embeddings, mask = self.pooler(features["token_embeddings"], features["attention_mask"].bool())
+        features["token_embeddings"], features["attention_mask"] = embeddings, mask
+        return features
+
+    def pool(self, embeddings, *, task=None, attention_mask=None, padding_side="right"):
+        if isinstance(embeddings, list) and self.applies_to(task):
+            return self.pooler(embeddings)  # all at once
+        return super().pool(embeddings, task=task, attention_mask=attention_mask, padding_side=padding_side)
+
+    def pool_one(self, embedding: Tensor, **kwargs) -> Tensor:
+        return self.pooler([embedding])[0]
