@@ -132,9 +132,9 @@ class Clustering : protected Direct<In> {
     for (int64_t j = 0; j < k_; ++j) center_token(medoid_[j], center_ + j * D);
   }
 
-  // Start from the heaviest token, then k - 1 times from the token farthest from all chosen ones (lowest index on a
-  // tie; a tie that rounding breaks may fall differently on the two paths). Tokens of zero weight come after all
-  // others.
+  // Start from the heaviest token, then k - 1 times from the token of the largest weight times squared distance to the
+  // chosen ones (lowest index on a tie; a tie that rounding breaks may fall differently on the two paths). Tokens of
+  // zero weight come after all others.
   void farthest_first() {
     C* distance = best_;  // to the nearest chosen token; -1: zero weight, -2: chosen or padding
     for (int64_t i = 0; i < padded_; ++i) {
@@ -145,6 +145,11 @@ class Clustering : protected Direct<In> {
     for (int64_t i = 1; weight_ && i < n_; ++i)
       if (weight_[i] > weight_[next]) next = i;
     C* apart = take<C>(padded_);  // squared distances from the token chosen last
+    C* weight = nullptr;          // padded
+    if (weight_) {
+      weight = take<C>(padded_);
+      for (int64_t i = 0; i < padded_; ++i) weight[i] = i < n_ && weight_[i] > 0 ? weight_[i] : C(1);
+    }
     for (int64_t j = 0;; ++j) {
       medoid_[j] = int32_t(next);
       distance[next] = -2;
@@ -153,12 +158,12 @@ class Clustering : protected Direct<In> {
         distances_from_gram(next, apart);
       else
         distances_from_tokens(next, apart);
-      next = nearer_and_farthest(apart, distance);
+      next = nearer_and_farthest(apart, weight, distance);
     }
   }
 
-  // distance = min(distance, apart); the index of the largest.
-  int64_t nearer_and_farthest(const C* apart, C* distance) const {
+  // distance = min(distance, apart); the index of the largest, times its weight.
+  int64_t nearer_and_farthest(const C* apart, const C* weight, C* distance) const {
     Vec<C> most = splat(C(-3));
     Vec<I> where = {}, index;
     for (int v = 0; v < L; ++v) index[v] = I(v);
@@ -166,8 +171,9 @@ class Clustering : protected Direct<In> {
       const Vec<C> old = load(distance + i), found = load(apart + i);
       const Vec<C> now = found < old ? found : old;
       store(distance + i, now);
-      const auto larger = now > most;
-      most = larger ? now : most;
+      const Vec<C> cost = weight ? now * load(weight + i) : now;
+      const auto larger = cost > most;
+      most = larger ? cost : most;
       where = larger ? index : where;
       index += I(L);
     }
@@ -225,7 +231,9 @@ class Clustering : protected Direct<In> {
   }
 
   void iterate(int64_t next) {
+    constexpr int64_t kSurelySettled = 100;  // iterations: beyond, only rounding moves tokens to and fro
     this->settled_ = false;
+    double before = 0;  // weighted distances to the centers, one iteration ago
     for (int64_t t = 0;; ++t) {
       if (gram_path_)
         assign_gram();
@@ -233,14 +241,28 @@ class Clustering : protected Direct<In> {
         this->assign_first(next);
       else
         this->assign_bounded(previous_);
+      if (t == 0 && gram_path_ && !resolved()) {
+        gram_path_ = false;
+        this->take_direct();
+        start();
+        this->assign_first(next);
+      }
       if (a.medoids)  // a medoid belongs to its own cluster, the lowest if several name it
         for (int64_t j = k_; j-- > 0;) {
           label_[medoid_[j]] = I(j);
           best_[medoid_[j]] = norm_[medoid_[j]] * 0;  // NaN stays NaN
         }
       if (!gram_path_ && t == 0 && this->rough_ && any_empty()) this->measure_distances();
-      repair_empty(n_, k_, weight_, best_, this->ascending_, label_, count_);
+      const bool repaired = repair_empty(n_, k_, weight_, best_, this->ascending_, label_, count_);
       const bool same = t > 0 && !std::memcmp(label_, previous_, size_t(n_) * sizeof(I));
+      const double now = loss();
+      if (t > 0 && !same && (repaired || t >= kSurelySettled) && !(now < before)) {
+        std::swap(label_, previous_);  // nothing gained: the lists of members are still those of the iteration before
+        std::memset(changed_, 0, size_t(k_));
+        this->settled_ = false;
+        break;
+      }
+      before = now;
       mark_changes(t);
       this->settled_ = !gram_path_ && t > 0 && this->finite_;
       if (same) break;
@@ -255,6 +277,28 @@ class Clustering : protected Direct<In> {
         update_means();
       std::swap(label_, previous_);
     }
+  }
+
+  // Weighted squared distances of the tokens to their centers. (After a first assignment of rounded tokens some are
+  // only bounds.)
+  double loss() const {
+    double sum = 0;
+    for (int64_t i = 0; i < n_; ++i)
+      if (!weight_ || weight_[i] > 0) sum += double(weight_ ? weight_[i] : C(1)) * double(best_[i]);
+    return sum;
+  }
+
+  // Can a Gram matrix tell these distances apart? Its entries are as wrong as the norms are large, so not where tokens
+  // are very much nearer to their centers than to what was taken off all of them.
+  bool resolved() const {
+    constexpr C kRoom = 256 * std::numeric_limits<C>::epsilon();
+    double near = 0, far = 0;
+    for (int64_t i = 0; i < n_; ++i)
+      if (!weight_ || weight_[i] > 0) {
+        near += double(best_[i]);
+        far += double(norm_[i]);
+      }
+    return !(near < double(kRoom) * far);  // a NaN is beyond any path
   }
 
   bool any_empty() {
@@ -315,7 +359,8 @@ class Clustering : protected Direct<In> {
     sum_gram_rows(member, share, count, out);
     row_of_[j] = out;
     C norm = 0;
-    for (int64_t m = 0; m < count; ++m) norm += share[m] * out[member[m]];
+    for (int64_t m = 0; m < count; ++m)
+      if (share[m] != C(0)) norm += share[m] * out[member[m]];
     center_norm_[j] = norm;
   }
 
@@ -325,6 +370,7 @@ class Clustering : protected Direct<In> {
     for (; i + W * L <= padded_; i += W * L) {
       Vec<C> sum[W] = {};
       for (int64_t m = 0; m < count; ++m) {
+        if (share[m] == C(0)) continue;
         const C* g = gram_ + member[m] * row_stride_ + i;
         const Vec<C> s = splat(share[m]);
 #pragma GCC unroll 4
@@ -334,7 +380,8 @@ class Clustering : protected Direct<In> {
     }
     for (; i < padded_; i += L) {
       Vec<C> sum = {};
-      for (int64_t m = 0; m < count; ++m) sum += splat(share[m]) * load(gram_ + member[m] * row_stride_ + i);
+      for (int64_t m = 0; m < count; ++m)
+        if (share[m] != C(0)) sum += splat(share[m]) * load(gram_ + member[m] * row_stride_ + i);
       store(out + i, sum);
     }
   }

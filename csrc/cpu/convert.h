@@ -29,6 +29,20 @@ TP_INLINE float to_float(BF16 v) {
   return f;
 }
 
+// The largest finite number of a dtype, with a sign.
+inline void take_largest(bool negative, float& out) {
+  out = negative ? -std::numeric_limits<float>::max() : std::numeric_limits<float>::max();
+}
+inline void take_largest(bool negative, double& out) {
+  out = negative ? -std::numeric_limits<double>::max() : std::numeric_limits<double>::max();
+}
+inline void take_largest(bool negative, BF16& out) {
+  out.bits = uint16_t(negative ? 0xff7f : 0x7f7f);
+}
+inline void take_largest(bool negative, FP16& out) {
+  out.bits = uint16_t(negative ? 0xfbff : 0x7bff);
+}
+
 TP_INLINE BF16 to_bf16(float f) {  // round to nearest even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
@@ -162,4 +176,11 @@ template <class In>
 TP_INLINE const float* as_acc(const In* row, float* scratch, int64_t n) {
   widen(row, scratch, n);
   return scratch;
+}
+
+// out is a mean of finite tokens, brought from a safe range where it was `mean`: rounding must not make it infinite.
+template <class In, class C>
+inline void keep_finite(const C* mean, In* out, int64_t n) {
+  for (int64_t d = 0; d < n; ++d)
+    if (std::isinf(to_float(out[d])) && std::isfinite(mean[d])) take_largest(mean[d] < 0, out[d]);
 }

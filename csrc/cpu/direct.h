@@ -52,9 +52,10 @@ class Direct : protected Result<In> {
  protected:
   using Base = Result<In>;
   using Base::a, Base::n_, Base::k_, Base::padded_, Base::label_, Base::norm_, Base::member_, Base::share_;
+  using Base::finite_, Base::start_, Base::medoid_, Base::scale_, Base::mean_, Base::center_, Base::best_,
+      Base::changed_;
   using Base::row, Base::pack, Base::panel_norms, Base::squared_norm, Base::squared_difference,
       Base::squared_differences;
-  using Base::start_, Base::medoid_, Base::scale_, Base::mean_, Base::center_, Base::best_, Base::changed_;
   using Base::worth, Base::center_token;
   using typename Base::C;
   using typename Base::I;
@@ -128,9 +129,6 @@ class Direct : protected Result<In> {
     together_ =
         std::min(kPanels, std::max<int64_t>(1, ((kRounds<C> ? 2 : 1) << 15) / std::max<int64_t>(P * a.features, 1)));
     slack_ = C(2) * C(a.features + 16) * std::numeric_limits<C>::epsilon();
-    C nothing = 0;
-    for (int64_t d = 0; d < a.features; ++d) nothing += mean_[d] * 0;  // NaN from a token that is not finite
-    finite_ = nothing == 0;
     rough_ = false;
     if constexpr (kRounds<C>) {
       lanes_ = rounded_lanes(a.features);
@@ -876,7 +874,6 @@ class Direct : protected Result<In> {
   C* drift_ = nullptr;                 // [k] how far a center moved in the last update
   I* held_ = nullptr;                  // [n] the cluster whose center a token's bounds leave out
   C slack_ = 0;                        // relative room for rounding
-  bool finite_ = true;                 // all tokens
   bool rough_ = false;                 // the first products are those of rounded tokens and centers
   int64_t lanes_ = 0;                  // lanes of a rounded row: pairs of features
   int32_t* center_rounded_ = nullptr;  // [k][lanes]

@@ -85,24 +85,26 @@ inline void group(const Label* label, int64_t n, int64_t k, int32_t* start, int3
 // a safe range by an exact power of two, so that neither huge nor tiny ones are lost.
 template <class C>
 inline C shares(const int32_t* member, int64_t count, const C* weight, C* share) {
-  C total = 0, scale = 1;
   if (!weight) {
     for (int64_t m = 0; m < count; ++m) share[m] = C(1) / C(count);
     return C(count);
   }
   C heaviest = 0;
   for (int64_t m = 0; m < count; ++m) heaviest = std::max(heaviest, weight[member[m]]);
-  scale = safe_scale(heaviest);
-  for (int64_t m = 0; m < count; ++m) total += weight[member[m]] * scale;
+  const C scale = safe_scale(heaviest);
+  double sum = 0;
+  for (int64_t m = 0; m < count; ++m) sum += double(weight[member[m]] * scale);
+  const C total = C(sum);
   for (int64_t m = 0; m < count; ++m) share[m] = total > 0 ? weight[member[m]] * scale / total : C(1) / C(count);
   return std::min(total / scale, std::numeric_limits<C>::max());
 }
 
 // Fill every empty cluster below k, in ascending order, with the token of the largest cost whose cluster has at least
-// two members (tie: the first in `order`; null: ascending). Needs n >= k.
+// two members (tie: the first in `order`; null: ascending), whose distance then is 0. Needs n >= k. Was there any?
 template <class C, class Label>
-inline void repair_empty(int64_t n, int64_t k, const C* weight, const C* distance, const int32_t* order, Label* label,
+inline bool repair_empty(int64_t n, int64_t k, const C* weight, C* distance, const int32_t* order, Label* label,
                          int32_t* count) {
+  bool repaired = false;
   std::memset(count, 0, size_t(k) * sizeof(int32_t));
   for (int64_t i = 0; i < n; ++i) ++count[label[i]];
   for (int64_t j = 0; j < k; ++j) {
@@ -121,6 +123,9 @@ inline void repair_empty(int64_t n, int64_t k, const C* weight, const C* distanc
     }
     --count[label[donor]];
     label[donor] = Label(j);
+    distance[donor] *= 0;  // NaN stays NaN
     count[j] = 1;
+    repaired = true;
   }
+  return repaired;
 }

@@ -65,41 +65,138 @@ class Image {
       }
   }
 
-  // Scale, mean token and weights.
+  // Weights, and the scale and shift of the tokens. Tokens of weight zero have no say in these while others have one.
   void measure() {
+    take_weights();
     const int64_t D = a.features;
     mean_ = arena_.take<C>(D);
+    const int32_t* heavy = nullptr;  // the tokens of positive weight, or null: all
+    int64_t count = n_;
+    if (weight_) {
+      int32_t* const positive = arena_.take<int32_t>(n_);
+      int64_t found = 0;
+      for (int64_t i = 0; i < n_; ++i)
+        if (weight_[i] > 0) positive[found++] = int32_t(i);
+      if (found > 0 && found < n_) heavy = positive, count = found;
+    }
     C* __restrict mean = mean_;
     for (int64_t d = 0; d < D; ++d) mean[d] = 0;
     Vec<C> most = {};
     int64_t i = 0;
-    for (; i + 4 <= n_; i += 4) add_tokens<4>(i, mean, most);
-    for (; i < n_; ++i) add_tokens<1>(i, mean, most);
+    if (!heavy)
+      for (; i + 4 <= n_; i += 4) add_tokens<4>(i, mean, most);
+    for (; i < count; ++i) add_tokens<1>(heavy ? heavy[i] : i, mean, most);
     C largest = 0;
     for (int v = 0; v < L; ++v) largest = most[v] > largest ? most[v] : largest;
     scale_ = safe_scale(largest);
     if (scale_ != C(1)) {  // the sum above may be out of range
       C* scratch = arena_.take<C>(D);
       for (int64_t d = 0; d < D; ++d) mean[d] = 0;
-      for (i = 0; i < n_; ++i) {
-        const C* x = as_acc(row(i), scratch, D);
+      for (i = 0; i < count; ++i) {
+        const C* x = as_acc(row(heavy ? heavy[i] : i), scratch, D);
         for (int64_t d = 0; d < D; ++d) mean[d] += x[d] * scale_;
       }
     }
-    for (int64_t d = 0; d < D; ++d) mean[d] /= C(n_);
+    C nothing = 0;  // NaN from a token that is not finite
+    for (int64_t d = 0; d < D; ++d) {
+      mean[d] /= C(count);
+      nothing += mean[d] * 0;
+    }
+    finite_ = nothing == 0;
+    if (heavy && finite_) finite_ = all_in_range();
+    if (finite_) choose_shift(heavy, count);
+  }
 
+  void take_weights() {
     weight_ = nullptr;
     weight_scale_ = 1;
-    if (a.weights) {
-      const C* given = static_cast<const C*>(a.weights) + image_ * a.tokens;
-      C* weight = arena_.take<C>(n_);
-      C heaviest = 0;
-      for (int64_t i = 0; i < n_; ++i) heaviest = given[token(i)] > heaviest ? given[token(i)] : heaviest;
-      weight_scale_ =
-          safe_scale(heaviest, std::is_same<C, float>::value ? 20 : 200);  // a weight times a distance must fit, too
-      for (int64_t i = 0; i < n_; ++i) weight[i] = given[token(i)] * weight_scale_;
-      weight_ = weight;
+    if (!a.weights) return;
+    const C* given = static_cast<const C*>(a.weights) + image_ * a.tokens;
+    C* weight = arena_.take<C>(n_);
+    C heaviest = 0;
+    for (int64_t i = 0; i < n_; ++i) heaviest = given[token(i)] > heaviest ? given[token(i)] : heaviest;
+    weight_scale_ =
+        safe_scale(heaviest, std::is_same<C, float>::value ? 20 : 200);  // times a distance it must fit, too
+    for (int64_t i = 0; i < n_; ++i) weight[i] = given[token(i)] * weight_scale_;
+    weight_ = weight;
+  }
+
+  // Are the squares of all tokens finite, those of weight zero included?
+  bool all_in_range() const {
+    const C limit = std::ldexp(C(1), std::is_same<C, float>::value ? 56 : 480);
+    for (int64_t i = 0; i < n_; ++i) {
+      const In* x = row(i);
+      for (int64_t d = 0; d < a.features; ++d)
+        if (!(std::fabs(C(to_float(x[d])) * scale_) < limit)) return false;
     }
+    return true;
+  }
+
+  // The largest difference of two tokens in one feature; of a token and the mean.
+  C apart(const In* x, const In* y) const {
+    C most = 0;
+    for (int64_t d = 0; d < a.features; ++d) {
+      const C v = std::fabs(C(to_float(x[d])) - C(to_float(y[d]))) * scale_;
+      most = v > most ? v : most;
+    }
+    return most;
+  }
+  C from_mean(const In* x) const {
+    C most = 0;
+    for (int64_t d = 0; d < a.features; ++d) {
+      const C v = std::fabs(C(to_float(x[d])) * scale_ - mean_[d]);
+      most = v > most ? v : most;
+    }
+    return most;
+  }
+
+  // Distances do not depend on what is taken off all tokens; their rounding does. It is the mean token, rounded to an
+  // eighth or sixteenth of the power of two below the largest deviation in a sample: small integers stay integers of
+  // few bits, and ties between them ties. Where a few far tokens pull the mean away from most, a token of the sample.
+  void choose_shift(const int32_t* heavy, int64_t count) {
+    constexpr int kSample = 8;
+    const int samples = int(std::min<int64_t>(kSample, count));
+    const In* x[kSample];
+    C deviation[kSample], step[kSample], largest = 0;
+    for (int s = 0; s < samples; ++s) {
+      const int64_t i = samples > 1 ? s * (count - 1) / (samples - 1) : 0;
+      x[s] = row(heavy ? heavy[i] : i);
+      deviation[s] = from_mean(x[s]);
+      largest = std::max(largest, deviation[s]);
+      if (s > 0) step[s - 1] = apart(x[s - 1], x[s]);
+    }
+    if (!(largest > 0)) return;
+    if (samples > 3) {
+      const C typical = lower_median(deviation, samples);
+      if (lower_median(step, samples - 1) * 64 < typical) {
+        int best = 0;
+        C least = std::numeric_limits<C>::infinity();
+        for (int s = 0; s < samples; ++s) {
+          C way[kSample];
+          for (int t = 0, w = 0; t < samples; ++t)
+            if (t != s) way[w++] = apart(x[s], x[t]);
+          const C middle = lower_median(way, samples - 1);
+          if (middle < least) least = middle, best = s;
+        }
+        if (least * 64 < typical) {
+          for (int64_t d = 0; d < a.features; ++d) mean_[d] = C(to_float(x[best][d])) * scale_;
+          return;
+        }
+      }
+    }
+    const C unit = std::ldexp(C(1), std::ilogb(largest) - 3);
+    const C magic = unit * C(std::is_same<C, float>::value ? 3LL << 22 : 3LL << 51), limit = magic / 8;
+    for (int64_t d = 0; d < a.features; ++d) {
+      const C rounded = (mean_[d] + magic) - magic;  // to a multiple of unit
+      mean_[d] = std::fabs(mean_[d]) < limit ? rounded : mean_[d];
+    }
+  }
+
+  static C lower_median(const C* values, int count) {
+    C sorted[8];
+    std::copy(values, values + count, sorted);
+    std::sort(sorted, sorted + count);
+    return sorted[(count - 1) / 2];
   }
 
   // Centered, scaled tokens [first, first + P) as a packed panel; zeros past the end.
@@ -269,5 +366,6 @@ class Image {
   int32_t* ascending_ = nullptr;    // [n] the order sums and ties go by, that of the image, or null: as they stand
   const C* weight_ = nullptr;       // [n] scaled, or null
   C scale_ = 1, weight_scale_ = 1;  // powers of two
-  C* mean_ = nullptr;               // [D] the image's mean token, scaled
+  C* mean_ = nullptr;               // [D] what is taken off all tokens, scaled: about their mean
+  bool finite_ = true;              // all tokens, and their squares
 };

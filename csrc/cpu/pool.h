@@ -47,7 +47,35 @@ inline void write_rows(const PoolArgs& a, const int64_t* label, void* out, int64
   });
 }
 
-// Weighted mean (or plain sum) of the tokens of each cluster, in token order.
+// sum = sum over the members of share * (x - base), times `scale`; without a base the plain sum of x. Many members are
+// added in blocks.
+template <class In, class C>
+inline void add_tokens_of(const PoolArgs& a, const In* x, const int32_t* member, int64_t count, const C* share,
+                          const C* base, C scale, C* row_buffer, C* sum) {
+  const int64_t D = a.features, kBlock = base ? 256 : 64;
+  Buffer<double> total(count > kBlock ? D : 0);
+  for (int64_t d = 0; d < (count > kBlock ? D : 0); ++d) total[d] = 0;
+  for (int64_t d = 0; d < D; ++d) sum[d] = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    if (!base || share[m] != C(0)) {
+      const C* row = as_acc(x + member[m] * a.x_token_stride, row_buffer, D);
+      if (!base)
+        for (int64_t d = 0; d < D; ++d) sum[d] += row[d];
+      else if (scale == C(1))
+        for (int64_t d = 0; d < D; ++d) sum[d] += share[m] * (row[d] - base[d]);
+      else
+        for (int64_t d = 0; d < D; ++d) sum[d] += share[m] * (row[d] * scale - base[d] * scale);
+    }
+    if (count > kBlock && ((m + 1) % kBlock == 0 || m + 1 == count))
+      for (int64_t d = 0; d < D; ++d) {
+        total[d] += double(sum[d]);
+        sum[d] = m + 1 == count ? C(total[d]) : C(0);
+      }
+  }
+}
+
+// Weighted mean (or plain sum) of the tokens of each cluster. A mean is measured from the first token with a share:
+// equal tokens give that token to the bit.
 template <class In>
 inline void pool_image(const PoolArgs& a, int64_t b, bool parallel) {
   using C = typename AccOf<In>::Type;
@@ -61,18 +89,34 @@ inline void pool_image(const PoolArgs& a, int64_t b, bool parallel) {
   Buffer<C> share(N);
   group(label, N, K, start, member);
   split(a.parallel_for, parallel && N * D > 200000, K, [&](int64_t begin, int64_t end) {
-    Buffer<C> mean(D), scratch(D);
+    Buffer<C> mean(D), base(D), scratch(D);
     for (int64_t j = begin; j < end; ++j) {
       const int64_t count = start[j + 1] - start[j];
-      const C total = shares<C>(member + start[j], count, weight, share + start[j]);
+      const int32_t* const members = member + start[j];
+      const C* const shares_of = share + start[j];
+      const C total = shares<C>(members, count, weight, share + start[j]);
       if (mass) mass[j] = total;
-      for (int64_t d = 0; d < D; ++d) mean[d] = 0;
-      for (int64_t m = start[j]; m < start[j + 1]; ++m) {
-        const C* row = as_acc(x + member[m] * a.x_token_stride, scratch, D);
-        const C s = a.plain_sum ? C(1) : share[m];
-        for (int64_t d = 0; d < D; ++d) mean[d] += s * row[d];
+      In* const out = centers + j * D;
+      if (a.plain_sum || count == 0) {
+        add_tokens_of<In, C>(a, x, members, count, shares_of, nullptr, C(1), scratch, mean);
+        narrow(mean, C(1), out, D);
+        continue;
       }
-      narrow(mean, C(1), centers + j * D, D);
+      int64_t first = 0;
+      while (first + 1 < count && shares_of[first] == C(0)) ++first;
+      widen(x + members[first] * a.x_token_stride, static_cast<C*>(base), D);
+      add_tokens_of<In, C>(a, x, members, count, shares_of, base, C(1), scratch, mean);
+      bool finite = true;
+      for (int64_t d = 0; d < D; ++d) {
+        mean[d] += base[d];
+        finite = finite && std::fabs(mean[d]) <= std::numeric_limits<C>::max();
+      }
+      if (!finite) {  // the difference of two large numbers, or tokens that are not finite themselves
+        add_tokens_of<In, C>(a, x, members, count, shares_of, base, C(0.25), scratch, mean);
+        for (int64_t d = 0; d < D; ++d) mean[d] += base[d] * C(0.25);
+      }
+      narrow(mean, finite ? C(1) : C(4), out, D);
+      if (!finite) keep_finite(static_cast<const C*>(mean), out, D);
     }
   });
 }

@@ -39,47 +39,76 @@ class Result : protected Image<In> {
       total_[j] = shares(member_ + start_[j], start_[j + 1] - start_[j], weight_, share_ + start_[j]);
   }
 
-  // W vectors of a mean: out (added to if `add`) = sum over r of share[r] * (x[r] * scale - mean); Centered or without
-  // mean.
-  template <int W, bool Centered>
-  TP_INLINE void add_members(const In* const* x, const C* share, int64_t count, int64_t d, bool add, C* out) const {
+  // W vectors of a mean: sum over r of share[r] * (x[r] - base), scaled, after what is in out (if `add`).
+  template <int W>
+  TP_INLINE void add_members(const In* const* x, const C* share, int64_t count, const In* base, int64_t d, bool add,
+                             C* out) const {
     const Vec<C> scale = splat(scale_);
-    Vec<C> sum[W];
+    Vec<C> sum[W], origin[W];
 #pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) sum[w] = add ? load(out + d + w * L) : Vec<C>{};
+    for (int w = 0; w < W; ++w) {
+      sum[w] = add ? load(out + d + w * L) : Vec<C>{};
+      origin[w] = load_acc(base + d + w * L) * scale;
+    }
     for (int64_t r = 0; r < count; ++r) {
       const Vec<C> s = splat(share[r]);
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) {
-        const Vec<C> v = load_acc(x[r] + d + w * L) * scale;
-        sum[w] += s * (Centered ? v - load(mean_ + d + w * L) : v);
-      }
+      for (int w = 0; w < W; ++w) sum[w] += s * (load_acc(x[r] + d + w * L) * scale - origin[w]);
     }
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) store(out + d + w * L, sum[w]);
   }
 
-  // The weighted mean of cluster j's tokens, scaled; minus the image's mean token when Centered.
-  template <bool Centered>
-  void mean_row(int64_t j, C* out) const {
+  // out = sum of share * (x - base), scaled, over the members m.. < end that have a share; the caller has set out.
+  void add_block(int64_t m, int64_t end, const In* base, bool add, C* out) const {
     constexpr int W = 4, kTogether = 16;  // members whose rows stay in the first-level cache
     const int64_t D = a.features;
-    for (int64_t m = start_[j]; m < start_[j + 1]; m += kTogether) {
-      const int64_t count = std::min<int64_t>(kTogether, start_[j + 1] - m);
-      const bool add = m > start_[j];
-      const C* share = share_ + m;
+    while (m < end) {
       const In* x[kTogether];
-      for (int64_t r = 0; r < count; ++r) x[r] = row(member_[m + r]);
+      C share[kTogether];
+      int64_t count = 0;
+      for (; m < end && count < kTogether; ++m) {
+        share[count] = share_[m];
+        x[count] = row(member_[m]);
+        count += share_[m] != C(0);
+      }
       int64_t d = 0;
-      for (; d + W * L <= D; d += W * L) add_members<W, Centered>(x, share, count, d, add, out);
-      for (; d + L <= D; d += L) add_members<1, Centered>(x, share, count, d, add, out);
+      for (; d + W * L <= D; d += W * L) add_members<W>(x, share, count, base, d, add, out);
+      for (; d + L <= D; d += L) add_members<1>(x, share, count, base, d, add, out);
       for (; d < D; ++d) {
         C sum = add ? out[d] : C(0);
-        for (int64_t r = 0; r < count; ++r)
-          sum += share[r] * (C(to_float(x[r][d])) * scale_ - (Centered ? mean_[d] : C(0)));
+        const C origin = C(to_float(base[d])) * scale_;
+        for (int64_t r = 0; r < count; ++r) sum += share[r] * (C(to_float(x[r][d])) * scale_ - origin);
         out[d] = sum;
       }
+      add = true;
     }
+  }
+
+  // The weighted mean of cluster j's tokens, scaled; minus the shift when Centered. It is measured from a member: equal
+  // tokens give that token to the bit. Many members are added in blocks.
+  template <bool Centered>
+  void mean_row(int64_t j, C* out) const {
+    constexpr int64_t kBlock = 256;
+    const int64_t D = a.features, last = start_[j + 1];
+    int64_t m = start_[j];
+    while (m + 1 < last && share_[m] == C(0)) ++m;
+    const In* const base = row(member_[m++]);
+    const auto origin = [&](int64_t d) { return C(to_float(base[d])) * scale_ - (Centered ? mean_[d] : C(0)); };
+    if (last - m <= kBlock) {
+      if (m == last)
+        for (int64_t d = 0; d < D; ++d) out[d] = 0;
+      add_block(m, last, base, false, out);
+      for (int64_t d = 0; d < D; ++d) out[d] += origin(d);
+      return;
+    }
+    Buffer<double> total(D);
+    for (int64_t d = 0; d < D; ++d) total[d] = 0;
+    for (; m < last; m += kBlock) {
+      add_block(m, std::min(m + kBlock, last), base, false, out);
+      for (int64_t d = 0; d < D; ++d) total[d] += double(out[d]);
+    }
+    for (int64_t d = 0; d < D; ++d) out[d] = C(total[d] + double(origin(d)));
   }
 
   void finish() {
@@ -122,25 +151,33 @@ class Result : protected Image<In> {
     const bool alone = start_[j + 1] - start_[j] == 1, settled = settled_ && !changed_[j];
     if (alone || a.medoids) {
       const In* x = row(a.medoids ? medoid_[j] : first);
-      std::memcpy(static_cast<void*>(out), x, size_t(D) * sizeof(In));
-      if (alone) return double(norm_[first]) * double(weight_ ? weight_[first] : C(1)) * 0;  // NaN stays NaN
+      std::copy(x, x + D, out);
+      if (alone) return weight_ && weight_[first] == C(0) ? 0 : double(norm_[first]) * 0;  // NaN stays NaN
       for (int64_t d = 0; d < D; ++d) mean[d] = C(to_float(x[d])) * scale_;
     } else {
-      if (settled)
-        for (int64_t d = 0; d < D; ++d) mean[d] = center_[j * D + d] + mean_[d];
-      else
-        mean_row<false>(j, mean);
+      if (!settled || !unshift(center_ + j * D, mean)) mean_row<false>(j, mean);
       narrow(mean, C(1) / scale_, out, D);
+      if (scale_ != C(1)) keep_finite(mean, out, D);
     }
     double error = 0;
-    if (settled) {
-      for (int64_t m = start_[j]; m < start_[j + 1]; ++m)
-        error += double(weight_ ? weight_[member_[m]] : C(1)) * double(best_[member_[m]]);
-      return error;
+    for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
+      const int64_t i = member_[m];
+      const C weight = weight_ ? weight_[i] : C(1);
+      if (weight == C(0)) continue;
+      error += double(weight) * double(settled ? best_[i] : squared_difference(row(i), mean));
     }
-    for (int64_t m = start_[j]; m < start_[j + 1]; ++m)
-      error += double(weight_ ? weight_[member_[m]] : C(1)) * double(squared_difference(row(member_[m]), mean));
     return error;
+  }
+
+  // mean = center + shift, where that loses nothing: the shift is not much longer than the mean.
+  bool unshift(const C* center, C* mean) const {
+    C longest = 0, shift = 0;
+    for (int64_t d = 0; d < a.features; ++d) {
+      mean[d] = center[d] + mean_[d];
+      longest = std::max(longest, std::fabs(mean[d]));
+      shift = std::max(shift, std::fabs(mean_[d]));
+    }
+    return shift <= 4 * longest;
   }
 
   void order_by_first_token(int32_t* place) {
