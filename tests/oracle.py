@@ -162,11 +162,13 @@ def attention_received(q, k, scale):
 
 
 def farthest(x, k, w=None):
-    """Contract 5, "farthest": deterministic maximin from the heaviest token (lowest index on ties)."""
+    """Contract 5, "farthest": from the heaviest token on, the largest weight times squared distance to those chosen
+    (lowest index on ties)."""
     x = np.asarray(x, np.float64)
-    picks = [int(np.argmax(np.ones(len(x)) if w is None else w))]
+    w = np.ones(len(x)) if w is None else np.asarray(w, np.float64)
+    picks = [int(np.argmax(w))]
     while len(picks) < k:
-        gap = np.min([((x - x[p]) ** 2).sum(-1) for p in picks], 0)
+        gap = w * np.min([((x - x[p]) ** 2).sum(-1) for p in picks], 0)
         gap[picks] = -1
         picks.append(int(gap.argmax()))
     return picks

@@ -205,7 +205,7 @@ def spread(
     x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None, sample: bool
 ) -> Tensor:
     """K tokens one by one. k-means++: drawn with probability w_i * (squared distance to the nearest chosen so far), the
-    first by weight. Farthest: the token of largest such distance, the first the heaviest. Zero weights come last."""
+    first by weight. Farthest: the token where that product is largest, the first the heaviest. Zero weights come last."""
     b, n, d = x.shape
     acc = accumulate_dtype(x.dtype)
     valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -221,8 +221,7 @@ def spread(
     distance = torch.ones(b, n, dtype=acc, device=x.device)
     chosen = []
     for step in range(k):
-        gain = w * distance if sample or step == 0 else torch.where(w > 0, distance, 0)
-        gain = gain.nan_to_num(0.0)
+        gain = (w * distance).nan_to_num(0.0)
         fallback = rank.argmax(1, keepdim=True)
         if sample:
             cumulative = gain.cumsum(1)

@@ -131,10 +131,13 @@ def _strided(x: Tensor, k: int, mask: Tensor | None, counts: Tensor | None) -> T
 def _random(
     x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
-    """K distinct tokens, uniformly at random; tokens of zero weight only after all others."""
+    """K distinct tokens, drawn one after another in proportion to their weights; those of zero weight come last."""
     key = torch.rand(x.shape[:2], generator=generator, device=x.device, dtype=torch.float32)
-    if weights is not None:
-        key = torch.where(weights > 0, key + 1, key)
+    if weights is not None:  # the one that waits least long is drawn first (exponential waiting times)
+        real = weights if mask is None else torch.where(mask, weights, 0)
+        rate = (real / real.amax(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)).float()
+        wait = (-torch.log1p(-key) / rate).nan_to_num(nan=0.0).clamp(max=1e38)
+        key = torch.where(rate > 0, -wait, -2e38)
     return _largest(key, mask, k)
 
 
