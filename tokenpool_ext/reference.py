@@ -205,7 +205,7 @@ def spread(
     x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None, sample: bool
 ) -> Tensor:
     """K tokens one by one. k-means++: drawn with probability w_i * (squared distance to the nearest chosen so far), the
-    first by weight. Farthest: the token where that product is largest, the first the heaviest. Zero weights come last."""
+    first by weight. Farthest: the token where that product is largest, the first the heaviest. Zero weights last."""
     b, n, d = x.shape
     acc = accumulate_dtype(x.dtype)
     valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
