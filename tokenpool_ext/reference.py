@@ -2,13 +2,15 @@
 
 Runs on any device and needs neither a compiled extension nor Triton. It is also the fallback where no kernel
 runs (Apple GPUs, ROCm without Triton, float64 on CUDA) and a baseline of the benchmark. It never synchronises
-with the host, so it can be compiled and captured; the price is that it does not stop early (a converged image
-repeats its fixed point, with the same result).
+with the host of a GPU, so it can be compiled and captured; there it does not stop early (a settled image repeats its
+result).
 
-Bit-identity from run to run holds. Batch invariance does not: library matrix products may pick another kernel
-for another batch size.
+Everything between input and output is float64 where the device has it, so sums, distances and ties are right to the
+last bit of the tokens' own dtype. Bit-identity from run to run holds. Batch invariance does not: library matrix
+products may pick another kernel for another batch size.
 
-Notation: B images, N tokens, D features, K clusters. "acc" is float32, or float64 for float64 input.
+Notation: B images, N tokens, D features, K clusters. "acc" is the dtype of statistics handed back: float32, or float64
+for float64 input; "wide" the one computed in.
 Source of the method: Marin et al., "Token Pooling in Vision Transformers" (arXiv 2110.03860), section 3.
 """
 
@@ -19,11 +21,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import values
 from .ops import accumulate_dtype
 
 # Products of tokens and centers are made for this many tokens at a time, so that nothing larger than
 # B x CHUNK x K is ever in memory.
 TOKEN_CHUNK = 8192
+PATIENCE = 100  # iterations after which labels that change must pay
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -31,10 +39,10 @@ TOKEN_CHUNK = 8192
 
 
 class _Problem(NamedTuple):
-    tokens: Tensor  # (B, N, D) acc, times a power of two so that max |x| is in [1, 2); padding is 0
-    centered: Tensor  # (B, N, D) acc, tokens minus their mean; distances are taken between these
+    tokens: Tensor  # (B, N, D) wide, times a power of two so that max |x| is in [1, 2); padding is 0
+    centered: Tensor  # (B, N, D) wide, tokens minus about their mean; distances are taken between these
     mean: Tensor  # (B, 1, D)
-    weights: Tensor  # (B, N) acc, times a power of two so that the largest is in [1, 2); padding is 0
+    weights: Tensor  # (B, N) wide, times a power of two so that the largest is in [1, 2); padding is 0
     valid: Tensor  # (B, N) bool
     active: Tensor  # (B, K) bool, clusters below the image's effective K
     token_scale: Tensor  # (B,) the power of two
@@ -65,23 +73,29 @@ def power_of_two_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prepare(x: Tensor, weights: Tensor | None, mask: Tensor | None, counts: Tensor | None, k: int) -> _Problem:
-    acc = accumulate_dtype(x.dtype)
+    wide = wide_dtype(x)
     b, n, _ = x.shape
     valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
     num_valid = valid.sum(1)
     k_effective = num_valid if counts is None else torch.minimum(counts, num_valid)
     active = torch.arange(k, device=x.device) < k_effective[:, None]
 
-    tokens = torch.where(valid[:, :, None], x.to(acc), 0)
-    token_scale, token_unscale = power_of_two_scale(tokens.abs().amax((1, 2)))
-    tokens = tokens * token_scale[:, None, None]
-    mean = tokens.sum(1, keepdim=True) / num_valid.clamp(min=1)[:, None, None]
-    centered = torch.where(valid[:, :, None], tokens - mean, 0)
-
-    w = torch.ones(b, n, dtype=acc, device=x.device) if weights is None else weights.to(acc)
+    w = torch.ones(b, n, dtype=wide, device=x.device) if weights is None else weights.to(wide)
     w = torch.where(valid, w, 0)
     weight_scale, weight_unscale = power_of_two_scale(w.amax(1))
     w = w * weight_scale[:, None]
+
+    tokens = torch.where(valid[:, :, None], x.to(wide), 0)
+    finite = valid & tokens.isfinite().all(2)
+    counting = finite & (w > 0)  # a token of weight zero moves nothing, and a bad one nobody else
+    counting = torch.where(counting.any(1, keepdim=True), counting, finite)[:, :, None]
+    token_scale, token_unscale = power_of_two_scale(torch.where(counting, tokens, 0).abs().amax((1, 2)))
+    tokens = tokens * token_scale[:, None, None]
+    mean = torch.where(counting, tokens, 0).sum(1, keepdim=True) / counting.sum(1, keepdim=True).clamp(min=1)
+    # Rounded to an eighth of the spread or less, so that what was exact (small integers) stays exact.
+    grain = power_of_two_scale(torch.where(counting, tokens - mean, 0).abs().amax((1, 2)))[1][:, None, None] / 8
+    mean = (mean / grain).round() * grain
+    centered = torch.where(valid[:, :, None], tokens - mean, 0)
     return _Problem(tokens, centered, mean, w, valid, active, token_scale, token_unscale, weight_unscale)
 
 
@@ -89,17 +103,17 @@ def _prepare(x: Tensor, weights: Tensor | None, mask: Tensor | None, counts: Ten
 # The steps of one iteration
 
 
-def _assign(centered: Tensor, centers: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, centers: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Nearest center of every token, lowest index on a tie; and the squared distance to it. (B, N), (B, N)."""
     center_norm = centers.square().sum(-1)[:, None, :]
     labels, distances = [], []
-    for piece in centered.split(TOKEN_CHUNK, dim=1):
+    rows = max(1, TOKEN_CHUNK * 1024 // max(centers.shape[1], 1024))
+    for piece in x.split(rows, dim=1):
         score = center_norm - 2 * piece @ centers.transpose(1, 2)  # ||x||^2 does not matter to the argmin
-        score = torch.where(active[:, None, :] & ~score.isnan(), score, torch.inf)
-        label = score.argmin(-1)  # documented to return the first minimum
-        best = score.gather(-1, label[:, :, None]).squeeze(-1)
+        usable = ~score.isnan() if active is None else active[:, None, :] & ~score.isnan()
+        label = torch.where(usable, score, torch.inf).argmin(-1)  # documented to return the first minimum
         labels.append(label)
-        distances.append((best + piece.square().sum(-1)).clamp(min=0))
+        distances.append((piece - _gather_rows(centers, label)).square().sum(-1))
     return torch.cat(labels, 1), torch.cat(distances, 1)
 
 
@@ -130,35 +144,40 @@ def _repair(assignment: Tensor, cost: Tensor, p: _Problem) -> Tensor:
     return torch.empty_like(assignment).scatter(1, order, torch.where(moves, target, label))
 
 
+def _sums(rows: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """Sums (B, K, ...) of the members' rows (B, N, ...); what belongs to no cluster, even NaN, reaches none."""
+    b, n = assignment.shape
+    slot = torch.where((assignment >= 0) & (assignment < k), assignment, k)
+    slot = slot + (k + 1) * torch.arange(b, device=rows.device)[:, None]
+    total = rows.new_zeros(b * (k + 1), *rows.shape[2:])  # index_put adds in a fixed order on every device
+    total = total.index_put((slot.flatten(),), rows.reshape(b * n, *rows.shape[2:]), accumulate=True)
+    return total.view(b, k + 1, *rows.shape[2:])[:, :k]
+
+
 def _membership(assignment: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Summed weights W (B, K) and each token's share of its cluster's mean (B, N): w/W, or 1/count where W = 0."""
     index = assignment.clamp(min=0)
-    inside = assignment >= 0
-    one_hot = _one_hot(assignment, k, weights.dtype)
     scale, unscale = power_of_two_scale(weights.amax(1)) if weights.shape[1] else (weights.new_ones(len(weights)),) * 2
     weights = weights * scale[:, None]
-    mass = (one_hot * weights[:, :, None]).sum(1)
-    count = one_hot.sum(1)
+    mass, count = _sums(weights, assignment, k), _sums(torch.ones_like(weights), assignment, k)
     w, n = mass.gather(1, index), count.gather(1, index).clamp(min=1)
     share = torch.where(w > 0, weights / torch.where(w > 0, w, 1), 1 / n)
-    mass = (mass * unscale[:, None]).clamp(max=torch.finfo(mass.dtype).max)
-    return mass, torch.where(inside, share, 0)
+    return mass * unscale[:, None], torch.where(assignment >= 0, share, 0)
 
 
-def _one_hot(assignment: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """(B, N, K): 1 where token i belongs to cluster j."""
-    return (assignment[:, :, None] == torch.arange(k, device=assignment.device)).to(dtype)
-
-
-def _cluster_sums(values: Tensor, assignment: Tensor, coefficient: Tensor, k: int) -> Tensor:
-    """sum over the members i of each cluster of coefficient_i * values_i: (B, K, D)."""
-    b, _, d = values.shape
-    total = values.new_zeros(b, k, d)
-    for v, a, c in zip(
-        values.split(TOKEN_CHUNK, 1), assignment.split(TOKEN_CHUNK, 1), coefficient.split(TOKEN_CHUNK, 1)
-    ):
-        total = total + (_one_hot(a, k, v.dtype) * c[:, :, None]).transpose(1, 2) @ v
-    return total
+def _means(rows: Tensor, assignment: Tensor, share: Tensor, k: int) -> Tensor:
+    """Means (B, K, D), as offsets from each cluster's first member that counts: equal members have their own value."""
+    b, n, d = rows.shape
+    if n == 0:
+        return rows.new_zeros(b, k, d)
+    counts = (assignment >= 0) & (share != 0)
+    index = torch.arange(n, device=rows.device).expand_as(assignment)
+    label = torch.where(counts, assignment, k)
+    first = torch.full((b, k + 1), n, device=rows.device).scatter_reduce(1, label, index, "amin")
+    anchor = torch.where(first[:, :k, None] < n, _gather_rows(rows, first[:, :k] % n), 0)
+    others = counts & (index != first.gather(1, label))
+    offset = torch.where(others[:, :, None], share[:, :, None] * (rows - _gather_rows(anchor, assignment)), 0)
+    return anchor + _sums(offset, assignment, k)
 
 
 def _medoids(assignment: Tensor, centers: Tensor, mass: Tensor, p: _Problem) -> Tensor:
@@ -204,39 +223,34 @@ def _sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def spread(
     x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None, sample: bool
 ) -> Tensor:
-    """K tokens one by one. k-means++: drawn with probability w_i * (squared distance to the nearest chosen so far), the
-    first by weight. Farthest: the token where that product is largest, the first the heaviest. Zero weights last."""
-    b, n, d = x.shape
-    acc = accumulate_dtype(x.dtype)
-    valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
-    tokens = torch.where(valid[:, :, None], x.to(acc), 0)
-    tokens = tokens * power_of_two_scale(tokens.abs().amax((1, 2)))[0][:, None, None] if d else tokens
-    w = valid.to(acc) if weights is None else torch.where(valid, weights, 0)
-    w = w * power_of_two_scale(w.amax(1))[0][:, None]
-    draws = torch.rand(k, b, 1, generator=generator, device=x.device, dtype=acc) if sample else None
+    """K tokens one by one, the first by weight, then by w_i * (squared distance to the nearest chosen so far).
 
-    # Preference among tokens that cost nothing (duplicates of a chosen one, zero weight): weighted before unweighted
-    # before chosen before padding, then the lowest index.
-    rank = torch.where(valid, torch.where(w > 0, 3, 2), 0)
-    distance = torch.ones(b, n, dtype=acc, device=x.device)
+    k-means++ draws with that probability, farthest-first takes the largest (lowest index on a tie). Tokens of zero
+    weight come after all others, padding after those.
+    """
+    b, n, d = x.shape
+    wide = wide_dtype(x)
+    valid = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
+    tokens = torch.where(valid[:, :, None], x.to(wide), 0)
+    tokens = tokens * power_of_two_scale(tokens.abs().amax((1, 2)))[0][:, None, None] if d else tokens
+    w = valid.to(wide) if weights is None else torch.where(valid, weights.to(wide), 0)
+    w = w * power_of_two_scale(w.amax(1))[0][:, None]
+    draws = torch.rand(k, b, 1, generator=generator, device=x.device, dtype=wide) if sample else None
+
+    unusable = torch.where(valid, torch.where(w > 0, 0.0, -1.0), -2.0).to(wide)  # below every gain
+    distance = torch.ones(b, n, dtype=wide, device=x.device)
     chosen = []
     for step in range(k):
-        gain = (w * distance).nan_to_num(0.0)
-        fallback = rank.argmax(1, keepdim=True)
+        gain = torch.where(unusable < 0, unusable, (w * distance).nan_to_num(0.0))
+        pick = gain.argmax(1, keepdim=True)
         if sample:
-            cumulative = gain.cumsum(1)
-            total = cumulative[:, -1:]
-            pick = torch.searchsorted(cumulative, draws[step] * total, right=True).clamp(max=n - 1)
-            usable = gain.gather(1, pick) > 0
-            pick = torch.where(usable, pick, gain.argmax(1, keepdim=True))
-        else:
-            pick = gain.argmax(1, keepdim=True)
-        pick = torch.where(gain.gather(1, pick) > 0, pick, fallback)
+            cumulative = gain.clamp(min=0).cumsum(1)
+            drawn = torch.searchsorted(cumulative, draws[step] * cumulative[:, -1:], right=True).clamp(max=n - 1)
+            pick = torch.where(gain.gather(1, drawn) > 0, drawn, pick)
         chosen.append(pick)
-        rank = rank.scatter(1, pick, torch.where(rank.gather(1, pick) > 0, 1, 0))
+        unusable = unusable.scatter(1, pick, -2.0)
         new = (tokens - tokens.gather(1, pick[:, :, None].expand(-1, -1, d))).square().sum(-1)
         distance = new if step == 0 else torch.minimum(distance, new)
-        distance = distance.scatter(1, pick, 0)
     return torch.cat(chosen, 1)
 
 
@@ -278,7 +292,7 @@ def kmedoids(
 
 def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     b, n, d = x.shape
-    acc = accumulate_dtype(x.dtype)
+    acc, wide = accumulate_dtype(x.dtype), wide_dtype(x)
     if b == 0 or n == 0:
         empty = x.new_zeros(b, k, dtype=acc)
         none = torch.full((b, k), -1, device=x.device)
@@ -290,25 +304,38 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
         init = spread(x, k, weights, mask, None, sample=False)
     p = _prepare(x, weights, mask, counts, k)
 
+    medoids = torch.full((b, k), -1, device=x.device)
     if init.dtype == torch.int64:
         medoids = init.clamp(0, n - 1)
         centers = _gather_rows(p.centered, medoids)
     else:
-        medoids = None
-        centers = init.to(acc) * p.token_scale[:, None, None] - p.mean
+        centers = init.to(wide) * p.token_scale[:, None, None] - p.mean
     cluster = torch.arange(k, device=x.device).expand(b, k)
-
-    for _ in range(num_iters):
-        assignment, distance = _assign(p.centered, centers, p.active)
+    before, loss_before, done = None, None, None
+    for iteration in range(num_iters):
+        assignment, distance = nearest(p.centered, centers, p.active)
         if with_medoids:  # a medoid belongs to its own cluster
             owner = torch.full((b, n), k, device=x.device)
             owner = owner.scatter_reduce(1, medoids.clamp(min=0), torch.where(p.active, cluster, k), "amin")
             distance = torch.where(owner < k, 0, distance)
             assignment = torch.where(owner < k, owner, assignment)
-        assignment = _repair(assignment, p.weights * distance, p)
-        assignment = torch.where(p.valid, assignment, -1)
+        repaired = _repair(assignment, p.weights * distance, p)
+        moved = repaired != assignment
+        loss = torch.where(p.valid & ~moved & (p.weights > 0), p.weights * distance, 0).sum(1)
+        assignment = torch.where(p.valid, repaired, -1)
+        if before is not None:
+            # Where clusters had to be refilled, or for very long, labels may change for ever and gain nothing.
+            settled = (assignment == before).all(1)
+            must_pay = moved.any(1) if iteration < PATIENCE else torch.ones_like(settled)
+            done = done | settled | (must_pay & ~(loss < loss_before))
+            assignment = torch.where(done[:, None], before, assignment)
+            if values.visible(done) and bool(done.all()):
+                break
+        else:
+            done = torch.zeros(b, dtype=torch.bool, device=x.device)
+        before, loss_before = assignment, loss
         mass, share = _membership(assignment, p.weights, k)
-        centers = _cluster_sums(p.centered, assignment, share, k)
+        centers = _means(p.centered, assignment, share, k)
         if with_medoids:
             medoids = _medoids(assignment, centers, mass, p)
             centers = _gather_rows(p.centered, medoids)
@@ -316,38 +343,55 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     if sort:
         assignment, order = _sort_clusters(assignment, k)
         mass, share = _membership(assignment, p.weights, k)
-        medoids = medoids.gather(1, order) if with_medoids else None
-    active = (assignment[:, :, None] == cluster[:, None, :]).any(1)
+        medoids = medoids.gather(1, order)
     if with_medoids:
-        rows = torch.where(active[:, :, None], _gather_rows(p.tokens, medoids), 0)
-        centers = torch.where(active[:, :, None], _gather_rows(x, medoids), 0)
+        rows = torch.where(medoids[:, :, None] >= 0, _gather_rows(p.tokens, medoids), 0)
+        centers = torch.where(medoids[:, :, None] >= 0, _gather_rows(x, medoids), 0)
     else:
-        rows = _cluster_sums(p.tokens, assignment, share, k)  # of the tokens themselves: a lone member is its own mean
-        centers = (rows * p.token_unscale[:, None, None]).to(x.dtype)
-        medoids = torch.full((b, k), -1, device=x.device)
+        rows = _means(p.tokens, assignment, share, k)  # of the tokens themselves: a lone member is its own mean
+        centers = _rounded(rows * p.token_unscale[:, None, None], rows, x.dtype)
     error = (p.tokens - _gather_rows(rows, assignment)).square().sum(-1)
-    inertia = (p.weights * torch.where(p.valid, error, 0)).sum(1)
-    largest = torch.finfo(acc).max
+    inertia = torch.where(p.valid & (p.weights != 0), p.weights * error, 0).sum(1)
     exponent = 2 * _exponent(p.token_unscale) + _exponent(p.weight_unscale)
-    limit = 100 if acc == torch.float32 else 800
+    limit = 100 if wide == torch.float32 else 800
     for _ in range(4):  # in steps of one sign, so that nothing between overflows or vanishes
         step = exponent.clamp(-limit, limit)
-        inertia, exponent = inertia * _power_of_two(step, acc), exponent - step
-    inertia = inertia.clamp(max=largest)
+        inertia, exponent = inertia * _power_of_two(step, wide), exponent - step
+    largest = torch.finfo(acc).max
     mass = (mass * p.weight_unscale[:, None]).clamp(max=largest)
-    return centers[:, :, :d], assignment, mass, medoids, inertia
+    centers = centers if d else centers[:, :, :0]
+    return centers, assignment, mass.to(acc), medoids, inertia.clamp(max=largest).to(acc)
+
+
+def _rounded(rows: Tensor, finite_where: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`; a finite row that rounds beyond its largest number becomes that number."""
+    largest = torch.finfo(dtype).max
+    return torch.where(finite_where.isfinite(), rows.clamp(-largest, largest), rows).to(dtype)
+
+
+def assign(x: Tensor, centers: Tensor, mask: Tensor | None) -> Tensor:
+    """Index (B, N) of every token's nearest center, lowest on a tie; -1 for padding."""
+    if x.numel() == 0:
+        label = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+    else:
+        centers = centers.to(wide_dtype(x))
+        middle = torch.where(centers.isfinite(), centers, 0).mean(1, keepdim=True)
+        label = nearest(x - middle, centers - middle)[0]
+    return label if mask is None else torch.where(mask, label, -1)
 
 
 def pool(x: Tensor, assignment: Tensor, weights: Tensor | None, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Weighted mean of the tokens of each cluster. Returns (centers (B, K, D) in x.dtype, mass (B, K))."""
-    acc = accumulate_dtype(x.dtype)
+    acc, wide = accumulate_dtype(x.dtype), wide_dtype(x)
     inside = (assignment >= 0) & (assignment < num_clusters)
     assignment = torch.where(inside, assignment, -1)
-    w = torch.ones_like(assignment, dtype=acc) if weights is None else weights.to(acc)
-    w = torch.where(inside, w, 0)
-    tokens = torch.where(inside[:, :, None], x.to(acc), 0)
-    mass, share = _membership(assignment, w, num_clusters)
-    return _cluster_sums(tokens, assignment, share, num_clusters).to(x.dtype), mass
+    w = torch.ones_like(assignment, dtype=wide) if weights is None else weights.to(wide)
+    mass, share = _membership(assignment, torch.where(inside, w, 0), num_clusters)
+    part = torch.ones(len(x), 1, 1, dtype=wide, device=x.device)
+    if x.dtype == wide and x.numel():  # a difference of two may not overflow
+        part = torch.where(x.abs().amax((1, 2), keepdim=True) > torch.finfo(wide).max / 8, 0.25, part)
+    rows = _means(x.to(wide) * part, assignment, share, num_clusters)
+    return _rounded(rows / part, rows, x.dtype), mass.clamp(max=torch.finfo(acc).max).to(acc)
 
 
 def pool_backward(
@@ -355,26 +399,28 @@ def pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the weighted mean: (grad_x (B, N, D) in x.dtype, grad_weights (B, N) in acc; zeros without
     weights)."""
-    acc = accumulate_dtype(x.dtype)
+    acc, wide = accumulate_dtype(x.dtype), wide_dtype(x)
     k = centers.shape[1]
     inside = (assignment >= 0) & (assignment < k)
     index = torch.where(inside, assignment, 0)
-    w = torch.ones_like(assignment, dtype=acc) if weights is None else weights.to(acc)
-    count = _one_hot(torch.where(inside, assignment, -1), k, acc).sum(1)
-    w_cluster = mass.to(acc).gather(1, index)
+    w = torch.ones_like(assignment, dtype=wide) if weights is None else weights.to(wide)
+    count = _sums(torch.ones_like(w), assignment, k)
+    w_cluster = mass.to(wide).gather(1, index)
     weighted = w_cluster > 0
     safe = torch.where(weighted, w_cluster, 1)
     share = torch.where(weighted, w / safe, 1 / count.gather(1, index).clamp(min=1))
-    grad = _gather_rows(grad_centers.to(acc), index)
+    grad = _gather_rows(grad_centers.to(wide), index)
     grad_x = torch.where(inside[:, :, None], share[:, :, None] * grad, 0).to(x.dtype)
     if weights is None:
-        return grad_x, torch.zeros_like(w)
-    inner = ((x.to(acc) - _gather_rows(centers.to(acc), index)) * grad).sum(-1)
-    return grad_x, torch.where(inside & weighted, inner / safe, 0)
+        return grad_x, torch.zeros_like(w, dtype=acc)
+    inner = ((x.to(wide) - _gather_rows(centers.to(wide), index)) * grad).sum(-1)
+    return grad_x, torch.where(inside & weighted, inner / safe, 0).to(acc)
 
 
 def unpool(centers: Tensor, assignment: Tensor) -> Tensor:
     """Every token's center: (B, N, D); zeros where the assignment is -1."""
+    if centers.shape[1] == 0:
+        return centers.new_zeros(*assignment.shape, centers.shape[2])
     inside = (assignment >= 0) & (assignment < centers.shape[1])
     rows = _gather_rows(centers, torch.where(inside, assignment, 0))
     return torch.where(inside[:, :, None], rows, 0)
@@ -382,24 +428,19 @@ def unpool(centers: Tensor, assignment: Tensor) -> Tensor:
 
 def unpool_backward(grad: Tensor, assignment: Tensor, num_clusters: int) -> Tensor:
     """Sum of the incoming gradients of each cluster's tokens: (B, K, D) in grad.dtype."""
-    acc = accumulate_dtype(grad.dtype)
-    inside = (assignment >= 0) & (assignment < num_clusters)
-    total = _cluster_sums(
-        torch.where(inside[:, :, None], grad.to(acc), 0),
-        torch.where(inside, assignment, -1),
-        inside.to(acc),
-        num_clusters,
-    )
-    return total.to(grad.dtype)
+    return _sums(grad.to(wide_dtype(grad)), assignment, num_clusters).to(grad.dtype)
 
 
 def attention_received(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -> Tensor:
     """Mean over heads and queries of softmax(scale * q k^T): (B, N) in acc. One head at a time."""
-    acc = accumulate_dtype(q.dtype)
+    acc, wide = accumulate_dtype(q.dtype), wide_dtype(q)
     b, heads, num_queries, _ = q.shape
-    total = torch.zeros(b, k.shape[2], dtype=acc, device=q.device)
-    for head in range(heads):
-        logits = (q[:, head].to(acc) * scale) @ k[:, head].to(acc).transpose(1, 2)
-        normaliser = torch.logsumexp(logits, -1) if lse is None else lse[:, head].to(acc)
-        total = total + (logits - normaliser[:, :, None]).exp().sum(1)
-    return total / max(heads * num_queries, 1)
+    total = torch.zeros(b, k.shape[2], dtype=wide, device=q.device)
+    for head in range(heads if k.shape[2] else 0):
+        logits = q[:, head].to(wide) @ k[:, head].to(wide).transpose(1, 2)
+        if lse is None:  # scaled after the largest is taken off: no scale makes infinity minus infinity
+            best = logits.amax(-1, keepdim=True) if scale > 0 else logits.amin(-1, keepdim=True)
+            total = total + ((logits - best) * scale).softmax(-1).sum(1)
+        else:
+            total = total + (logits * scale - lse[:, head].to(wide)[:, :, None]).exp().sum(1)
+    return (total / max(heads * num_queries, 1)).to(acc)
