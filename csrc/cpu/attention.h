@@ -50,6 +50,10 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
   const In* q = static_cast<const In*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1];
   const In* k = static_cast<const In*>(a.k) + b * a.k_strides[0] + h * a.k_strides[1];
   const C* lse = a.lse ? static_cast<const C*>(a.lse) + (b * a.heads + h) * a.queries : nullptr;
+  // A scale so large that q times it may overflow is applied once the largest logit is taken off.
+  const bool late = !(std::abs(a.scale) <= 1e6);
+  const C scale = late ? C(a.scale < 0 ? -1 : 1) : C(a.scale);
+  const Vec<C> rest = splat(late ? C(std::min<double>(std::abs(a.scale), std::numeric_limits<C>::max())) : C(1));
   Buffer<C> packed(padded * d), rows(kRows * d), zero(d), logits(kRows * padded), sum(padded);
 
   for (int64_t i = 0; i < padded; ++i) sum[i] = 0;
@@ -68,7 +72,7 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
       C* out = rows + std::min(r, count - 1) * d;
       if (r < count) {
         widen(q + (first + r) * a.q_strides[2], out, d);
-        for (int64_t i = 0; i < d; ++i) out[i] *= C(a.scale);
+        for (int64_t i = 0; i < d; ++i) out[i] *= scale;
       }
       left[r] = out;
     }
@@ -84,13 +88,13 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
       for (int64_t i = a.keys; i < padded; ++i) row[i] = -std::numeric_limits<C>::infinity();
       if (lse) {  // exp(x - lse) directly; logits never exceed their log-sum-exp
         const Vec<C> shift = splat(lse[first + r]);
-        for (int64_t i = 0; i < padded; i += L) store(sum + i, load(sum + i) + exp_lanes(load(row + i) - shift));
+        for (int64_t i = 0; i < padded; i += L) store(sum + i, load(sum + i) + exp_lanes(load(row + i) * rest - shift));
         continue;
       }
       const Vec<C> shift = splat(row_maximum(row, padded));
       Vec<C> total = {};
       for (int64_t i = 0; i < padded; i += L) {
-        const Vec<C> e = exp_lanes(load(row + i) - shift);
+        const Vec<C> e = exp_lanes((load(row + i) - shift) * rest);
         store(row + i, e);
         total += e;
       }
