@@ -1,6 +1,6 @@
 """Thousands of small k-means at once, and labels for new points.
 
-    python examples/point_sets.py [--sets 2000]
+python examples/point_sets.py [--sets 2000]
 """
 
 import argparse
@@ -22,6 +22,7 @@ def main():
     start = time.perf_counter()
     clusters = tp.kmeans(points, 8, num_iters=20)
     seconds = time.perf_counter() - start
+    print("cluster centers", tuple(clusters.centers.shape))
     print(f"{args.sets} sets of 100 points into 8 clusters: {seconds * 1e3:.0f} ms, {args.sets / seconds:.0f} sets/s")
 
     # Sets of different sizes: pad, say which points are real, and how many clusters each set gets.

@@ -1,6 +1,6 @@
 """A feature map from a pooled model: inside the blocks there are fewer tokens, outside every place has its vector.
 
-    python examples/segmentation_features.py
+python examples/segmentation_features.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A timm ViT with fewer tokens: images a second, before and after.
 
-    python examples/speed_up_timm.py [--model vit_small_patch16_224] [--batch 8] [--keep-ratio 0.7]
+python examples/speed_up_timm.py [--model vit_small_patch16_224] [--batch 8] [--keep-ratio 0.7]
 """
 
 import argparse

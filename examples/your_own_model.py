@@ -1,6 +1,6 @@
 """The layer in a transformer of your own: pool, go on with fewer tokens, and give every place a vector again.
 
-    python examples/your_own_model.py
+python examples/your_own_model.py
 """
 
 import torch

@@ -11,15 +11,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("_build_cuda", ROOT / "tokenpool_ext" / "_build_cuda.py")
-builder = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(builder)
+sys.path.insert(0, str(ROOT / "csrc"))
+import build_cuda as builder  # noqa: E402
 
 BUILD = Path(os.environ.get("TOKENPOOL_EXT_CUDA_BUILD_DIR") or ROOT / "build" / "cuda")
 REQUIRED = os.environ.get("TOKENPOOL_EXT_REQUIRE_CUDA_BUILD") == "1"
@@ -76,20 +74,20 @@ def test_setup_puts_the_library_beside_the_extension(monkeypatch, tmp_path, inpl
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("MAX_JOBS", "2")
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    monkeypatch.setenv("TOKENPOOL_EXT_CUDA", "1")
+    monkeypatch.setenv("TOKENPOOL_EXT_CUDA", "auto")
     found = importlib.util.spec_from_file_location("_setup_script", ROOT / "setup.py")
     script = importlib.util.module_from_spec(found)
     found.loader.exec_module(script)
     folders = []
-    fake = SimpleNamespace(cannot_build=lambda: None, build_cuda=lambda folder, say: folders.append(Path(folder)))
-    monkeypatch.setattr(script, "cuda_builder", lambda: fake)
+    monkeypatch.setattr(script.build_cuda, "cannot_build", lambda: None)
+    monkeypatch.setattr(script.build_cuda, "build_cuda", lambda folder, say: folders.append(Path(folder)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "probe.cpp").write_text('extern "C" int PyInit__probe() { return 0; }\n')
     (tmp_path / "tokenpool_ext").mkdir()
     extension = setuptools.Extension(
         "tokenpool_ext._probe", ["probe.cpp"], library_dirs=[os.path.join(builder.torch_folder(), "lib")]
     )
-    command = script.commands["build_ext"](setuptools.Distribution({"ext_modules": [extension]}))
+    command = script.Build(setuptools.Distribution({"ext_modules": [extension]}))
     command.inplace = inplace
     command.ensure_finalized()
     command.run()

@@ -1,11 +1,11 @@
 """Builds the CUDA library `_cuda.so` with nvcc and the C++ compiler. Needs torch's headers (any build of torch, CPU
-builds too), a CUDA toolkit and no GPU. Stands alone: setup.py loads this file by its path.
+builds too), a CUDA toolkit and no GPU.
 
 The kernels (.cu) see no torch header, so they compile fast; one plain C++ file holds the torch side on the stable ABI.
 The CUDA runtime is linked statically. torch's stream getter lives in libtorch_cuda.so, which a CPU build of torch does
 not have: the library is linked against a stub of that name, and the real one is found when a CUDA torch loads it.
 
-    python tokenpool_ext/_build_cuda.py OUT_DIR [--archs "8.0;9.0a"] [--keep BUILD_DIR]
+    python csrc/build_cuda.py OUT_DIR [--archs "8.0;9.0a"] [--keep BUILD_DIR]
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -23,8 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
+from build_backend import torch_folder
+
+CSRC = Path(__file__).resolve().parent
+ROOT = CSRC.parent
 LIBRARY = "_cuda.so"
 # 9.0a, 10.0a and 12.0a run on exactly one architecture each; the PTX of 8.9 covers what comes between and after.
 DEFAULT_ARCHS = "8.0;8.6;8.9+PTX;9.0a;10.0a;12.0a"
@@ -60,11 +61,6 @@ def toolkit_version() -> tuple | None:
         r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     )
     return (int(found[1]), int(found[2])) if found else None
-
-
-def torch_folder() -> str | None:
-    spec = importlib.util.find_spec("torch")
-    return os.path.dirname(spec.origin) if spec and spec.origin else None
 
 
 def compiler() -> str | None:
