@@ -372,7 +372,7 @@ def test_forward_errors(tokens):
     cases = [
         (lambda: layer("x"), TypeError, "x must be"),
         (lambda: layer(x[0]), ValueError, "(B, N, D)"),
-        (lambda: layer(x[:, :3].int()), TypeError, "x must be floating"),
+        (lambda: layer(x[:, :3].int()), TypeError, "x must be float32"),
         (lambda: layer(x, scores[:, 1:]), ValueError, "scores must have shape (3, 38)"),
         (lambda: layer(x, scores[:2]), ValueError, "scores"),
         (lambda: layer(x, x), ValueError, "scores"),

@@ -116,6 +116,14 @@ def _willing(op: str, x: Tensor) -> tuple[Backend, ...]:
         if REGISTRY["cpu"].why_not(op, x) is None:
             return (REGISTRY["cpu"],)
         order = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
+        if order == ("reference",) and not torch.compiler.is_compiling() and ("cpu", "") not in _warned:
+            _warned.add(("cpu", ""))
+            reason = REGISTRY["cpu"].why_not(op, x)
+            warnings.warn(
+                f"tokenpool_ext: calls on the CPU run on the slow backend 'reference': {reason}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
     elif device == "cuda":
         order = ("cuda", "triton", "reference")
     else:
@@ -123,6 +131,7 @@ def _willing(op: str, x: Tensor) -> tuple[Backend, ...]:
     return tuple(REGISTRY[name] for name in order if REGISTRY[name].why_not(op, x) is None)
 
 
+_warned: set[tuple[str, str]] = set()
 _NOTHING = contextlib.nullcontext()
 
 
@@ -134,9 +143,6 @@ def no_autocast(x: Tensor):
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return _NOTHING
     return torch.autocast(kind, enabled=False)
-
-
-_warned: set[tuple[str, str]] = set()
 
 
 def run(chain: tuple[Backend, ...], op: str, *args):

@@ -6,8 +6,8 @@ ValueError for a wrong value. `name` is the function or layer that was called.
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .starts import STRATEGIES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+LARGEST_FLOAT = sys.float_info.max
 LARGEST = 2**31 - 1  # of what the kernels count in int32
 
 
@@ -79,6 +80,7 @@ def check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
         most = n if b > 0 else None
         kind = "an int or a (B,) integer tensor"
         return check_int(name, "num_clusters", num_clusters, 1, most, kind=kind, hint="; ask for fewer clusters"), None
+    check_tensor(name, "num_clusters", num_clusters)
     if num_clusters.dtype not in INTEGER:
         raise TypeError(
             f"{name}: num_clusters must be an int or an integer tensor, got a tensor of {num_clusters.dtype}"
@@ -109,6 +111,8 @@ def check_tensor(name: str, argument: str, value) -> None:
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}; call .to_dense() first")
+    if value.is_quantized:
+        raise TypeError(f"{name}: {argument} must be a plain tensor, got a quantised one; call .dequantize() first")
 
 
 def check_floating(name: str, argument: str, value) -> None:
@@ -333,8 +337,8 @@ def check_attention(q, k, scale, lse) -> tuple[float, Tensor | None]:
         scale = max(q.shape[3], 1) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"{name}: scale must be finite, got {scale}")
+    elif not torch.compiler.is_compiling() and not abs(scale) <= LARGEST_FLOAT:
+        raise ValueError(f"{name}: scale must be a finite float, got {scale}")
     if lse is not None:
         check_tensor(name, "lse", lse)
         if lse.shape != q.shape[:3]:

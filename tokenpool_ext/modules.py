@@ -17,7 +17,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from .checks import check_backend, check_bool, check_choice, check_int, check_ratio
+from .checks import check_backend, check_bool, check_choice, check_floating, check_int, check_ratio, check_tensor
 from .functional import Clusters, kmeans, kmedoids, pool
 from .ops import accumulate_dtype
 from .starts import STRATEGIES
@@ -138,10 +138,7 @@ class TokenReduction(nn.Module):
             the patch tokens. When ``sizes`` is given, the new sizes (B, P + K) or (B, K) come last in the tuple.
         """
         name = type(self).__name__
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: x must be floating, got {x.dtype}; convert it with .float()")
+        check_floating(name, "x", x)
         if x.dim() != 3:
             raise ValueError(f"{name}: x must have shape (B, N, D), got {tuple(x.shape)}; add a batch with x[None]")
         prefix = self.num_prefix_tokens
@@ -193,8 +190,11 @@ class TokenReduction(nn.Module):
         if value is None:
             return None
         name = type(self).__name__
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {argument} must be a torch.Tensor or None, got {type(value).__name__}")
+        check_tensor(name, argument, value)
+        if argument == "features":
+            check_floating(name, argument, value)
+        elif value.is_complex():
+            raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")
         b, total = x.shape[:2]
         n = total - self.num_prefix_tokens
         if value.dim() != dims or value.shape[0] != b or value.shape[1] not in (total, n):
