@@ -1,17 +1,20 @@
-# make demo: pool a pretrained ViT on real photos.   make test: the tests.   Both start from nothing but python3 and a C++ compiler.
+# make demo: pool a pretrained ViT on real photos.   make test: the tests.   Both start from nothing but python3 and a
+# C++ compiler.   make test-all: also the GPU kernels, in a simulator and in Triton's interpreter.   make lint.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/* csrc/build_cuda.py csrc/build_backend.py)
 
-.PHONY: build demo test lint bench clean
+SLOW := $(addprefix tests/test_,cuda_simulator.py triton_interpret.py triton_compile.py)
+
+.PHONY: build demo test test-all lint bench clean
 
 build: $(VENV)/built
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy "setuptools>=77" wheel "pybind11>=2.13"
 	touch $@
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)
@@ -31,7 +34,10 @@ demo: $(VENV)/built $(VENV)/demo
 	$(PY) -m tokenpool_ext demo
 
 test: $(VENV)/built $(VENV)/test
-	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest
+	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(addprefix --ignore=,$(SLOW))
+
+test-all: test
+	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(SLOW)
 
 # Versions are pinned: a formatter's next release must not change what passes.
 $(VENV)/lint:

@@ -1,4 +1,4 @@
-"""python -m tokenpool_ext info | demo [options]"""
+"""python -m tokenpool_ext info | doctor | demo [options]"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .backends import ENVIRONMENT, backends
 USAGE = """usage: python -m tokenpool_ext COMMAND
 
   info   versions, backends and, for each absent one, why
+  doctor info, a plan, and a short self-test of every backend: for bug reports
   demo   pool a pretrained ViT on real photos: a table and pictures (see demo --help)
 """
 
@@ -46,6 +47,11 @@ def main(argv=None) -> int:
     command = argv[0] if argv else "--help"
     if command == "info":
         return info()
+    if command == "doctor":
+        from . import doctor
+
+        info()
+        return doctor.main()
     if command == "demo":
         from . import demo
 
