@@ -171,8 +171,8 @@ def interval(values: torch.Tensor, draws: int = 2000) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--descriptions", required=True, help="Translation-en, unpacked")
-    parser.add_argument("--documents", type=int, default=1200)
-    parser.add_argument("--queries", type=int, default=1200)
+    parser.add_argument("--documents", type=int, default=600)
+    parser.add_argument("--queries", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--factors", default=",".join(map(str, FACTORS)))

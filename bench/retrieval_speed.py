@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--peer-pages", type=int, default=16, help="a peer's pages in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-pages", type=int, default=10000)
+    parser.add_argument("--threads", default="1,2", help="on a machine that others use: 1")
     parser.add_argument("--json")
     options = parser.parse_args()
     import fastcluster
@@ -74,11 +75,12 @@ def main() -> None:
     from tokenpool_ext.retrieval import TokenPooler
 
     documents, words = pages(options.pages)
+    counts = [int(t) for t in options.threads.split(",")]
     records = []
     for factor in (2, 3, 4):
-        calls = {("tokenpool_ext", threads): TokenPooler(factor) for threads in (1, 2)}
+        calls = {("tokenpool_ext", threads): TokenPooler(factor) for threads in counts}
         for name, linkage in (("fastcluster", fastcluster.linkage), ("scipy", scipy_linkage)):
-            calls |= {(name, threads): peer(linkage, threads, factor) for threads in (1, 2)}
+            calls |= {(name, threads): peer(linkage, threads, factor) for threads in counts}
         share = options.pages // options.rounds
         times: dict = {key: [] for key in calls}
         others = machine.OthersCpu()
@@ -102,7 +104,7 @@ def main() -> None:
                 row[f"{word}_times_ours"] = round(median([a[clock] / b[clock] for a, b in zip(seconds, own)]), 1)
             records.append(row)
             print(row, flush=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(counts[-1])
     pooler, peaks = TokenPooler(3), []
     for start in range(0, options.memory_pages, 500):  # a corpus that comes by in pieces
         pooler([documents[i % len(documents)] for i in range(start, start + 500)])
