@@ -12,13 +12,14 @@ The blocks are found by structure and proven by permuting their tokens (``findin
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from .flops import Cost, ViTSpec, cost, gmacs, tokens_per_layer
-from .patching import apply_patch, patched_blocks, remove_patch
+from .patching import apply_patch, patched_blocks, remove_patch, support_of
 from .recording import Record, record
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "patch",
     "patched_blocks",
     "record",
+    "supported",
     "tokens_per_layer",
     "unpatch",
 ]
@@ -41,9 +43,10 @@ def patch(
     num_tokens: Mapping[int, int | float] | Iterable[int] | None = None,
     keep_ratio: float | None = None,
     r: int | None = None,
+    budget: float | None = None,
     layers: Iterable[int] | None = None,
     pooling: str | Callable[..., nn.Module] = "kmeans",
-    position: str | None = None,
+    position: str = "block",
     outside: str | None = None,
     cluster_on: str | None = None,
     track_size: bool | None = None,
@@ -77,6 +80,9 @@ def patch(
         keep_ratio: instead of ``num_tokens``: the ratio kept at each pooling block (nearest count, halves down, at
             least 1). Without any schedule: 0.7.
         r: instead: tokens removed by each block (ToMe's word), at most half of them.
+        budget: instead: share of the unpooled model's multiply-accumulates, in (0, 1]; the largest ratio that stays
+            within is found by counting (``tokenpool_ext.cost``) on ``example`` or made-up inputs, in about seven
+            forwards.
         layers: with ``keep_ratio`` or ``r``: the block indices (from 0, or negative) that pool. Default with
             ``keep_ratio``: the blocks at 1/4, 1/2 and 3/4 of the depth, so 3, 6 and 9 of 12 (the schedule of "Which
             Tokens to Use?", arXiv 2308.04657); with ``r``: all.
@@ -85,9 +91,9 @@ def patch(
             ``f(num_tokens=..., keep_ratio=..., num_prefix_tokens=..., **pooling_options) -> nn.Module`` whose module
             has ``TokenPooling``'s ``forward``. It is told to be given no scores by an attribute
             ``needs_scores = False``.
-        position: ``"attention"`` pools between attention and MLP (PoWER-BERT's and ToMe's place: the MLP of the same
-            block already gets cheaper), which pre-norm blocks of timm and transformers can; ``"block"`` after the whole
-            block (Token Pooling, Fig. 1a), which every block can. Default: attention where all pooling blocks can.
+        position: ``"block"`` pools after the whole block (Token Pooling, Fig. 1a), which every block can;
+            ``"attention"`` between attention and MLP (PoWER-BERT's and ToMe's place: the MLP of the same block already
+            gets cheaper), which pre-norm blocks of timm and transformers can.
         outside: ``"full"`` (default): every block hands out as many tokens as the model expects, each pooled token in
             all the places it stands for, so that heads that average, feature maps and hidden states see what they
             always saw. ``"short"``: the pooled tokens themselves, fewer.
@@ -119,6 +125,7 @@ def patch(
     return apply_patch(
         model,
         blocks=blocks,
+        budget=budget,
         schedule={"num_tokens": num_tokens, "keep_ratio": keep_ratio, "r": r, "layers": layers},
         pooling=pooling,
         position=position,
@@ -130,6 +137,22 @@ def patch(
         example=example,
         pooling_options=pooling_options,
     )
+
+
+def supported(model: nn.Module | None = None, **arguments: Any):
+    """Whether :func:`patch` takes ``model`` with these arguments: true or false, with the reason. Changes nothing.
+
+        >>> tokenpool_ext.supported(model)
+        Support(ok=True, reason='blocks (12 x Block); scores and sizes', num_prefix_tokens=1)
+
+    Without a model: the names of the families of which a small model was patched, run and compared
+    (``python -m tests.model_zoo --write`` makes the list, and the table in docs/models.md).
+    """
+    bound = inspect.signature(patch).bind(model, **arguments)
+    bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if name not in ("model", "budget")}
+    schedule = {name: given.pop(name) for name in ("num_tokens", "keep_ratio", "r", "layers")}
+    return support_of(model, {**given, "schedule": schedule})
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -247,6 +247,12 @@ def examples(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
     main = getattr(owner, "main_input_name", None)
     size = image_size(owner)
     channels = setting(config, "num_channels", "in_chans", "in_channels", default=None) or stem_channels(owner) or 3
+    patch, merge = setting(config, "patch_size", default=None), setting(config, "spatial_merge_size", default=None)
+    if isinstance(patch, int) and merge:
+        # patches of two images packed into one sequence, and their grids
+        inputs = channels * patch**2 * setting(config, "temporal_patch_size", default=1)
+        grid = torch.tensor([[1, 4 * merge, 4 * merge], [1, 2 * merge, 4 * merge]], device=parameter.device)
+        yield (noise(24 * merge**2, inputs), grid), {}
     if main == "input_ids":
         yield (), {"input_ids": words(12)}
         yield (), {"input_ids": words(12), "decoder_input_ids": words(5)}

@@ -6,11 +6,13 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
-from ..checks import check_bool, check_choice, check_int
+from ..checks import check_bool, check_choice, check_int, check_ratio
 from ..modules import TokenPooling, TokenReduction
 from . import finding, pooled, probing
 from . import schedule as schedules
@@ -29,13 +31,74 @@ RESERVED = ("num_tokens", "keep_ratio", "num_prefix_tokens", "return_clusters", 
 DEFAULT_RATIO = 0.7
 
 
-def apply_patch(
+def apply_patch(model: nn.Module, *, schedule: dict, budget: float | None = None, **arguments) -> nn.Module:
+    """See ``tokenpool_ext.patch``. Everything is checked before anything is changed."""
+    if budget is not None:
+        schedule = {**schedule, "keep_ratio": ratio_for(model, budget, schedule, arguments)}
+    found, plan, parts, modules = prepare(model, schedule=schedule, **arguments)
+    remove_patch(model)
+    for i, part in parts.items():
+        pooled.install(found.blocks[i], Place(plan, i, part), modules.get(i))
+    return model
+
+
+def ratio_for(model: nn.Module, budget: float, schedule: dict, arguments: dict) -> float:
+    """The largest ratio kept, in steps of 1/128, at which a forward takes at most ``budget`` of the unpooled MACs."""
+    from ..cost import cost
+
+    check_ratio("patch", "budget", budget)
+    given = [f"{name}={schedule[name]!r}" for name in ("num_tokens", "keep_ratio", "r") if schedule[name] is not None]
+    if given:
+        raise ValueError(
+            f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {given[0]} and {budget=}"
+        )
+    found, *_ = prepare(model, schedule=schedule, **arguments)
+    remove_patch(model)
+    args, kwargs = probing.inputs_for(found, arguments["example"])
+    whole = cost(model, *args, **kwargs).total
+    low, high = 1, 128
+    while low < high:
+        middle = (low + high + 1) // 2
+        apply_patch(model, schedule={**schedule, "keep_ratio": middle / 128}, **arguments)
+        if cost(model, *args, **kwargs).total <= budget * whole:
+            low = middle
+        else:
+            high = middle - 1
+    remove_patch(model)
+    return low / 128
+
+
+class Support(NamedTuple):
+    """Whether ``patch`` takes a model, and what it found: false in a condition where it does not."""
+
+    ok: bool
+    reason: str
+    num_prefix_tokens: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def support_of(model: nn.Module | None, arguments: dict):
+    """See ``tokenpool_ext.supported``."""
+    if model is None:
+        listed = (Path(__file__).parent / "supported.txt").read_text().splitlines()
+        return [line for line in listed if line and not line.startswith("#")]
+    try:
+        found, plan, *_ = prepare(model, **arguments)
+    except (TypeError, ValueError) as error:
+        return Support(False, str(error))
+    scores = "scores and sizes" if plan.form.attends else "no scores: its attention product is not seen"
+    return Support(True, f"{found.name}; {scores}", plan.prefix)
+
+
+def prepare(
     model: nn.Module,
     *,
     blocks,
     schedule: dict,
     pooling,
-    position: str | None,
+    position: str,
     outside: str | None,
     cluster_on: str | None,
     track_size: bool | None,
@@ -43,13 +106,17 @@ def apply_patch(
     protect,
     example,
     pooling_options: dict,
-) -> nn.Module:
-    """See ``tokenpool_ext.patch``. Everything is checked before anything is changed."""
+) -> tuple[finding.BlockList, Plan, dict, dict]:
+    """(blocks, plan, parts of the touched blocks, pooling modules); changes nothing.
+
+    Raises:
+        TypeError, ValueError: see ``tokenpool_ext.patch``.
+    """
     found = finding.find_blocks(model, blocks)
     depth = len(found.blocks)
     counts = make_schedule(depth, **schedule)
     for name, value, choices in (
-        ("position", position, ("attention", "block", None)),
+        ("position", position, ("block", "attention")),
         ("outside", outside, ("full", "short", None)),
         ("cluster_on", cluster_on, ("tokens", "keys", None)),
     ):
@@ -71,7 +138,7 @@ def apply_patch(
         suffix=suffix,
         protect=protected_indices(protect),
         outside=outside or "full",
-        position="block",
+        position=position,
         cluster_on=cluster_on or ("keys" if pooling == "bipartite" else "tokens"),
         track_size=False,
         schedule=counts,
@@ -82,21 +149,13 @@ def apply_patch(
         check_untouched(found.blocks[i], i)
     modules = {i: make_pooling(make, value, plan, found.blocks[i]) for i, value in counts.items()}
     parts = probing.probe(found, touched, plan, example, position)
-    if position == "attention" or (position is None and all(parts[i] is not None for i in counts)):
-        plan.position = "attention"
-    else:
-        parts = dict.fromkeys(parts)
     if track_size and not plan.form.attends:
         raise ValueError(
             f"patch: track_size=True adds to the logits of an attention product, but none is seen in"
             f" {found.block_name}; use track_size=False"
         )
     plan.track_size = plan.form.attends if track_size is None else track_size
-
-    remove_patch(model)
-    for i in touched:
-        pooled.install(found.blocks[i], Place(plan, i, parts[i]), modules.get(i))
-    return model
+    return found, plan, parts, modules
 
 
 def make_pooling(make: Callable, value: int | float, plan: Plan, block: nn.Module) -> nn.Module:

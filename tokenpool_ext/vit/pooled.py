@@ -195,8 +195,12 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     sizes = None if state is None else state.sizes
     with_index = None if state is None else state.index
     n = x.shape[1] if state is None else state.labels.shape[1]
-    tap = Tap(short.shape[0], short.shape[1], sizes, with_index, n, scored or keyed)
+    packed = plan.form.layout == "packed"
+    tap = Tap(short.shape[0], short.shape[1], sizes, with_index, n, scored or keyed, packed)
     reducer = Reducer(plan, index, pooling, tap, valid, state, n)
+
+    if pooling is not None and packed:
+        reducer.ends = packed_ends(block, args, kwargs, short.shape[1])
 
     def inner(tokens: Tensor) -> Any:
         a, k = put(args, kwargs, at, as_given(tokens, plan.form.layout))
@@ -212,6 +216,8 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         if pooling is not None:
             tokens = reducer(tokens)
     state = reducer.state
+    if pooling is not None and packed:
+        tokens, state = in_order(tokens, state)
     full = plan.outside == "full"
     if full:
         tokens = spread(tokens, state, x, reducer.before)
@@ -231,6 +237,7 @@ class Reducer:
     def __init__(self, plan, index, pooling, tap, valid, state, n) -> None:
         self.plan, self.index, self.pooling, self.tap, self.valid = plan, index, pooling, tap, valid
         self.state, self.n, self.before = state, n, None
+        self.ends: list[int] = []  # where the sequences packed into one end
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, T, D) to (B, K, D)."""
@@ -253,12 +260,10 @@ class Reducer:
             )
         self.before = whole
         p = plan.num_protected
-        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, valid, sizes, p)
+        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, valid, sizes, p, self.ends)
         recording.add(plan, self.index, clusters)
         labels = clusters.assignment
-        if (
-            not isinstance(pooling, COVERING) and plan.outside == "full"
-        ):  # a dropped token shows as the one most like it
+        if plan.outside == "full" and not isinstance(pooling, COVERING):  # dropped ones show as the one most like them
             labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:]), labels)
             labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
         lead = torch.arange(p, device=labels.device).expand(b, p)
@@ -286,8 +291,19 @@ class Reducer:
         return (~protected).int().argsort(stable=True).expand(b, t)
 
 
-def reduce(pooling: nn.Module, tokens, scores, features, valid, sizes, p: int):
-    """(pooled tokens, clusters, sizes) of a pooling module, whichever it is."""
+def reduce(pooling: nn.Module, tokens, scores, features, valid, sizes, p: int, ends=()):
+    """(pooled tokens, clusters, sizes) of a pooling module, whichever it is; of packed sequences each by itself."""
+    if len(ends) > 1:
+        parts, start, k = [], 0, 0
+        for end in ends:
+            given = (None if v is None else v[:, start:end] for v in (tokens, scores, features, valid, sizes))
+            out, clusters, part_sizes = reduce(pooling, *given, p)
+            parts.append((out, torch.where(clusters.assignment < 0, -1, clusters.assignment + k), part_sizes))
+            start, k = end, k + out.shape[1]
+        out, labels = torch.cat([x for x, *_ in parts], 1), torch.cat([x for _, x, _ in parts], 1)
+        mass = out.new_ones(out.shape[:2])
+        sizes = None if sizes is None else torch.cat([x for *_, x in parts], 1)
+        return out, functional.Clusters(out, labels, mass, None, mass.sum(1)), sizes
     if isinstance(pooling, TokenReduction):
         out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes)
         return out[0], out[1], None if sizes is None else out[2]
@@ -463,6 +479,15 @@ def parameter_names(cls: type) -> tuple[str, ...]:
     return _PARAMETERS[cls]
 
 
+def packed_ends(block: nn.Module, args: tuple, kwargs: dict, length: int) -> list[int]:
+    """Where each of the sequences packed into one ends, as the cumulative lengths that came in say."""
+    for _, name, value in named(block, args, kwargs):
+        if "cu_" in name and isinstance(value, Tensor) and value.dim() == 1:
+            ends = sorted(set(value.tolist()) - {0})
+            return ends if len(ends) > 1 else []
+    return []
+
+
 def valid_tokens(block: nn.Module, args: tuple, kwargs: dict, x: Tensor, state: State | None) -> Tensor | None:
     """(B, T) True for real tokens, read off the mask that came in; None without padding masks."""
     b, n = x.shape[:2]
@@ -504,6 +529,10 @@ def follow(value: Any, name: str, plan: Plan, n: int, index: Tensor, back: dict)
         return value if all(a is b for a, b in zip(parts, value)) else type(value)(parts)
     if not isinstance(value, Tensor):
         return value
+    if "cu_" in name and value.dim() == 1:  # cumulative lengths of packed sequences
+        cut = (index[0][:, None] < value[None, :]).sum(0).to(value.dtype)
+        back[id(cut)] = value
+        return cut
     cut = follow_tensor(value, name, plan.form, n, index)
     p = plan.prefix
     if cut is value and p and not plan.suffix:  # a table of the patch tokens alone

@@ -151,8 +151,7 @@ def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dic
     """What the touched blocks get in a forward of the model on the example, or on inputs that it seems to take."""
     model = blocks.owners[-1] if blocks.owners else None
     if example is not None:
-        given = example if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,))
-        trials = [(model, ((), given) if isinstance(given, dict) else (given, {}))]
+        trials = [(model, as_call(example))]
     else:
         trials = [(owner, inputs) for owner in reversed(blocks.owners) for inputs in inputs_of(owner)]
     reasons: list[str] = []
@@ -188,6 +187,24 @@ def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dic
         " alone, and no input was found on which the model runs; give one with example=..."
         f" ({(reasons or ['no inputs'])[0]})"
     )
+
+
+def inputs_for(blocks: finding.BlockList, example: Any) -> tuple[tuple, dict]:
+    """Inputs on which the whole model runs: the example, or the first made-up ones that do."""
+    model = blocks.owners[-1]
+    if example is not None:
+        return as_call(example)
+    for args, kwargs in inputs_of(model):
+        with quiet(model), contextlib.suppress(Exception):
+            model(*args, **kwargs)
+            return args, kwargs
+    raise TypeError(f"patch: no input was found on which {name(model)} runs; give one with example=...")
+
+
+def as_call(example: Any) -> tuple[tuple, dict]:
+    if isinstance(example, dict):
+        return (), example
+    return (example if isinstance(example, tuple) else (example,)), {}
 
 
 def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
@@ -229,6 +246,10 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     for i in range(b):  # prefix tokens stay in front, in use too
         if p:
             order[i] = torch.cat([torch.arange(p, device="cpu"), order[i][order[i] >= p]])
+    ends = pooled.packed_ends(block, args, kwargs, n) if layout == "packed" else []
+    if ends:  # packed sequences stay where they are
+        starts = [0, *ends[:-1]]
+        order[0] = torch.cat([order[0][(order[0] >= a) & (order[0] < z)] for a, z in zip(starts, ends)])
     order = order.to(x.device)
     expected = pooled.take(result, order)
     size = (result - tokens).float().abs().amax().clamp(min=1e-30)
@@ -238,7 +259,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         form = Form(layout, heads, square, folded)
         trial = Plan(0, 0, p, plan.suffix, (), "full", "block", "tokens", False, form=form)
         state = State(order.argsort(dim=1), order, None, False)
-        tap = Tap(b, n, None, None if square else order, n, note=True)
+        tap = Tap(b, n, None, None if square else order, n, note=True, packed=layout == "packed")
         try:
             a, k, _ = pooled.follow_all(block, trial, args, kwargs, at, tokens, state)
             a, k = pooled.put(a, k, at, pooled.as_given(pooled.take(tokens, order), layout))
@@ -286,7 +307,7 @@ def layout_of(block: nn.Module, args: tuple, kwargs: dict, at, x: Tensor, y: Ten
 
 def split(block: nn.Module, args: tuple, kwargs: dict, position: str | None, form: Form) -> halves.Parts | None:
     """The block's halves, if there are any and they give what its forward gives."""
-    parts = halves.find(block) if position != "block" and form.layout == "batch first" else None
+    parts = halves.find(block) if position == "attention" and form.layout == "batch first" else None
     why = "its parts are not those of a pre-norm block with attention and MLP"
     if parts is not None:
         at, x = pooled.find_tokens(args, kwargs)

@@ -36,6 +36,7 @@ class Tap(TorchFunctionMode):
         sizes: (B, T) how many tokens each stands for, or None.
         index: (B, T) the original token each stands for, or None; of ``original`` tokens.
         note: whether queries, keys or probabilities are wanted.
+        packed: whether several sequences are in one, each with a product of its own.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Tap(TorchFunctionMode):
         index: Tensor | None = None,
         original: int = 0,
         note: bool = False,
+        packed: bool = False,
     ) -> None:
         super().__init__()
         self.batch, self.length, self.original = batch, length, original
@@ -54,6 +56,8 @@ class Tap(TorchFunctionMode):
         self.found: tuple | None = None
         self.factor: Tensor | None = None  # of the last square product: the keys, where no softmax is fused with it
         self.seen, self.causal = 0, False
+        self.packed, self.offset = packed, 0  # tokens whose product was seen
+        self.pieces: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,7 +75,7 @@ class Tap(TorchFunctionMode):
     def _product(self, func, given: dict[str, Any]) -> Tensor:
         q, k, mask = given["query"], given["key"], given.get("attn_mask")
         if not (q.shape[-2] == k.shape[-2] == self.length and q.dim() >= 3):
-            return func(**given)
+            return self._piece(func, given, q, k) if self.packed and mask is None else func(**given)
         self.seen += 1
         mask = self._follow(mask)
         self.causal = self.causal or bool(given.get("is_causal"))
@@ -84,6 +88,20 @@ class Tap(TorchFunctionMode):
         out = func(**given)
         if self.note:
             self.found = ("product", q.detach(), k.detach(), given.get("scale"), mask)
+        return out
+
+    def _piece(self, func, given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
+        """The product of one of the sequences packed into one, in their order."""
+        n, start = q.shape[-2], self.offset
+        if k.shape[-2] != n or q.dim() != 4 or q.shape[0] != 1 or start + n > self.length:
+            return func(**given)
+        self.offset += n
+        self.seen += 1
+        bias = None if self.bias is None else self.bias[..., start : start + n].to(q.dtype)
+        out = func(**{**given, "attn_mask": bias})
+        if self.note:
+            heads = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if k.shape[1] != q.shape[1] else k
+            self.pieces.append((significance(q.detach(), heads.detach(), given.get("scale"), bias), k.detach()))
         return out
 
     def _softmax(self, func, args: tuple, kwargs: dict) -> Tensor:
@@ -148,6 +166,8 @@ class Tap(TorchFunctionMode):
 
         None when no product was seen.
         """
+        if self.pieces and self.offset == self.length:
+            return torch.cat([scores for scores, _ in self.pieces], dim=1)
         if self.found is None:
             return None
         if self.found[0] == "probabilities":
@@ -160,6 +180,8 @@ class Tap(TorchFunctionMode):
 
     def keys(self) -> Tensor | None:
         """(B, T, d) keys as they enter the product, averaged over heads; None when none was seen."""
+        if self.pieces and self.offset == self.length:
+            return torch.cat([keys for _, keys in self.pieces], dim=2).mean(dim=1)
         keys = self.factor if self.found is None or self.found[0] == "probabilities" else self.found[2]
         return None if keys is None else keys.reshape(self.batch, -1, self.length, keys.shape[-1]).mean(dim=1)
 
