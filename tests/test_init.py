@@ -268,6 +268,45 @@ def test_bipartite_is_never_worse_than_the_matching(N, K):
         assert one.inertia[b].item() <= matching * (1 + 1e-12) + 1e-12
 
 
+def kinds_of_images(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Images (B, n, 6) of several kinds: normal; groups; a smooth field on a common offset, as features of a ViT are;
+    repeated tokens; token lengths over three decades."""
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    groups = 3 * normal(8, 4, 6)[:, torch.randint(4, (n,), generator=generator)] + normal(8, n, 6)
+    smooth = normal(8, n, 6).cumsum(1) / n**0.5 + 0.1 * normal(8, n, 6) + 2 * normal(8, 1, 6)
+    repeated = normal(8, n, 6)[:, torch.randint(n, (n,), generator=generator)]
+    lengths = normal(8, n, 6) * 10 ** (3 * torch.rand(8, n, 1, generator=generator))
+    return torch.cat([normal(8, n, 6), groups, smooth, repeated, lengths])
+
+
+@pytest.mark.parametrize("N, K", [(2, 1), (5, 3), (16, 8), (16, 15), (49, 25), (49, 37), (64, 32), (64, 64)])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+def test_bipartite_is_never_worse_than_the_layer(backend, N, K, weighted, dtype):
+    """Contract 5, against our own BipartiteMatching; losses from float64 and the centers that were returned."""
+    generator = torch.Generator().manual_seed(N * K)
+    x = kinds_of_images(N, generator).to(dtype).to(backend.device)
+    w = torch.rand(len(x), N, generator=generator).to(backend.device) + 0.01
+    sizes = w if weighted else torch.ones_like(w)
+
+    def loss(centers):
+        apart = torch.cdist(x.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        return (sizes.double() * apart.amin(2)).sum(1)
+
+    matched = tp.BipartiteMatching(K, num_prefix_tokens=0, backend=backend.name)(x, sizes=sizes)[0]
+    scale = (sizes.double() * x.double().square().sum(2)).sum(1)
+    unit = torch.finfo(dtype).eps
+    for iters in (1, 5):
+        found = tp.kmeans(
+            x, K, weights=w if weighted else None, init="bipartite", num_iters=iters, backend=backend.name
+        )
+        excess = loss(found.centers) - loss(matched)
+        assert (excess <= 4 * unit * unit * scale + 1e-5 * loss(matched)).all(), (iters, excess.max())
+
+
 def test_bipartite_with_mask_equals_one_call_per_item():
     x = tokens(2, 20, 5, torch.float64)
     mask = torch.arange(20) < torch.tensor([[20], [14]])

@@ -17,9 +17,9 @@ from tokenpool_ext.baselines import (
     ImportanceSampling,
     RandomSelection,
     ScorePruning,
-    bipartite_labels,
     grid_cells,
 )
+from tokenpool_ext.matching import match
 from tokenpool_ext.modules import TokenPooling
 
 P, N, D, K = 2, 36, 8, 12
@@ -259,12 +259,17 @@ def test_grid_cells():
 
 
 def test_bipartite_matching_by_hand():
-    # B = tokens 0, 2, 4; A = tokens 1, 3, 5. Token 5 is most like 4, then 1 like 2; 3 like 0 least.
+    # A = tokens 0, 2, 4; B = tokens 1, 3, 5. Token 4 is most like 5, then 2 like 1; 0 like 3 least.
     angle = torch.tensor([0.0, 0.9, 1.1, 0.3, 2.0, 2.05])
     x = torch.stack([angle.cos(), angle.sin()], 1)[None]
-    assert bipartite_labels(x, 5).tolist() == [[0, 1, 2, 3, 4, 4]]
-    assert bipartite_labels(x, 4).tolist() == [[0, 1, 1, 2, 3, 3]]
-    assert bipartite_labels(x, 3).tolist() == [[0, 1, 1, 0, 2, 2]]
+    for k, labels, targets in (
+        (5, [0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 5]),
+        (4, [0, 1, 1, 2, 3, 3], [0, 1, 3, 5]),
+        (3, [1, 0, 0, 1, 2, 2], [1, 3, 5]),
+    ):
+        assert [t.tolist() for t in match(x, k)] == [[labels], [targets]]
+    near = torch.tensor([0.0, 0.1, 0.2, 1.0, 2.0, 3.0])  # 0 and 2 may both go to 1, which no matching from B does
+    assert match(torch.stack([near.cos(), near.sin()], 1)[None], 4)[0].tolist() == [[0, 0, 0, 1, 2, 3]]
     sizes = torch.tensor([[1.0, 1, 1, 1, 1, 3]])
     y, new = BipartiteMatching(5, num_prefix_tokens=0)(x, sizes=sizes)
     assert torch.equal(new, torch.tensor([[1.0, 1, 1, 1, 4]]))

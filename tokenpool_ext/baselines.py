@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .checks import check_bool, check_int
 from .functional import Clusters, pool
+from .matching import match
 from .modules import TokenReduction, cached, take_tokens
 from .ops import accumulate_dtype
+from .reference import sort_clusters
 
 __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
 
@@ -183,8 +185,8 @@ def _split(total: int, parts: int) -> list[int]:
 
 
 class BipartiteMatching(TokenReduction):
-    """ToMe's merging: tokens are dealt alternately into sets A and B, every token of A points to its most similar one
-    in B (cosine), and the strongest pairs are merged into their size-weighted mean.
+    """ToMe's merging: tokens are dealt alternately into sets A (even positions) and B, every token of A points to its
+    most similar one in B (cosine), and the strongest pairs are merged into their size-weighted mean.
 
     One round can remove at most half of the tokens; for a smaller K further rounds follow (ToMe merges a little in
     every
@@ -213,7 +215,8 @@ class BipartiteMatching(TokenReduction):
         while n > k:
             kept = max(k, n - n // 2)
             with torch.no_grad():
-                labels = bipartite_labels(metric, kept, self.sort)
+                labels = match(metric, kept)[0]
+                labels = sort_clusters(labels, kept)[0] if self.sort else labels
                 assignment = labels if assignment is None else labels.gather(1, assignment)
                 if kept > k:
                     ones = metric.new_ones(metric.shape[:2], dtype=torch.float32) if weights is None else weights
@@ -224,26 +227,6 @@ class BipartiteMatching(TokenReduction):
 
     def _options(self) -> list[str]:
         return [] if self.sort else ["sort=False"]
-
-
-def bipartite_labels(metric: Tensor, k: int, sort: bool = True) -> Tensor:
-    """Labels (B, N) in 0..k-1 of one round of bipartite matching on (B, N, E), N - N // 2 <= k <= N."""
-    b, n, _ = metric.shape
-    device = metric.device
-    metric = metric.float() if metric.dtype in (torch.float16, torch.bfloat16) else metric
-    metric = metric / metric.norm(dim=2, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
-    # A holds the odd positions, so that A is never the larger set and B always keeps the first token.
-    similarity = metric[:, 1::2] @ metric[:, 0::2].transpose(1, 2)
-    best, partner = similarity.max(dim=2)
-    strongest = best.argsort(dim=1, descending=True, stable=True)[:, : n - k]
-    source, target = 2 * strongest + 1, 2 * partner.gather(1, strongest)
-    index = torch.arange(n, device=device).expand(b, n)
-    parent = index.scatter(1, source, target)
-    if sort:  # the first token of every cluster names it
-        first = index.scatter_reduce(1, parent, index, "amin")
-        parent = first.gather(1, parent)
-    alive = torch.zeros(b, n, dtype=torch.int64, device=device).scatter(1, parent, 1)
-    return (alive.cumsum(1) - 1).gather(1, parent)
 
 
 def _merge(module: TokenReduction, x, assignment, k, sizes, want_clusters):

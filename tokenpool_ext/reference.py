@@ -209,7 +209,7 @@ def _gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
-def _sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Relabel so that the smallest member index ascends. Returns (assignment, order): new cluster j is old order[j]."""
     n = assignment.shape[1]
     index = torch.arange(n, device=assignment.device).expand_as(assignment)
@@ -341,7 +341,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
             centers = _gather_rows(p.centered, medoids)
 
     if sort:
-        assignment, order = _sort_clusters(assignment, k)
+        assignment, order = sort_clusters(assignment, k)
         mass, share = _membership(assignment, p.weights, k)
         medoids = medoids.gather(1, order)
     if with_medoids:

@@ -6,7 +6,8 @@ synchronises with the host.
 
 Sources: "kmeans++" Arthur & Vassilvitskii 2007; "farthest" Gonzalez 1985 (the farthest-first traversal that public
 Token Pooling code uses without weights); "topk" (ties to the lowest index) is what public code uses with significance
-scores; "bipartite" is the matching of Bolya et al. 2023 (ToMe, section 3). The paper does not say which it used.
+scores; "bipartite" is the matching of Bolya et al. 2023 (ToMe, section 3; matching.py). The paper
+does not say which it used.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from . import loader, values
 from .backends import no_autocast
+from .matching import match
 from .ops import accumulate_dtype
-from .reference import pool, power_of_two_scale, spread
+from .reference import pool, spread
 
 STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
 
@@ -90,7 +92,8 @@ def initial(
         return _random(x, num_clusters, weights, mask, generator)
     if name in ("kmeans++", "farthest"):
         return spread(x, num_clusters, weights, mask, generator, sample=name == "kmeans++")
-    return _bipartite(x, num_clusters, weights, mask, counts, as_indices)
+    labels, targets = match(x, num_clusters, mask, counts)
+    return targets if as_indices else pool(x.to(accumulate_dtype(x.dtype)), labels, weights, num_clusters)[0]
 
 
 def _significance(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -139,55 +142,3 @@ def _random(
         wait = (-torch.log1p(-key) / rate).nan_to_num(nan=0.0).clamp(max=1e38)
         key = torch.where(rate > 0, -wait, -2e38)
     return _largest(key, mask, k)
-
-
-def _bipartite(
-    x: Tensor,
-    k: int,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    counts: Tensor | None,
-    as_indices: bool,
-) -> Tensor:
-    """The clusters of ToMe's one-shot matching at the same K: alternate tokens form sets A and B, every A token names
-    its most similar B token (cosine), and the N - K best pairs are merged. Needs K >= N/2."""
-    b, n, d = x.shape
-    acc = accumulate_dtype(x.dtype)
-    device = x.device
-    valid = torch.ones(b, n, dtype=torch.bool, device=device) if mask is None else mask
-    num_valid = valid.sum(1)
-    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # valid tokens first
-    half = (n + 1) // 2
-    tokens = torch.where(valid[:, :, None], x.to(acc), 0)
-    scale = power_of_two_scale(tokens.abs().amax((1, 2)))[0] if d else tokens.new_ones(b)
-    direction = torch.nn.functional.normalize(tokens * scale[:, None, None], dim=-1, eps=torch.finfo(acc).tiny)
-    direction = direction.gather(1, order[:, :, None].expand(-1, -1, d))
-    set_a, set_b = direction[:, 0::2], direction[:, 1::2]
-    rank_a = torch.arange(0, n, 2, device=device)  # position among valid tokens
-    rank_b = torch.arange(1, n, 2, device=device)
-    if n == 1:
-        return torch.zeros(b, k, dtype=torch.int64, device=device)
-    similarity = set_a @ set_b.transpose(1, 2)
-    usable = (rank_a < num_valid[:, None])[:, :, None] & (rank_b < num_valid[:, None])[:, None, :]
-    similarity = torch.where(usable & ~similarity.isnan(), similarity, -torch.inf)
-    best, partner = similarity.max(2)
-
-    k_b = torch.minimum(torch.full_like(num_valid, k) if counts is None else counts, num_valid)
-    merges = torch.minimum(num_valid - k_b, num_valid // 2)
-    by_similarity = best.argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(by_similarity).scatter(1, by_similarity, torch.arange(half, device=device).expand(b, half))
-    merged = place < merges[:, None]  # (B, |A|): this A token joins its partner
-
-    # A cluster is named by the rank of its destination: an unmerged A token, or any B token. Names -> 0..K-1 by rank.
-    rank = torch.arange(n, device=device)
-    of_a = rank % 2 == 0
-    joined = torch.where(merged, rank_b[partner], rank_a).repeat_interleave(2, 1)[:, :n]
-    destination = torch.where(of_a, joined, rank)
-    is_destination = (destination == rank) & (rank < num_valid[:, None])
-    if as_indices:
-        first = is_destination.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
-        return order.gather(1, first)
-    cluster_of_rank = (is_destination.cumsum(1) - 1).gather(1, destination)
-    label = torch.empty_like(order).scatter(1, order, cluster_of_rank)
-    label = torch.where(valid & (label < k), label, -1)
-    return pool(tokens, label, weights, k)[0]
