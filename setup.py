@@ -1,4 +1,5 @@
-"""Builds tokenpool_ext._C (CPU kernels, op schemas, introspection) and, where nvcc is found, the library _cuda.
+"""Builds tokenpool_ext/_ops.so (op schemas, CPU kernels; no Python in it, so one file serves every Python), the module
+_C (introspection, by pybind11) and, where nvcc is found, the library _cuda.
 
 Switches: TOKENPOOL_EXT_CUDA=auto|0|1 (1: fail when CUDA cannot be built), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 Neither a GPU nor a network is needed, and of torch only the headers of its stable ABI and libtorch_cpu to link with.
@@ -26,23 +27,37 @@ def say(text):
     print(f"tokenpool_ext: {text}", file=sys.stderr, flush=True)
 
 
-def cpu_extension():
+def cpu_extensions():
+    """[_ops, _C]. What both want of libstdc++ and glibc is what a manylinux_2_28 system has: csrc/portable.h."""
     import pybind11
 
-    sources = ["csrc/ops.cpp", "csrc/python.cpp", "csrc/planner.cpp", "csrc/planner_cuda.cpp"]
-    sources += [f"csrc/cpu/{name}.cpp" for name in ("kernels_avx512", "kernels_avx2", "kernels_baseline", "dispatch")]
     torch = torch_folder()
-    return Extension(
-        "tokenpool_ext._C",
-        sources,
+    headers = [os.path.join(torch, "include"), pybind11.get_include()]
+    planner = ["csrc/planner.cpp", "csrc/portable.cpp"]
+    kernels = [f"csrc/cpu/{name}.cpp" for name in ("kernels_avx512", "kernels_avx2", "kernels_baseline", "dispatch")]
+    flags = ["-O3", "-g0", "-fno-math-errno", "-std=c++17", "-fno-semantic-interposition", "-Wall", "-Wextra"]
+    flags += ["-include", str(ROOT / "csrc" / "portable.h")]
+    common = dict(
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
-        include_dirs=[os.path.join(torch, "include"), pybind11.get_include()],
-        library_dirs=[os.path.join(torch, "lib")],
-        libraries=["torch_cpu"],  # the stable ABI lives there; nothing else of torch is linked
         define_macros=[("TORCH_TARGET_VERSION", build_cuda.TARGET_VERSION)],  # one binary for every torch from there on
-        extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-std=c++17", "-fvisibility=hidden", "-Wall"],
+        extra_compile_args=flags + [flag for path in headers for flag in ("-isystem", path)],
         language="c++",
     )
+    ops = Extension(
+        "tokenpool_ext._ops",
+        [*kernels, "csrc/ops.cpp", *planner],
+        library_dirs=[os.path.join(torch, "lib")],
+        libraries=["torch_cpu"],  # the stable ABI lives there; nothing else of torch is linked
+        extra_link_args=["-Wl,-soname,_ops.so", f"-Wl,--version-script={ROOT / 'csrc' / 'ops.map'}"],
+        **common,
+    )
+    module = Extension(
+        "tokenpool_ext._C",
+        ["csrc/python.cpp", "csrc/planner_cuda.cpp", *planner],
+        extra_link_args=["-Wl,-rpath,$ORIGIN", f"-Wl,--version-script={ROOT / 'csrc' / 'module.map'}"],
+        **common,
+    )
+    return [ops, module]
 
 
 class Build(build_ext):
@@ -50,8 +65,22 @@ class Build(build_ext):
         self.into_source = self.inplace  # setuptools builds elsewhere first, then copies the extensions it knows of
         super().run()
 
+    def get_ext_filename(self, name):
+        path = super().get_ext_filename(name)  # with the Python's tag, which _ops does not need
+        return os.path.join(os.path.dirname(path), "_ops.so") if name.endswith("_ops") else path
+
+    def get_export_symbols(self, ext):
+        return ext.export_symbols  # _ops has no PyInit
+
+    def build_extension(self, ext):
+        if ext.name.endswith("_C"):  # linked with its neighbour, which is built first
+            ext.extra_objects = [self.get_ext_fullpath("tokenpool_ext._ops")]
+        super().build_extension(ext)
+
     def build_extensions(self):
-        say(f"building _C (CPU kernels: baseline, AVX2, AVX-512) with {JOBS} jobs; torch from {torch_folder()}")
+        say(
+            f"building _ops and _C (CPU kernels: baseline, AVX2, AVX-512) with {JOBS} jobs; torch from {torch_folder()}"
+        )
         self.compile_in_parallel()
         super().build_extensions()
         self.build_cuda()
@@ -87,7 +116,7 @@ def extensions():
         return []
     if not torch_folder():  # asked only for what the build needs, where it will be there
         return []
-    return [cpu_extension()]
+    return cpu_extensions()
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

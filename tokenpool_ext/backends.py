@@ -2,7 +2,7 @@
 
     cuda       hand-written CUDA kernels (torch.ops.tokenpool_ext, library _cuda)
     triton     portable GPU kernels (tokenpool_ext.triton)
-    cpu        hand-written C++ kernels (torch.ops.tokenpool_ext, library _C)
+    cpu        hand-written C++ kernels (torch.ops.tokenpool_ext, library _ops)
     reference  plain PyTorch (tokenpool_ext.reference), on any device
 
 With `backend=None` the first that can run is taken, and a kernel that fails to compile on a device hands over to the
@@ -61,7 +61,7 @@ def _cuda_refuses(op: str, x: Tensor) -> str | None:
 
 
 def _cpu_absent() -> str | None:
-    return loader.extension_reason
+    return loader.ops_reason
 
 
 def _cpu_refuses(op: str, x: Tensor) -> str | None:

@@ -103,6 +103,8 @@ def explain(
     problem = f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on {device}"
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
+        if loader.extension is None:
+            raise RuntimeError(f"explain: plans for the CPU need the introspection module: {loader.extension_reason}")
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
         forced = _forced("TOKENPOOL_EXT_CPU_PATH", CPU_PATHS)
         if forced and forced != plan["path"]:
