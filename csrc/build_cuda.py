@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import hashlib
 import os
 import re
 import shutil
@@ -139,76 +138,32 @@ def cuda_extension_parameters(archs: str | None = None) -> dict[str, list[str]]:
     }
 
 
-def _digest(command: list[str], inputs: list[Path]) -> str:
-    digest = hashlib.sha256("\0".join(command).encode())
-    for path in inputs:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _with_includes(source: Path) -> list[Path]:
-    """The file and the files of csrc it includes, directly or not."""
-    found, waiting = [], [source.resolve()]
-    while waiting:
-        path = waiting.pop()
-        if path in found or not path.exists():
-            continue
-        found.append(path)
-        waiting += [(path.parent / name).resolve() for name in re.findall(r'^#include "(.+)"$', path.read_text(), re.M)]
-    return sorted(found)
-
-
 def _tasks(p: dict[str, list[str]], build: Path) -> list[tuple]:
-    """(command, files it depends on, object) of every compilation, the longest first."""
+    """(command, object) of every compilation, the longest first."""
+    includes = [f"-I{path}" for path in p["include_dirs"]]
     tasks = []
     for source in map(Path, p["kernels"]):
         output = build / (source.stem + ".cu.o")
-        tasks.append(
-            ([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], _with_includes(source), output)
-        )
+        tasks.append(([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], output))
     for source in map(Path, p["cxx_sources"]):
         output = build / (source.stem + ".o")
-        include = [f"-I{path}" for path in p["include_dirs"]]
-        tasks.append(
-            (
-                [compiler(), *p["cxx_flags"], *include, "-c", str(source), "-o", str(output)],
-                _with_includes(source),
-                output,
-            )
-        )
+        tasks.append(([compiler(), *p["cxx_flags"], *includes, "-c", str(source), "-o", str(output)], output))
     return tasks
 
 
-def _is_done(command: list[str], inputs: list[Path], output: Path) -> bool:
-    stamp = output.with_suffix(".stamp")
-    return output.exists() and stamp.exists() and stamp.read_text() == _digest(command, inputs)
-
-
-def is_fresh(build_dir: str, archs: str | None = None) -> bool:
-    """Whether the kernels' objects in `build_dir` were made from the present sources, with the present flags."""
-    tasks = _tasks(cuda_extension_parameters(archs), Path(build_dir))
-    return all(_is_done(*task) for task in tasks if task[2].name.endswith(".cu.o"))
-
-
-def _compile(command: list[str], inputs: list[Path], output: Path) -> float:
-    """Run `command` unless `output` was made by it from the same text. Keeps the tool's report beside it. Seconds."""
-    if _is_done(command, inputs, output):
-        return 0.0
-    stamp, digest = output.with_suffix(".stamp"), _digest(command, inputs)
-    start = time.time()
+def _compile(command: list[str], output: Path) -> None:
+    """Run `command`; the tool's report is kept beside its output."""
     done = subprocess.run(command, capture_output=True, text=True)
     output.with_suffix(".log").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stdout}{done.stderr}")
-    stamp.write_text(digest)
-    return time.time() - start
 
 
 def build_cuda(out_dir: str, archs: str | None = None, build_dir: str | None = None, say=print) -> Path:
     """Compile and link `out_dir/_cuda.so`; MAX_JOBS bounds the compilers that run at once. Returns its path.
 
-    `build_dir` keeps objects and the assembler's reports (one .log per kernel file) and makes the next build
-    incremental; without it a folder beside the sources, build/cuda, is used where it can be written.
+    `build_dir` keeps objects and the assembler's reports (one .log per kernel file); without it a folder beside the
+    sources, build/cuda, is used where it can be written.
     """
     reason = cannot_build()
     if reason:
@@ -223,7 +178,7 @@ def build_cuda(out_dir: str, archs: str | None = None, build_dir: str | None = N
     names = [flag.split(",code=")[1] for flag in arch_flags(archs)]
     say(f"tokenpool_ext: building the CUDA kernels for {', '.join(names)} with {find_nvcc()}, {jobs} job(s)")
     tasks = _tasks(p, build)
-    objects = [task[2] for task in tasks]
+    objects = [output for _, output in tasks]
     start = time.time()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(_compile, *task) for task in tasks]:

@@ -9,8 +9,9 @@ only.
 
 An absent backend is named with its reason in pytest's header.  TOKENPOOL_EXT_REQUIRE_CPU=1 and
 TOKENPOOL_EXT_REQUIRE_CUDA=1 turn absence into failure, so that a run with everything skipped cannot look green.
-TOKENPOOL_EXT_TEST_BACKENDS=name,name restricts the run.  TOKENPOOL_EXT_TEST_COVER=1 (test_triton_interpret.py sets it)
-keeps of every body that takes a backend only as many cases as it needs for each value of each parameter to occur.
+TOKENPOOL_EXT_TEST_BACKENDS=name,name restricts the run.  Options: --simulator runs on the CUDA kernels' source alone
+(simulator/README.md); --cover keeps of every body that takes a backend only as many cases as it needs for each value of
+each parameter to occur.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from helpers import Target
 import tokenpool_ext
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-COVER = os.environ.get("TOKENPOOL_EXT_TEST_COVER") == "1"
 
 # The same examples on every run and machine; the number is bounded so that the whole suite stays under minutes.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
@@ -79,8 +79,20 @@ def missing() -> list[str]:
     return [f"{name}: {present.get(name, 'unknown')}" for name in required if name not in names]
 
 
+def pytest_addoption(parser):
+    paths = dict(nargs="?", const="all", metavar="PATHS")
+    parser.addoption("--simulator", **paths, help="test the CUDA kernels' source on the CPU: all paths, or a list")
+    parser.addoption("--cover", action="store_true", help="the fewest cases in which every parameter's values occur")
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "large: shapes too large for the Triton interpreter; skipped there")
+    if config.getoption("--simulator"):
+        from simulator.plugin import targets
+
+        TARGETS[:] = targets(config.getoption("--simulator"))
+    config.addinivalue_line(
+        "markers", "large: shapes too large for Triton's interpreter and the simulator; skipped there"
+    )
     config.addinivalue_line("markers", "one_path: a backend's path makes no difference; not repeated for each")
     config.addinivalue_line("markers", "each_path: a backend with each path forced, not the planner's choice as well")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
@@ -107,11 +119,15 @@ def _cover(items: list) -> list:
     return chosen
 
 
+def _too_large(item) -> bool:
+    return bool((INTERPRET or item.config.getoption("--simulator")) and item.get_closest_marker("large"))
+
+
 def _runs(item) -> bool:
     """Whether a case of a shared body is more than a skip: not too large here, and of a dtype its backend takes."""
     parameters = item.callspec.params
     refused = parameters.get("dtype") is not None and parameters["dtype"] not in parameters["backend"].dtypes
-    return not refused and not (INTERPRET and item.get_closest_marker("large"))
+    return not refused and not _too_large(item)
 
 
 def _keep_cover(config, items: list) -> None:
@@ -126,11 +142,11 @@ def _keep_cover(config, items: list) -> None:
 
 
 def pytest_collection_modifyitems(config, items):
-    if COVER:
+    if config.getoption("--cover"):
         _keep_cover(config, items)
     for item in items:
-        if INTERPRET and item.get_closest_marker("large"):
-            item.add_marker(pytest.mark.skip(reason="too large for the Triton interpreter"))
+        if _too_large(item):
+            item.add_marker(pytest.mark.skip(reason="too large for an interpreter or the simulator"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

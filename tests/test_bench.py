@@ -24,7 +24,6 @@ from bench import (
     runner,
     timing,
     tokens,
-    triton_first_call,
     what_moves,
 )
 from bench.__main__ import main
@@ -523,13 +522,6 @@ def test_what_moves_is_counted():
     before."""
     x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [-1, 0], [-12, 0], [-12, 0], [0, 3]]])
     assert what_moves.shares(x, torch.tensor([[0, 1, 2]]), 2) == [(pytest.approx(6 / 7), pytest.approx(3 / 7))]
-
-
-def test_first_calls_of_triton_are_measured():
-    pytest.importorskip("triton")
-    row = triton_first_call.measured(("direct", "kmeans", 4096, 64, 16), "bfloat16", 90, repeats=1)
-    assert row["kernels"] == 8 and all(len(values) == 1 for values in row["seconds"].values())
-    assert 0 < row["seconds"]["later"][0] < row["seconds"]["together"][0]
 
 
 @pytest.mark.skipif(shutil.which("bash", path="/usr/bin:/bin") is None, reason="no bash")

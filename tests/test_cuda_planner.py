@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import simulator
 
 import tokenpool_ext
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
-import simulator
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
 

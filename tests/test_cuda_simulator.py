@@ -1,20 +1,20 @@
-"""The CUDA kernels' own source on the CPU (tests/cuda_sim), against the float64 reference: every path and dtype.
+"""The CUDA kernels' own source on the CPU (simulator/), against the float64 reference: every path and dtype.
 
 The bodies that every backend shares run on the simulator too (the last test, on a part of their cases). All of them:
-    PYTHONPATH=tests/cuda_sim python -m pytest -p sim_plugin tests/test_clustering.py
+    python -m pytest --simulator tests/test_clustering.py
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_sim"))
 import simulator
+import torch
 from helpers import assert_consistent, assert_identical, integer_tokens, positive_weights, spread_indices, tokens
 
 from tokenpool_ext import reference
@@ -22,7 +22,6 @@ from tokenpool_ext.functional import Clusters
 from tokenpool_ext.starts import initial
 
 pytestmark = pytest.mark.skipif(simulator.compiler() is None, reason="no C++ compiler on PATH")
-of_the_source = pytest.mark.skipif(simulator.default_variant() == "ptx", reason="only of the kernels compiled as C++")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -206,7 +205,6 @@ def test_paths_agree_on_integers(library, algorithm):
         assert_identical(results[0].mass, other.mass)
 
 
-@of_the_source
 @pytest.mark.parametrize("kind", ["line", "ties", "weighted", "unusual"])
 @pytest.mark.parametrize("clusters", [5, 40])
 def test_comparing_only_what_moved_changes_no_bit(library, algorithm, kind, clusters):
@@ -463,26 +461,8 @@ def checks(tmp_path_factory):
     def run(sanitizer, *arguments):
         program = folder / f"check_{sanitizer or 'plain'}"
         if not program.exists():
-            units = [str(simulator.HERE / "check.cpp"), *[str(p) for p in simulator.sources() if p.suffix == ".cpp"]]
-            done = subprocess.run(
-                [
-                    simulator.compiler(),
-                    "-std=c++17",
-                    "-O1",
-                    "-g",
-                    "-Wall",
-                    "-Wextra",
-                    "-Werror",
-                    "-Wno-unknown-pragmas",
-                    f"-I{simulator.HERE}",
-                    *simulator.VARIANTS[sanitizer],
-                    "-o",
-                    str(program),
-                    *units,
-                ],
-                capture_output=True,
-                text=True,
-            )
+            command = simulator.command(sanitizer, program, simulator.HERE / "check.cpp", *simulator.units())
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode and "cannot find" in done.stderr:
                 pytest.skip(f"the {sanitizer} sanitizer's library is not installed")
             assert done.returncode == 0, done.stderr
@@ -495,18 +475,15 @@ def checks(tmp_path_factory):
     return run
 
 
-@of_the_source
 def test_the_order_of_threads_and_blocks_changes_nothing(checks):
     assert checks("") == checks("", "reverse")
 
 
-@of_the_source
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_sanitizers_find_no_race_and_no_bad_index(checks, sanitizer):
     assert checks(sanitizer) == checks("")
 
 
-@of_the_source
 @pytest.mark.parametrize(
     "sanitizer,fault,message",
     [
@@ -522,21 +499,8 @@ def test_sanitizers_find_no_race_and_no_bad_index(checks, sanitizer):
 def test_the_simulator_finds_faults(tmp_path, sanitizer, fault, message):
     """A missing barrier, a bad index, a barrier or warp operation that some threads skip."""
     program = tmp_path / "faults"
-    done = subprocess.run(
-        [
-            simulator.compiler(),
-            "-std=c++17",
-            "-O1",
-            "-g",
-            f"-I{simulator.HERE}",
-            *simulator.VARIANTS[sanitizer],
-            "-o",
-            str(program),
-            str(simulator.HERE / "faults.cpp"),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = simulator.command(sanitizer, program, simulator.HERE / "faults.cpp")
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode and "cannot find" in done.stderr:
         pytest.skip(f"the {sanitizer} sanitizer's library is not installed")
     assert done.returncode == 0, done.stderr
@@ -547,6 +511,22 @@ def test_the_simulator_finds_faults(tmp_path, sanitizer, fault, message):
         assert done.returncode != 0 and message in done.stderr, done.stderr
 
 
-@of_the_source
 def test_the_bodies_every_backend_shares_pass_on_the_simulator(library, tmp_path):
-    simulator.shared_bodies_pass(tmp_path, "")
+    """On all four paths, as many cases as it takes for every value of every parameter to occur."""
+    report, here = tmp_path / "report.xml", Path(__file__).parent
+    bodies = [str(here / f"test_{name}.py") for name in ("clustering", "pool", "attention_received")]
+    options = ["-p", "no:cacheprovider", "--simulator", "--cover", f"--junitxml={report}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TOKENPOOL_EXT_REQUIRE_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *bodies],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    passed = [case.get("name") for case in ElementTree.parse(report).iter("testcase") if len(case) == 0]
+    assert len(passed) >= 200, len(passed)
+    for path in simulator.PATHS:
+        assert sum(f"simulator_{path}" in name for name in passed) >= 40, path

@@ -419,16 +419,6 @@ def test_an_image_that_is_done_leaves_the_loop(name, monkeypatch):
     assert len(calls) == last + 1
 
 
-def test_a_tuned_row_that_holds_fewer_features_than_there_are(monkeypatch):
-    """It must not keep the first BD features only."""
-    monkeypatch.setenv(heuristics.PATH_VARIABLE, "direct")
-    x, init = tokens(1, 20, 96), starts(1, 20, 4)
-    x[:, :, :32] *= 0.01  # the labels rest on the others
-    row = dict(BN=32, BK=32, BD=32, HOLD=True, num_warps=4, num_stages=1)
-    monkeypatch.setitem(heuristics.TUNED, (heuristics.device_of(x).capability, "assign", 4), row)
-    agrees(run("kmeans", x, init, 1), run("kmeans", x, init, 1, where=reference), torch.float32)
-
-
 @paths
 def test_chunks_of_the_batch_change_nothing(path, monkeypatch):
     monkeypatch.setenv(heuristics.PATH_VARIABLE, path)

@@ -6,6 +6,7 @@ Arguments come from recorded launches (as in test_triton_plan.py), so what is co
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 import re
 import subprocess
@@ -41,6 +42,24 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+# CPython's ast.parse, which the compiler's front end calls all the time, is not safe in several threads (up to 3.12, at
+# least, it raises SystemError).
+front_end = threading.Lock()
+
+
+@functools.cache
+def one_at_a_time():
+    """Triton's ASTSource, whose front end waits for its turn."""
+    from triton.compiler import ASTSource
+
+    class Source(ASTSource):
+        def make_ir(self, *args, **kwargs):
+            with front_end:
+                return super().make_ir(*args, **kwargs)
+
+    return Source
+
+
 def source(one: launch.Launch):
     """(source, options): what triton.jit would compile for the launch, pointers 16-byte aligned, numbers
     unspecialised."""
@@ -57,7 +76,7 @@ def source(one: launch.Launch):
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
     assert not values, f"{one.kernel.fn.__name__} was given arguments it does not have: {sorted(values)}"
-    return launch.one_at_a_time()(one.kernel, signature, constants, attributes), options
+    return one_at_a_time()(one.kernel, signature, constants, attributes), options
 
 
 def compiled(one: launch.Launch, capability: int):
@@ -255,95 +274,3 @@ def test_every_assign_plan_fits(device, monkeypatch):
             configs = heuristics.assign_configs(device, D, one.arguments["x"].element_size())
             for _ in check([one._replace(config=c) for c in configs[:2]], device):
                 pass
-
-
-class NoGpu:
-    """What triton.jit asks of a driver before it launches."""
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.mark.parametrize("path", ("gram", "direct"))
-def test_the_kernels_of_a_first_call_are_compiled_side_by_side(path, monkeypatch, tmp_path):
-    """`ahead` compiles in several threads what the call then finds; the second call compiles nothing.  The bound on
-    processor time (the compiler's and ptxas') is about three times the cost: bench/NOTES.md, "Triton"."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
-    monkeypatch.setattr(launch, "_seen", set())
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(heuristics, "device_of", lambda x: SM90)
-    compilations = []
-    monkeypatch.setattr(
-        triton.knobs.compilation,
-        "listener",
-        lambda src, metadata, metadata_group, times, cache_hit: compilations.append(
-            (src.name, threading.current_thread(), cache_hit)
-        ),
-    )
-
-    def call(images):
-        arguments = (
-            meta(images, 196, 384, dtype=torch.bfloat16),
-            None,
-            None,
-            None,
-            meta(images, 98, dtype=torch.int64),
-            98,
-            False,
-            False,
-            path,
-        )
-        return launch.ahead("cluster", arguments, lambda: "ran", lambda: clustering._chunks(*arguments, 1))
-
-    with launch.record() as launches:
-        call(2)
-        clustering._chunks(
-            meta(2, 196, 384, dtype=torch.bfloat16),
-            None,
-            None,
-            None,
-            meta(2, 98, dtype=torch.int64),
-            98,
-            False,
-            False,
-            path,
-            5,
-        )
-    try:
-        before = os.times()
-        assert call(2) == "ran"
-        used = sum(os.times()[:4]) - sum(before[:4])
-        names = [name for name, _, _ in compilations]
-        assert sorted(names) == sorted({one.kernel.fn.__name__ for one in launches})
-        assert len({thread for _, thread, _ in compilations}) == 2 and not any(hit for _, _, hit in compilations)
-        assert threading.main_thread() not in {thread for _, thread, _ in compilations}
-        assert used < 15, f"{used:.1f} s of processor time"
-        assert call(2) == call(3) == "ran"  # of any batch size
-        for one in launches:
-            one.kernel.warmup(**one.arguments, **one.config, **launch.OPTIONS, grid=(1,))
-        assert len(compilations) == len(names)
-    finally:
-        for one in launches:
-            one.kernel.device_caches.pop(0, None)
-
-
-def test_a_failure_ahead_of_time_is_left_to_the_launch(monkeypatch):
-    """No driver, no compiler: `ahead` goes on, and the launch reports it."""
-
-    class Broken:
-        def get_current_device(self):
-            raise RuntimeError("no device")
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", Broken())
-    monkeypatch.setattr(launch, "_seen", set())
-    x, a = torch.zeros(1, 4, 3), torch.zeros(1, 4, dtype=torch.int64)
-    assert launch.ahead("pool", (x, a), lambda: "ran", lambda: segments.segment(x, a, None, 2, True)) == "ran"

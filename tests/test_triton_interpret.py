@@ -69,7 +69,7 @@ def test_the_backend_in_the_interpreter(tmp_path):
     """The backend's own cases, and of every shared body as many as each value of each parameter needs."""
     dropped = ("TOKENPOOL_EXT_REQUIRE_", "TOKENPOOL_EXT_TEST_", "PYTEST_ADDOPTS")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TOKENPOOL_EXT_TEST_COVER": "1"}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     running = []
     for number, part in enumerate(PARTS):
         report = tmp_path / f"{number}.xml"
@@ -77,6 +77,7 @@ def test_the_backend_in_the_interpreter(tmp_path):
             sys.executable,
             "-m",
             "pytest",
+            "--cover",
             "-p",
             "no:cacheprovider",
             "-W",

@@ -230,59 +230,6 @@ def test_a_tiny_shared_memory_still_gets_a_plan():
     assert heuristics.assign_configs(tiny, 4096, 4)[0]["BN"] == 16
 
 
-def test_tuned_rows_come_first_only_where_they_fit(monkeypatch):
-    row = dict(BN=256, BK=128, BD=64, HOLD=False, num_warps=8, num_stages=2)
-    small = dict(BN=32, BK=64, BD=32, HOLD=False, num_warps=4, num_stages=2)
-    monkeypatch.setitem(heuristics.TUNED, (90, "assign", 2), row)
-    monkeypatch.setitem(heuristics.TUNED, (89, "assign", 2), row)
-    monkeypatch.setitem(heuristics.TUNED, (80, "assign", 2), small)
-    by_capability = {d.capability: heuristics.assign_configs(d, 384, 2)[0] for d in DEVICES}
-    assert by_capability[90] == row and by_capability[80] == small and by_capability[89] != row
-
-
-def test_tuned_rows_hold_for_every_number_of_features(monkeypatch):
-    """A row has no D: HOLD keeps BD features, so with more it must be off, and the sums need all of them."""
-    row = dict(BN=32, BK=32, BD=32, HOLD=True, num_warps=4, num_stages=1)
-    monkeypatch.setitem(heuristics.TUNED, (0, "assign", 4), row)
-    for D in (3, 32, 33, 96):
-        first = heuristics.assign_configs(heuristics.UNKNOWN, D, 4)[0]
-        assert first == dict(row, BD=16 if D == 3 else 32, HOLD=D <= 32)
-    for key, config in list(default_configs().items()):
-        tuned = dict(config, num_warps=2 * config["num_warps"])
-        monkeypatch.setitem(heuristics.TUNED, (0, key, 4), tuned)
-        assert default_configs()[key] == tuned, key
-
-
-def default_configs():
-    """The first config of every function of heuristics, by its name in TUNED."""
-    where = dict(device=heuristics.UNKNOWN, itemsize=4)
-    given = dict(D=96, d=96, N=300)
-    found = {}
-    for name, function in vars(heuristics).items():
-        if name.endswith("_configs"):
-            wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
-            found[name[:-8]] = function(**where, **{k: v for k, v in given.items() if k in wanted})[0]
-    assert len(found) == 14
-    return found
-
-
-@pytest.mark.parametrize(
-    "change, word",
-    (
-        (dict(BN=48), "BN must be a power"),
-        (dict(BK=8), "BK must be a power"),
-        (dict(num_warps=3), "num_warps must"),
-        (dict(BQ=16), "must have"),
-    ),
-    ids=str,
-)
-def test_tuned_rows_are_checked(monkeypatch, change, word):
-    row = dict(BN=32, BK=32, BD=32, HOLD=False, num_warps=4, num_stages=1) | change
-    monkeypatch.setitem(heuristics.TUNED, (0, "assign", 4), row)
-    with pytest.raises(ValueError, match=word):
-        heuristics.assign_configs(heuristics.UNKNOWN, 96, 4)
-
-
 def all_launches():
     launches = []
     for dtype in DTYPES:

@@ -1,7 +1,7 @@
 // Conversions, exact scaling and warp/block reductions shared by the kernels.
 //
 // The kernels compile in two ways: by nvcc, and as plain C++ by the host simulator of the tests, which supplies the
-// CUDA vocabulary (threadIdx, barriers, shuffles, half types) through tests/cuda_sim/cuda_sim.h.
+// CUDA vocabulary (threadIdx, barriers, shuffles, half types) through tests/simulator/cuda_sim.h.
 #pragma once
 
 #ifdef TOKENPOOL_CUDA_SIM

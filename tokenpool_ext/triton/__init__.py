@@ -15,7 +15,6 @@ import torch
 
 from ..ops import SCHEMAS, register_fakes
 from .errors import KernelUnavailable
-from .launch import ahead, compile_calls
 
 __all__ = [
     "KernelUnavailable",
@@ -178,8 +177,7 @@ def _pool(x, assignment, weights, num_clusters):
     _check("pool", x, assignment=(assignment, tuple(x.shape[:2]), _I64), weights=(weights, tuple(x.shape[:2]), _F32))
     from .segments import segment
 
-    arguments = (x, assignment, weights, num_clusters, True)
-    return ahead("pool", arguments, lambda: segment(*arguments))
+    return segment(x, assignment, weights, num_clusters, True)
 
 
 def _pool_backward(grad_centers, x, centers, assignment, weights, mass):
@@ -196,8 +194,7 @@ def _pool_backward(grad_centers, x, centers, assignment, weights, mass):
     )
     from .segments import pool_backward as run
 
-    arguments = (grad_centers, x, centers, assignment, weights, mass)
-    return ahead("pool_backward", arguments, lambda: run(*arguments))
+    return run(grad_centers, x, centers, assignment, weights, mass)
 
 
 def _unpool(centers, assignment):
@@ -211,8 +208,7 @@ def _unpool_backward(grad, assignment, num_clusters):
     _check("unpool_backward", grad, assignment=(assignment, tuple(grad.shape[:2]), _I64))
     from .segments import segment
 
-    arguments = (grad, assignment, None, num_clusters, False)
-    return ahead("unpool_backward", arguments, lambda: segment(*arguments))[0]
+    return segment(grad, assignment, None, num_clusters, False)[0]
 
 
 def _attention_received(q, k, scale, lse):
@@ -220,7 +216,7 @@ def _attention_received(q, k, scale, lse):
     _check("attention_received", q, k=(k, (B, H, k.shape[-2], d), DTYPES), lse=(lse, (B, H, Nq), _F32))
     from .segments import attention_received as run
 
-    return ahead("attention_received", (q, k, lse), lambda: run(q, k, scale, lse))
+    return run(q, k, scale, lse)
 
 
 def _register() -> torch.library.Library:
@@ -264,16 +260,14 @@ def warmup(
     masked, counts, centers: also for calls with a mask, with a tensor num_clusters, with given centers (K-Means).
     Not covered: attention_received, and tokens that do not start at a multiple of 16 bytes.
 
-    Runs each once on one image of `device`; all kernels of a shape are compiled side by side.  Sizes are runtime
-    values, so shapes of the same feature bucket (16, 32, 64, 128 and above) and path share their kernels.  Raises
-    KernelUnavailable when a kernel cannot run.
+    Runs each once on one image of `device`.  Sizes are runtime values, so shapes of the same feature bucket (16, 32,
+    64, 128 and above) and path share their kernels.  Raises KernelUnavailable when a kernel cannot run.
     """
     for shape in shapes:
         for dtype in dtypes:
             calls = _warmup_calls(
                 *tuple(shape)[-3:], dtype, num_iters, device, weighted, farthest, masked, counts, centers, backward
             )
-            compile_calls(calls)
             for call in calls:
                 call()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import direct, finish, gram, heuristics, prepare, start
-from .launch import ahead, launch
+from .launch import launch
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -94,7 +94,7 @@ class Chunk:
                     CONTIG=self.flags["CONTIG"],
                 )
 
-            launch(prepare.x_stats_kernel, x, heuristics.stats_configs(self.device, D, self.itemsize), stats)
+            launch(prepare.x_stats_kernel, x, heuristics.stats_configs(D), stats)
         weights = self.weights if self.weights is not None else self.wn
         counts = self.counts if self.counts is not None else self.label_out
         indexed = self.from_tokens and not self.farthest
@@ -102,7 +102,7 @@ class Chunk:
         launch(
             prepare.prepare_kernel,
             x,
-            heuristics.block_configs(self.device, self.itemsize),
+            heuristics.block_configs(),
             lambda config: (
                 B,
                 dict(
@@ -153,7 +153,7 @@ class Chunk:
         launch(
             direct.init_kernel,
             x,
-            heuristics.init_configs(self.device, D, self.itemsize),
+            heuristics.init_configs(D),
             lambda config: (
                 B * K,
                 dict(
@@ -216,7 +216,7 @@ class Chunk:
         x, (B, N, D), K = self.x, self.x.shape, self.K
         tmp = torch.empty_like(self.lst)
         if self.farthest:
-            configs = heuristics.farthest_configs(self.device, D, self.itemsize)
+            configs = heuristics.farthest_configs(D)
             launch(
                 start.farthest_kernel,
                 x,
@@ -243,7 +243,7 @@ class Chunk:
         for t in range(num_iters):
             members, following = self.members[t % 2], self.members[(t + 1) % 2]
             self.direct_assign(members)
-            configs = heuristics.settle_configs(self.device, N, self.itemsize)
+            configs = heuristics.settle_configs(N)
             launch(
                 direct.settle_kernel,
                 x,
@@ -297,7 +297,7 @@ class Chunk:
                     MEDOIDS=self.medoids,
                 )
 
-            launch(direct.update_kernel, x, heuristics.update_configs(self.device, N, D, self.itemsize), make)
+            launch(direct.update_kernel, x, heuristics.update_configs(N, D), make)
 
     # ---- gram ----
     def gram_iterate(self, num_iters: int) -> None:
@@ -328,7 +328,7 @@ class Chunk:
 
         launch(gram.gram_kernel, x, heuristics.gram_configs(self.device, D, self.itemsize), make)
         if self.farthest:
-            configs = heuristics.farthest_gram_configs(self.device, self.itemsize)
+            configs = heuristics.farthest_gram_configs()
             launch(
                 start.farthest_gram_kernel,
                 x,
@@ -354,7 +354,7 @@ class Chunk:
         launch(
             gram.iterate_kernel,
             x,
-            heuristics.iterate_configs(self.device, self.itemsize),
+            heuristics.iterate_configs(),
             lambda config: (
                 B,
                 dict(
@@ -394,7 +394,7 @@ class Chunk:
         mass, part = (x.new_empty((B, K), dtype=torch.float32) for _ in range(2))
         medoid = x.new_empty((B, K) if self.medoids else (1,), dtype=torch.int64)
         inertia = x.new_empty(B, dtype=torch.float32)
-        configs = heuristics.finish_configs(self.device, D, self.itemsize)
+        configs = heuristics.finish_configs(D)
         launch(
             finish.finish_kernel,
             x,
@@ -433,7 +433,7 @@ class Chunk:
         launch(
             finish.inertia_kernel,
             x,
-            heuristics.block_configs(self.device, self.itemsize),
+            heuristics.block_configs(),
             lambda config: (B, dict(part=part, unscale=self.unscale, w_unscale=self.w_unscale, inertia=inertia, K=K)),
         )
         return centers, self.label_out, mass, medoid, inertia
@@ -451,11 +451,7 @@ def cluster(x, weights, mask, counts, init, K: int, num_iters: int, sort: bool, 
             x.new_zeros(B, dtype=torch.float32),
         )
     which, _ = heuristics.path(N, K, num_iters, counts is not None)
-    tensors, rest = (x, weights, mask, counts, init), (K, sort, medoids, which)
-    one_image = (None if t is None else t[:1] for t in tensors)
-    return ahead(
-        "cluster", (*tensors, *rest), lambda: _chunks(*tensors, *rest, num_iters), lambda: _chunks(*one_image, *rest, 1)
-    )
+    return _chunks(x, weights, mask, counts, init, K, sort, medoids, which, num_iters)
 
 
 def _chunks(x, weights, mask, counts, init, K: int, sort: bool, medoids: bool, which: str, num_iters: int):

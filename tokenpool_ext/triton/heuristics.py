@@ -3,9 +3,8 @@
 Tiles are keyed on the compute capability and on the shared memory one block may have, never on a GPU's name, and are
 fitted to that limit for every dtype.  A plan depends on N, D, the dtype, num_iters and the device, on K only where all
 images have the same, never on the batch size: so an image's result does not depend on its batch.  What decides in which
-order something is added does not depend on K, and on N only on either side of LONG.  There is no autotuning: no row
-below has been tuned on a GPU yet, all are the safe plan.  To add one: put (capability, kernel, dtype bytes) ->
-config in TUNED, with the GPU and the date beside it.
+order something is added does not depend on K, and on N only on either side of LONG.  There is no autotuning, and
+no row below has been tuned on a GPU: all are the safe plan.
 """
 
 from __future__ import annotations
@@ -24,13 +23,7 @@ GRID_LIMIT = 2**31 - 1  # programs a launch (grid.x)
 STATS_CHUNK = 1024  # prepare.CHUNK
 PATH_VARIABLE = "TOKENPOOL_EXT_TRITON_PATH"  # gram | direct: overrides the planner (tests)
 
-DOTS = ("assign", "gram", "attention")  # kernels of a matrix product
 Config = dict  # tile sizes by constexpr name, plus num_warps and num_stages
-
-# (capability major * 10 + minor, kernel, element bytes) -> Config       # GPU, date
-# kernel: the name of the function below without _configs.  A row holds for every D: its BD is the largest step, and
-# HOLD is set from D, whatever the row says.
-TUNED: dict[tuple[int, str, int], Config] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,33 +104,8 @@ def shared_attention(c: Config, itemsize: int) -> int:
     return max(max(1, c["num_stages"]) * tiles, c["BQ"] * c["BK"] * 4) + 4 * KIB
 
 
-def _tuned(kernel: str, device: Device, itemsize: int, D: int, candidates: list[Config]) -> list[Config]:
-    """The candidates, a tuned row first."""
-    row = TUNED.get((device.capability, kernel, itemsize))
-    if row is None:
-        return candidates
-    where = f"heuristics.TUNED[{(device.capability, kernel, itemsize)}]"
-    if set(row) != set(candidates[0]):
-        raise ValueError(f"{where} must have {sorted(candidates[0])}, got {sorted(row)}")
-    least = 16 if kernel in DOTS else 1  # a tile of a product needs 16
-    for name, value in row.items():
-        if name in ("HOLD", "num_stages"):
-            continue
-        low = 1 if name == "num_warps" else least
-        high = STATS_CHUNK if (kernel, name) == ("stats", "BN") else 2**16
-        if type(value) is not int or not low <= value <= high or value & (value - 1):
-            raise ValueError(f"{where}: {name} must be a power of two from {low} to {high}, got {value!r}")
-    row = dict(row)
-    if "BD" in row:
-        row["BD"] = bucket(D, 16, row["BD"])
-    if "HOLD" in row:
-        row["HOLD"] = D <= row["BD"]
-    return [row, *(c for c in candidates if c != row)]
-
-
-def _fit(kernel: str, device: Device, itemsize: int, D: int, estimate, candidates: list[Config]) -> list[Config]:
-    """The candidates whose shared memory fits the device, a tuned row first; the smallest one always stays."""
-    candidates = _tuned(kernel, device, itemsize, D, candidates)
+def _fit(device: Device, itemsize: int, estimate, candidates: list[Config]) -> list[Config]:
+    """The candidates whose shared memory fits the device; the smallest one always stays."""
     fitting = [c for c in candidates if estimate(c, itemsize) <= device.shared]
     return fitting or candidates[-1:]
 
@@ -154,7 +122,7 @@ def assign_configs(device: Device, D: int, itemsize: int) -> list[Config]:
         config = dict(BN=bn, BK=bk, BD=bd, HOLD=D <= bd, num_warps=warps, num_stages=stages)
         if config not in found:
             found.append(config)
-    return _fit("assign", device, itemsize, D, shared_assign, found)
+    return _fit(device, itemsize, shared_assign, found)
 
 
 def gram_configs(device: Device, D: int, itemsize: int) -> list[Config]:
@@ -164,7 +132,7 @@ def gram_configs(device: Device, D: int, itemsize: int) -> list[Config]:
         else ((64, 32, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1))
     )
     found = [dict(BM=bm, BD=bucket(D, 16, bd), num_warps=warps, num_stages=stages) for bm, bd, warps, stages in table]
-    return _fit("gram", device, itemsize, D, shared_gram, found)
+    return _fit(device, itemsize, shared_gram, found)
 
 
 def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
@@ -177,16 +145,16 @@ def attention_configs(device: Device, d: int, itemsize: int) -> list[Config]:
         dict(BQ=bq, BK=bk, BD=bucket(d, 16, bd), num_warps=warps, num_stages=stages)
         for bq, bk, bd, warps, stages in table
     ]
-    return _fit("attention", device, itemsize, d, shared_attention, found)
+    return _fit(device, itemsize, shared_attention, found)
 
 
 # The kernels below keep nothing in shared memory but the scratch of reductions (at most 16 KiB).
 
 
-def iterate_configs(device: Device, itemsize: int) -> list[Config]:
+def iterate_configs() -> list[Config]:
     big = dict(BI=128, BJ=16, TI=16, TL=128, BLOCK=256, BLOCK_K=256, num_warps=8, num_stages=1)
     small = dict(BI=64, BJ=16, TI=16, TL=64, BLOCK=256, BLOCK_K=256, num_warps=4, num_stages=1)
-    return _tuned("iterate", device, itemsize, 0, [big, small])
+    return [big, small]
 
 
 def rows_config(D: int) -> Config:
@@ -194,71 +162,57 @@ def rows_config(D: int) -> Config:
     return dict(R=8, BD=bucket(D, 16, 128))
 
 
-def init_configs(device: Device, D: int, itemsize: int) -> list[Config]:
-    return _tuned("init", device, itemsize, D, [dict(BD=bucket(D, 16, 128), num_warps=1, num_stages=1)])
+def init_configs(D: int) -> list[Config]:
+    return [dict(BD=bucket(D, 16, 128), num_warps=1, num_stages=1)]
 
 
-def update_configs(device: Device, N: int, D: int, itemsize: int) -> list[Config]:
+def update_configs(N: int, D: int) -> list[Config]:
     few = N <= LONG
-    return _tuned(
-        "update",
-        device,
-        itemsize,
-        D,
-        [
-            dict(
-                rows_config(D),
-                BC=4 if few else 16,
-                BLOCK=256 if few else 1024,
-                BLOCK_E=128,
-                BLOCK_K=256,
-                num_warps=4,
-                num_stages=1,
-            )
-        ],
-    )
+    return [
+        dict(
+            rows_config(D),
+            BC=4 if few else 16,
+            BLOCK=256 if few else 1024,
+            BLOCK_E=128,
+            BLOCK_K=256,
+            num_warps=4,
+            num_stages=1,
+        )
+    ]
 
 
-def finish_configs(device: Device, D: int, itemsize: int) -> list[Config]:
-    return _tuned("finish", device, itemsize, D, [dict(rows_config(D), BLOCK=128, num_warps=2, num_stages=1)])
+def finish_configs(D: int) -> list[Config]:
+    return [dict(rows_config(D), BLOCK=128, num_warps=2, num_stages=1)]
 
 
-def segment_configs(device: Device, D: int, itemsize: int) -> list[Config]:
-    return _tuned("segment", device, itemsize, D, [dict(rows_config(D), num_warps=2, num_stages=1)])
+def segment_configs(D: int) -> list[Config]:
+    return [dict(rows_config(D), num_warps=2, num_stages=1)]
 
 
-def stats_configs(device: Device, D: int, itemsize: int) -> list[Config]:
-    return _tuned("stats", device, itemsize, D, [dict(BN=32, BD=bucket(D, 16, 64), num_warps=4, num_stages=1)])
+def stats_configs(D: int) -> list[Config]:
+    return [dict(BN=32, BD=bucket(D, 16, 64), num_warps=4, num_stages=1)]
 
 
-def settle_configs(device: Device, N: int, itemsize: int) -> list[Config]:
-    return _tuned(
-        "settle",
-        device,
-        itemsize,
-        0,
-        [dict(BLOCK=256 if N <= LONG else 2048, BLOCK_K=256, num_warps=4 if N <= LONG else 8, num_stages=1)],
-    )
+def settle_configs(N: int) -> list[Config]:
+    return [dict(BLOCK=256 if N <= LONG else 2048, BLOCK_K=256, num_warps=4 if N <= LONG else 8, num_stages=1)]
 
 
-def farthest_configs(device: Device, D: int, itemsize: int) -> list[Config]:
-    return _tuned(
-        "farthest", device, itemsize, D, [dict(BN=64, BD=bucket(D, 16, 128), BLOCK=256, num_warps=8, num_stages=1)]
-    )
+def farthest_configs(D: int) -> list[Config]:
+    return [dict(BN=64, BD=bucket(D, 16, 128), BLOCK=256, num_warps=8, num_stages=1)]
 
 
-def farthest_gram_configs(device: Device, itemsize: int) -> list[Config]:
-    return _tuned("farthest_gram", device, itemsize, 0, [dict(BLOCK=512, num_warps=4, num_stages=1)])
+def farthest_gram_configs() -> list[Config]:
+    return [dict(BLOCK=512, num_warps=4, num_stages=1)]
 
 
-def block_configs(device: Device, itemsize: int) -> list[Config]:
+def block_configs() -> list[Config]:
     """Of prepare, inertia, labels and heads."""
-    return _tuned("block", device, itemsize, 0, [dict(BLOCK=256, num_warps=4, num_stages=1)])
+    return [dict(BLOCK=256, num_warps=4, num_stages=1)]
 
 
-def token_configs(device: Device, D: int, itemsize: int) -> list[Config]:
+def token_configs(D: int) -> list[Config]:
     """Of pool_backward and unpool."""
-    return _tuned("token", device, itemsize, D, [dict(BN=16, BD=bucket(D, 16, 128), num_warps=4, num_stages=1)])
+    return [dict(BN=16, BD=bucket(D, 16, 128), num_warps=4, num_stages=1)]
 
 
 # ---- the plan of a whole clustering ------------------------------------------------------------------------------
@@ -333,7 +287,7 @@ def plan(
     shared = 3 * 4 * K if which == "gram" else 0  # lists of one token, the same for all images
     common += (0 if half else 4 * D) + (3 * 4 * D * -(-N // STATS_CHUNK) if scaled else 0)
     if which == "gram":
-        tiles = {"gram": gram_configs(device, D, itemsize)[0], "iterate": iterate_configs(device, itemsize)[0]}
+        tiles = {"gram": gram_configs(device, D, itemsize)[0], "iterate": iterate_configs()[0]}
         workspace = common + 4 * N * gram_row(N) + 2 * 4 * N
         before, each = scaled + 2 + 1, 0
         # The members' rows once for the assignment, beside lists of a token and a share; in the update labels, weights,
@@ -343,7 +297,7 @@ def plan(
         once = 3 * N * D * itemsize + N * D * itemsize * -(-N // tiles["gram"]["BM"]) + 4 * N * N
         flops = N * N * D + 2 * N * N * num_iters
     else:
-        tiles = {"assign": assign_configs(device, D, itemsize)[0], "update": update_configs(device, N, D, itemsize)[0]}
+        tiles = {"assign": assign_configs(device, D, itemsize)[0], "update": update_configs(N, D)[0]}
         workspace = common + 4 * N + K * D * itemsize * planes
         before, each = scaled + 2, 3
         assign = N * D * itemsize + -(-N // tiles["assign"]["BN"]) * K * D * itemsize * planes

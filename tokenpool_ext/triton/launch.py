@@ -1,12 +1,8 @@
-"""Starting kernels: try the plans in order, remember which one works, and turn failure into KernelUnavailable.  The
-kernels of an operator's first call are compiled side by side, ahead of it."""
+"""Starting kernels: try the plans in order, remember which one works, and turn failure into KernelUnavailable."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import functools
-import os
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import KernelUnavailable
-from .heuristics import GRID_LIMIT, Config, bucket
+from .heuristics import GRID_LIMIT, Config
 
 
 class Launch(NamedTuple):
@@ -40,12 +36,6 @@ OPTIONS = dict(enable_fp_fusion=True)
 
 # Per thread, `launches`: when a list, launches are appended to it and not run (see `record`).
 _recorder = threading.local()
-
-# Operators and kinds of arguments whose kernels `ahead` has seen to.
-_seen: set[tuple] = set()
-
-# The kernels that take longest to compile, longest first.
-SLOW_TO_COMPILE = ("assign_kernel", "iterate_kernel", "update_kernel", "received_kernel", "gram_kernel")
 
 
 @contextlib.contextmanager
@@ -73,84 +63,6 @@ def record():
         yield _recorder.launches
     finally:
         _recorder.launches = before
-
-
-def ahead(op: str, arguments: tuple, run: Callable, sample: Callable | None = None):
-    """run(), after the kernels it launches have been compiled in parallel if no call of `op` with arguments of this
-    kind came before.  The compiler gives up Python's lock, so with a core for each kernel this takes about as long as
-    the slowest one.  sample(): launches the same kernels on less memory (nothing runs, but workspaces are made)."""
-    kind = (op, *(_kind(argument) for argument in arguments))
-    if kind not in _seen and not _interpreting() and _fault is None and getattr(_recorder, "launches", None) is None:
-        _seen.add(kind)
-        with record() as launches:
-            (sample or run)()
-        compile_together(launches)
-    return run()
-
-
-def compile_calls(calls: list[Callable]) -> None:
-    """Compile what the calls launch, all of it side by side; nothing runs."""
-    if not _interpreting() and _fault is None and getattr(_recorder, "launches", None) is None:
-        with record() as launches:
-            for call in calls:
-                call()
-        compile_together(launches)
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _kind(argument):
-    """What of an argument may decide which kernels run: of a tensor's sizes the power of two, never the batch."""
-    if not isinstance(argument, torch.Tensor):
-        return bucket(argument, 1, GRID_LIMIT) if type(argument) is int else argument
-    regular = argument.is_contiguous() and argument.data_ptr() % 16 == 0
-    return argument.dtype, argument.device, regular, tuple(bucket(size, 1, GRID_LIMIT) for size in argument.shape[1:])
-
-
-# CPython's ast.parse, which the compiler's front end calls all the time, is not safe in several threads (up to 3.12, at
-# least, it raises SystemError).  The front end holds Python's lock anyway: taking turns in it costs nothing.
-_front_end = threading.Lock()
-
-
-@functools.cache
-def one_at_a_time():
-    """Triton's ASTSource, whose front end waits for its turn."""
-    from triton.compiler import ASTSource
-
-    class Source(ASTSource):
-        def make_ir(self, *args, **kwargs):
-            with _front_end:
-                return super().make_ir(*args, **kwargs)
-
-    return Source
-
-
-def compile_together(launches: list[Launch]) -> None:
-    """Compile the kernels of recorded launches in threads.  Whatever goes wrong here comes again, and is dealt with,
-    where the kernel is launched; a Triton without asynchronous compilation compiles there too."""
-    try:
-        from triton import AsyncCompileMode
-        from triton.runtime import driver
-
-        source = one_at_a_time()
-    except ImportError:
-        return
-    order = {name: place for place, name in enumerate(SLOW_TO_COMPILE)}
-    launches = sorted(launches, key=lambda one: order.get(one.kernel.fn.__name__, len(order)))
-    workers = max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-    with (
-        contextlib.suppress(Exception),
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-        AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for one in launches:
-            tensor = next(value for value in one.arguments.values() if isinstance(value, torch.Tensor))
-            with torch.cuda.device_of(tensor), _front_end:
-                one.kernel.device_caches[driver.active.get_current_device()]  # sets the attribute that follows
-                one.kernel.ASTSource = source
-                one.kernel.warmup(**one.arguments, **one.config, **OPTIONS, grid=(one.programs,))
 
 
 def _is_device_error(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ def _labels(assignment, weights, B: int, N: int, K: int):
     wn = assignment.new_empty((B, N), dtype=torch.float32)
     sizes = torch.zeros((B, K), dtype=torch.int32, device=assignment.device)
     given = weights if weights is not None else wn
-    configs = heuristics.block_configs(heuristics.device_of(assignment), wn.element_size())
+    configs = heuristics.block_configs()
     launch(
         pooling.labels_kernel,
         assignment,
@@ -43,7 +43,6 @@ def _labels(assignment, weights, B: int, N: int, K: int):
 def segment(x, assignment, weights, K: int, mean: bool):
     """((B, K, D) means or sums of the rows of x by label, (B, K) float32 masses)."""
     B, N, D = x.shape
-    device = heuristics.device_of(x)
     if B == 0 or N == 0:
         return x.new_zeros((B, K, D)), x.new_zeros((B, K), dtype=torch.float32)
     lab, wn, sizes = _labels(assignment, weights, B, N, K)
@@ -91,9 +90,9 @@ def segment(x, assignment, weights, K: int, mean: bool):
             MEDOIDS=False,
         )
 
-    launch(direct.update_kernel, x, heuristics.update_configs(device, N, D, x.element_size()), lists)
+    launch(direct.update_kernel, x, heuristics.update_configs(N, D), lists)
     out = x.new_empty((B, K, D))
-    configs = heuristics.segment_configs(device, D, x.element_size())
+    configs = heuristics.segment_configs(D)
     launch(
         pooling.segment_kernel,
         x,
@@ -150,9 +149,7 @@ def pool_backward(grad_centers, x, centers, assignment, weights, mass):
             HAS_WEIGHTS=weights is not None,
         )
 
-    launch(
-        pooling.pool_backward_kernel, x, heuristics.token_configs(heuristics.device_of(x), D, x.element_size()), make
-    )
+    launch(pooling.pool_backward_kernel, x, heuristics.token_configs(D), make)
     return grad_x, grad_w
 
 
@@ -176,7 +173,7 @@ def unpool(centers, assignment):
             **strides(assignment, a_b=0, a_n=1),
         )
 
-    configs = heuristics.token_configs(heuristics.device_of(centers), D, centers.element_size())
+    configs = heuristics.token_configs(D)
     launch(pooling.unpool_kernel, centers, configs, make)
     return out
 
@@ -224,5 +221,5 @@ def attention_received(q, k, scale: float, lse):
         tiles = -(-N // config["BLOCK"])
         return B * tiles, dict(part=part, out=out, H=H, N=N, inverse=1.0 / (H * Nq), tiles=tiles)
 
-    launch(attention.heads_kernel, q, heuristics.block_configs(device, q.element_size()), heads)
+    launch(attention.heads_kernel, q, heuristics.block_configs(), heads)
     return out

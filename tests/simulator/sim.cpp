@@ -16,25 +16,9 @@
 #include "../../csrc/cuda/spread.cuh"
 #include "../../csrc/cuda/stats.cuh"
 #include "../../csrc/cuda/workspace.h"
-#ifdef TOKENPOOL_SIM_PTX
-#include "ptx_ops.h"
-#endif
-#ifdef TOKENPOOL_SIM_COUNT
-#include "count.h"
-#endif
 
 namespace tokenpool {
 namespace cuda {
-
-#ifdef TOKENPOOL_SIM_PTX  // the kernels as nvcc compiled them (ptx.py)
-#define SIM_DECLARE(name) extern const ptx::Kernel name;
-#define SIM_INSTANCE(name, type) name##_##type
-#define SIM_KERNEL(name) name
-#else
-#define SIM_DECLARE(name)
-#define SIM_INSTANCE(name, type) name##_kernel<type>
-#define SIM_KERNEL(name) name##_kernel
-#endif
 
 namespace {
 
@@ -43,38 +27,23 @@ int simulate(void (*kernel)(Args), const Args& args, const Launch& launch) {
   return cuda_sim::launch(kernel, args, launch.blocks, launch.threads, launch.shared_bytes);
 }
 
-#ifdef TOKENPOOL_SIM_PTX
-template <typename Args>
-int simulate(const ptx::Kernel& kernel, const Args& args, const Launch& launch) {
-  const int failed = cuda_sim::launch([&kernel, args] { kernel.run(&args); }, launch.blocks, launch.threads,
-                                      kernel.static_shared + launch.shared_bytes);
-#ifdef TOKENPOOL_SIM_COUNT
-  ptx::fold_counts();
-#endif
-  return failed;
-}
-#endif
-
 }  // namespace
 
-#define SIM_TYPED(name, Args)                                                                                \
-  SIM_DECLARE(name##_float)                                                                                  \
-  SIM_DECLARE(name##___half)                                                                                 \
-  SIM_DECLARE(name##___nv_bfloat16) int launch_##name(DType dtype, const Args& args, const Launch& launch) { \
-    switch (dtype) {                                                                                         \
-      case DType::kFloat32:                                                                                  \
-        return simulate(SIM_INSTANCE(name, float), args, launch);                                            \
-      case DType::kFloat16:                                                                                  \
-        return simulate(SIM_INSTANCE(name, __half), args, launch);                                           \
-      case DType::kBFloat16:                                                                                 \
-        return simulate(SIM_INSTANCE(name, __nv_bfloat16), args, launch);                                    \
-    }                                                                                                        \
-    return 1;                                                                                                \
+#define SIM_TYPED(name, Args)                                              \
+  int launch_##name(DType dtype, const Args& args, const Launch& launch) { \
+    switch (dtype) {                                                       \
+      case DType::kFloat32:                                                \
+        return simulate(name##_kernel<float>, args, launch);               \
+      case DType::kFloat16:                                                \
+        return simulate(name##_kernel<__half>, args, launch);              \
+      case DType::kBFloat16:                                               \
+        return simulate(name##_kernel<__nv_bfloat16>, args, launch);       \
+    }                                                                      \
+    return 1;                                                              \
   }
 #define SIM_PLAIN(name, Args)                                 \
-  SIM_DECLARE(name)                                           \
   int launch_##name(const Args& args, const Launch& launch) { \
-    return simulate(SIM_KERNEL(name), args, launch);          \
+    return simulate(name##_kernel, args, launch);             \
   }
 
 SIM_TYPED(absmax, StatsArgs)
@@ -99,10 +68,9 @@ SIM_TYPED(lse, AttentionArgs)
 SIM_TYPED(received, AttentionArgs)
 SIM_PLAIN(reduce, AttentionArgs)
 
-SIM_DECLARE(unpool_uint16_t)
-SIM_DECLARE(unpool_uint32_t) int launch_unpool(DType dtype, const UnpoolArgs& args, const Launch& launch) {
-  return element_size(dtype) == 2 ? simulate(SIM_INSTANCE(unpool, uint16_t), args, launch)
-                                  : simulate(SIM_INSTANCE(unpool, uint32_t), args, launch);
+int launch_unpool(DType dtype, const UnpoolArgs& args, const Launch& launch) {
+  return element_size(dtype) == 2 ? simulate(unpool_kernel<uint16_t>, args, launch)
+                                  : simulate(unpool_kernel<uint32_t>, args, launch);
 }
 
 namespace {
@@ -242,10 +210,4 @@ int sim_attention_received(const int64_t* n, float scale, const void* const* p) 
   const auto memory = garbage(attention_workspace_bytes(args));
   return run_attention_received(static_cast<DType>(n[5]), args, memory.get(), nullptr);
 }
-
-#ifdef TOKENPOOL_SIM_COUNT
-void sim_counts(int64_t* blocks, int64_t (*instructions)[3]) {
-  ptx::take_counts(blocks, instructions);
-}
-#endif
 }

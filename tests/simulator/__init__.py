@@ -1,31 +1,25 @@
 """The CUDA kernels' own source, compiled as C++ and run on the CPU: the operators of the CUDA backend without a GPU.
 
 `Simulator(build(...))` has the operators as methods with the library's own signatures (torch CPU tensors in and
-out), for any compute capability and any path. Only g++ is needed. Slow: small shapes only.
-
-`build("ptx")` runs what nvcc makes of the kernels instead (ptx.py); it needs nvcc.
-TOKENPOOL_EXT_CUDA_SIM_VARIANT=ptx makes that what `build()` builds: the tests of this file's users then run on it.
+out), for any compute capability and any path. Only g++ is needed. Slow: small shapes only. See README.md.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
 
-import ptx
 import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent.parent / "csrc"
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
 PATHS = ("resident", "gram", "streaming", "spread")  # in the order of CudaPath
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 VARIANTS = {
@@ -33,16 +27,7 @@ VARIANTS = {
     "thread": ["-fsanitize=thread"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],
     "compare_all": ["-DTOKENPOOL_COMPARE_ALL=1"],
-    "ptx": ["-DTOKENPOOL_SIM_PTX"],
-    "count": ["-DTOKENPOOL_SIM_PTX", "-DTOKENPOOL_SIM_COUNT"],
 }
-COMPILED = ("ptx", "count")  # by nvcc first
-CHECKED = ["-g", "-Wall", "-Wextra", "-Werror"]
-PTX_ARCHITECTURE = "compute_90a"  # an H100's; ptxas makes its machine code from this text
-
-
-def default_variant() -> str:
-    return os.environ.get("TOKENPOOL_EXT_CUDA_SIM_VARIANT", "")
 
 
 def compiler() -> str | None:
@@ -50,125 +35,37 @@ def compiler() -> str | None:
 
 
 def sources() -> list[Path]:
-    headers = [*HERE.glob("*.h"), *(CSRC / "cuda").glob("*.cuh"), *(CSRC / "cuda").glob("*.h"), CSRC / "planner_cuda.h"]
+    headers = [*HERE.glob("*.h"), *(CSRC / "cuda").glob("*.cuh"), *(CSRC / "cuda").glob("*.h"), *CSRC.glob("*.h")]
     return [HERE / "sim.cpp", CSRC / "cuda" / "pipeline.cpp", CSRC / "planner_cuda.cpp", *sorted(headers)]
 
 
-def cache_folder() -> Path:
-    root = os.environ.get("TOKENPOOL_EXT_TEST_CACHE") or os.path.join(
-        tempfile.gettempdir(), f"tokenpool_ext_sim_{os.getuid()}"
-    )
-    return Path(root)
+def command(variant: str, output: Path, *units: Path, shared: bool = False) -> list[str]:
+    """The compiler's command for `units`, on one of VARIANTS."""
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}"]
+    library = ["-shared", "-fPIC"] if shared else []
+    return [compiler(), *flags, *VARIANTS[variant], *library, "-o", str(output), *map(str, units)]
 
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which(os.path.join(home, "bin", "nvcc") if home else "nvcc")
+def units() -> list[Path]:
+    return [path for path in sources() if path.suffix == ".cpp"]
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the simulator does not compile: {' '.join(command)}\n{done.stderr}")
-
-
-def _compiled_kernels(folder: Path, listing: ptx.Listing | None) -> Path:
-    """Every kernel as nvcc compiles it, as one C++ file."""
-    text = [
-        '#include "ptx_ops.h"',
-        '#include "count.h"',
-        "namespace tokenpool {",
-        "namespace cuda {",
-        "using namespace ptx;",
-    ]
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        output = folder / f"{source.stem}.ptx"
-        _run(
-            [
-                nvcc(),
-                "-std=c++17",
-                "-O3",
-                "-ptx",
-                "-lineinfo",
-                f"-arch={PTX_ARCHITECTURE}",
-                str(source),
-                "-o",
-                str(output),
-            ]
-        )
-        text += [kernel.text for kernel in ptx.kernels(output.read_text(), listing)]
-    written = folder / "kernels.cpp"
-    written.write_text("\n".join([*text, "}", "}", ""]))
-    return written
-
-
-def _flags(variant: str) -> list[str]:
-    return ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{HERE}", *VARIANTS[variant]]
-
-
-def built(variant: str) -> Path:
-    """Where the simulator of the present source text lies, or will."""
-    digest = hashlib.sha256(" ".join([*_flags(variant), *CHECKED, PTX_ARCHITECTURE]).encode())
-    for path in sources() + ([*sorted((CSRC / "cuda").glob("*.cu")), HERE / "ptx.py"] if variant in COMPILED else []):
+def build(variant: str = "") -> Path:
+    """Compile the simulator (once per source text, kept in build/simulator) and return the shared library."""
+    digest = hashlib.sha256("\0".join(command(variant, Path(), shared=True)).encode())
+    for path in sources():
         digest.update(path.name.encode() + path.read_bytes())
-    return cache_folder() / f"sim{'_' + variant if variant else ''}_{digest.hexdigest()[:16]}.so"
-
-
-def build(variant: str | None = None) -> Path:
-    """Compile the simulator (once per source text) and return the shared library."""
-    variant = default_variant() if variant is None else variant
-    library = built(variant)
+    library = ROOT / "build" / "simulator" / f"sim{'_' + variant if variant else ''}_{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        units = [str(path) for path in sources() if path.suffix == ".cpp"]
         fresh = Path(folder) / library.name
-        if variant in COMPILED:
-            listing = ptx.Listing() if variant == "count" else None
-            units.append(str(Path(folder) / "kernels.o"))
-            _run([compiler(), *_flags(variant), "-c", str(_compiled_kernels(Path(folder), listing)), "-o", units[-1]])
-            if listing is not None:
-                library.with_suffix(".json").write_text(
-                    json.dumps({"blocks": listing.blocks, "instructions": listing.instructions})
-                )
-        _run([compiler(), *_flags(variant), *CHECKED, "-o", str(fresh), *units])
+        done = subprocess.run(command(variant, fresh, *units(), shared=True), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the simulator does not compile:\n{done.stderr}")
         os.replace(fresh, library)
     return library
-
-
-def passed_in_a_process(folder: Path, variant: str, *arguments: str, **variables: str) -> list[str]:
-    """Run pytest in a process of its own, on one variant; names of the tests that passed. RuntimeError if any
-    failed."""
-    report = folder / "report.xml"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TOKENPOOL_EXT_REQUIRE_")}
-    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment.update(PYTHONPATH=paths, TOKENPOOL_EXT_CUDA_SIM_VARIANT=variant, OMP_NUM_THREADS="1", **variables)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments],
-        env=environment,
-        cwd=HERE.parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stdout[-8000:])
-    return [
-        case.get("name")
-        for case in ElementTree.parse(report).iter("testcase")
-        if not any(child.tag in ("skipped", "failure", "error") for child in case)
-    ]
-
-
-def shared_bodies_pass(folder: Path, variant: str) -> None:
-    """The test bodies every backend shares, on all four paths: as many cases as it takes for every value of every
-    parameter to occur."""
-    bodies = [str(HERE.parent / f"test_{name}.py") for name in ("clustering", "pool", "attention_received")]
-    passed = passed_in_a_process(folder, variant, "-p", "sim_plugin", *bodies, TOKENPOOL_EXT_TEST_COVER="1")
-    assert len(passed) >= 200, len(passed)
-    for path in PATHS:
-        assert sum(f"cuda_sim_{path}" in name for name in passed) >= 40, path
 
 
 def _strides(x: Tensor) -> list[int]:
