@@ -1,0 +1,208 @@
+"""Ragged images for `select` and `compress`: every form of input as a list of images, those as padded segments (images,
+or windows of videos), and results back in the form of the input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .checks import FLOATING, INTEGER, check_int
+
+
+class Images:
+    """Every form of input as a list of (n, D) images, and how results go back."""
+
+    def __init__(self, name, tokens, num_tokens, grid, scores, mask, window) -> None:
+        self.name, self.rows = name, None
+        self.form = "list"
+        if isinstance(tokens, Tensor):
+            if tokens.dim() not in (2, 3):
+                raise ValueError(f"{name}: tokens must have shape (B, N, D) or (N, D), got {tuple(tokens.shape)}")
+            self.form = "batch" if tokens.dim() == 3 else "one"
+            self.width = tokens.shape[-2]
+            tokens = list(tokens) if self.form == "batch" else [tokens]
+        self.tokens = list(tokens)
+        for i, x in enumerate(self.tokens):
+            if not isinstance(x, Tensor) or x.dtype not in FLOATING:
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"{name}: tokens[{i}] must be a floating tensor, got {got}")
+            if x.dim() != 2 or x.shape[1] != self.tokens[0].shape[-1]:
+                raise ValueError(f"{name}: tokens[{i}] must have shape (n, D) with one D, got {tuple(x.shape)}")
+        if not self.tokens:
+            raise ValueError(f"{name}: tokens must hold at least one image, got none")
+        self.scores = self.per_image("scores", scores, 1)
+        self.grids = self._grids(grid, window)
+        self.window = window
+        if mask is not None:
+            self._mask(mask)
+        self.lengths = [len(x) for x in self.tokens]
+        self.counts = self._counts(num_tokens)
+
+    def per_image(self, argument: str, value, dims: int) -> list[Tensor] | None:
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            one = value if self.form == "one" else None
+            value = [one] if one is not None else list(value)
+        if len(value) != len(self.tokens):
+            raise ValueError(f"{self.name}: {argument} must hold {len(self.tokens)} images, got {len(value)}")
+        for i, (v, x) in enumerate(zip(value, self.tokens)):
+            if not isinstance(v, Tensor) or v.dim() != dims or len(v) != len(x):
+                got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+                shape = (len(x),) if dims == 1 else f"({len(x)}, P)"
+                raise ValueError(f"{self.name}: {argument} of image {i} must have shape {shape}, got {got}")
+        return list(value)
+
+    def _grids(self, grid, window) -> list[tuple[int, ...]] | None:
+        if grid is None:
+            if window is not None:
+                raise ValueError(f"{self.name}: temporal_window needs grid=(T, H, W), got None")
+            return None
+        if isinstance(grid, Tensor):
+            grid = grid.tolist()
+        grids = [grid] * len(self.tokens) if all(not hasattr(side, "__len__") for side in grid) else list(grid)
+        if len(grids) != len(self.tokens):
+            raise ValueError(f"{self.name}: grid must be one for all or {len(self.tokens)}, got {len(grids)}")
+        for i, (sides, x) in enumerate(zip(grids, self.tokens)):
+            total = 1
+            for side in sides:
+                total *= check_int(self.name, f"grid of image {i}", side, 1)
+            if len(sides) not in (2, 3) or total != len(x):
+                raise ValueError(
+                    f"{self.name}: grid of image {i} must be (H, W) or (T, H, W) of {len(x)} tokens, got {tuple(sides)}"
+                )
+        if window is not None:
+            check_int(self.name, "temporal_window", window, 1)
+            if any(len(sides) != 3 for sides in grids):
+                raise ValueError(f"{self.name}: temporal_window needs grid=(T, H, W), got {grids[0]}")
+        return [tuple(int(side) for side in sides) for sides in grids]
+
+    def _mask(self, mask) -> None:
+        if self.form != "batch" or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"{self.name}: mask must be a (B, N) bool tensor beside (B, N, D) tokens")
+        if mask.shape != (len(self.tokens), self.width):
+            raise ValueError(
+                f"{self.name}: mask must have shape {(len(self.tokens), self.width)}, got {tuple(mask.shape)}"
+            )
+        if self.window is not None:
+            raise ValueError(f"{self.name}: mask must be None beside temporal_window; pass a list of videos")
+        self.rows = [m.nonzero()[:, 0] for m in mask]
+        self.tokens = [x[rows] for x, rows in zip(self.tokens, self.rows)]
+        if self.scores is not None:
+            self.scores = [s[rows] for s, rows in zip(self.scores, self.rows)]
+
+    def _counts(self, num_tokens) -> list[int]:
+        if isinstance(num_tokens, Tensor):
+            if num_tokens.dtype not in INTEGER:
+                raise TypeError(f"{self.name}: num_tokens must hold integers, got {num_tokens.dtype}")
+            num_tokens = num_tokens.tolist()
+        counts = list(num_tokens) if isinstance(num_tokens, (list, tuple)) else [num_tokens] * len(self.tokens)
+        if len(counts) != len(self.tokens):
+            raise ValueError(f"{self.name}: num_tokens must be an int or {len(self.tokens)}, got {len(counts)}")
+        for i, (k, x) in enumerate(zip(counts, self.tokens)):
+            check_int(self.name, "num_tokens", k, 1)
+            if k > len(x):
+                raise ValueError(
+                    f"{self.name}: num_tokens must be from 1 to the tokens of image {i}, {len(x)}, got {k}"
+                )
+        return [int(k) for k in counts]
+
+    def coordinates(self, positions) -> list[Tensor] | None:
+        """float32 coordinates of every token of every image, from `positions` or the grid."""
+        if positions is not None:
+            if self.rows is not None and isinstance(positions, Tensor):
+                positions = [p[rows] for p, rows in zip(positions, self.rows)]
+            return [p.float() for p in self.per_image("positions", positions, 2)]
+        if self.grids is None:
+            return None
+        cells = [torch.cartesian_prod(*(torch.arange(side) for side in sides)).float() for sides in self.grids]
+        cells = [c.to(x.device) for c, x in zip(cells, self.tokens)]
+        return cells if self.rows is None else [c[rows] for c, rows in zip(cells, self.rows)]
+
+    def segments(self) -> Segments:
+        lengths, counts = [], []
+        for i, (n, k) in enumerate(zip(self.lengths, self.counts)):
+            if self.window is None:
+                parts, shares = [n], [k]
+            else:
+                frames, height, width = self.grids[i]
+                edges = [*range(0, frames, self.window), frames]
+                parts = [(b - a) * height * width for a, b in zip(edges, edges[1:])]
+                ends = [k * b // frames for b in edges[1:]]  # so many tokens up to each window's end
+                shares = [b - a for a, b in zip([0, *ends], ends)]
+                if min(shares) < 1:
+                    raise ValueError(
+                        f"{self.name}: num_tokens must be at least one a window, {len(parts)} in image {i}, got {k}"
+                    )
+            lengths.append(parts)
+            counts.append(shares)
+        return Segments(self, lengths, counts)
+
+    def give_back(self, values: list[Tensor], fill=0):
+        """(k, ...) an image, in the form of the input."""
+        if self.form == "list":
+            return values
+        return values[0] if self.form == "one" else pad_sequence(values, batch_first=True, padding_value=fill)
+
+    def give_back_tokens(self, values: list[Tensor], fill=-1):
+        """(n,) an image: beside its tokens."""
+        if self.rows is None:
+            return self.give_back(values, fill)
+        result = values[0].new_full((len(values), self.width), fill)
+        for row, rows, v in zip(result, self.rows, values):
+            row[rows] = v
+        return result
+
+
+class Segments:
+    """Padded (S, N, D) tokens with their mask, counts and weights; S windows or images."""
+
+    def __init__(self, images: Images, lengths: list[list[int]], counts: list[list[int]]) -> None:
+        self.per_image = [len(parts) for parts in lengths]
+        self.lengths = [n for parts in lengths for n in parts]
+        self.k = [k for shares in counts for k in shares]
+        self.x = self.split(images.tokens)
+        self.weights = (
+            None if images.scores is None else self.split([s.detach()[:, None] for s in images.scores])[..., 0]
+        )
+        device = self.x.device
+        same = len(set(self.lengths)) == 1
+        self.mask = None
+        if not same:
+            self.mask = (
+                torch.arange(self.x.shape[1], device=device) < torch.tensor(self.lengths, device=device)[:, None]
+            )
+        self.counts = self.k[0] if len(set(self.k)) == 1 else torch.tensor(self.k, device=device)
+
+    def split(self, values: list[Tensor]) -> Tensor:
+        return pad_sequence(torch.cat(values).split(self.lengths), batch_first=True)
+
+    def _images(self, parts: list[Tensor]) -> list[Tensor]:
+        result, start = [], 0
+        for count in self.per_image:
+            group = parts[start : start + count]
+            result.append(group[0] if count == 1 else torch.cat(group))
+            start += count
+        return result
+
+    def join(self, values: Tensor) -> list[Tensor]:
+        """(S, K, ...) -> (k, ...) an image."""
+        return self._images([v[:k] for v, k in zip(values, self.k)])
+
+    def _offsets(self, numbers: list[int]) -> list[int]:
+        """What comes before each segment in its image."""
+        offsets, start = [], 0
+        for count in self.per_image:
+            total = 0
+            for n in numbers[start : start + count]:
+                offsets.append(total)
+                total += n
+            start += count
+        return offsets
+
+    def join_labels(self, assignment: Tensor) -> list[Tensor]:
+        return self._images([a[:n] + o for a, n, o in zip(assignment, self.lengths, self._offsets(self.k))])
+
+    def join_indices(self, indices: Tensor) -> list[Tensor]:
+        return self._images([i[:k] + o for i, k, o in zip(indices, self.k, self._offsets(self.lengths))])
