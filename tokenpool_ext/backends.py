@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import loader, reference, triton  # which imports Triton itself only when asked
+from . import loader, onnx, reference, triton  # which imports Triton itself only when asked
 from .errors import KernelUnavailable
 
 ENVIRONMENT = "TOKENPOOL_EXT_BACKEND"
@@ -79,6 +79,9 @@ REGISTRY: dict[str, Backend] = {
 }
 
 
+_ONNX = Backend("onnx", onnx, lambda: None, lambda op, x: None)  # in an export to ONNX, whoever is asked for
+
+
 def backends() -> dict[str, str]:
     """Every backend by name: "ok", or the reason why it cannot run here. The order is the order of preference."""
     return {name: backend.absent() or "ok" for name, backend in REGISTRY.items()}
@@ -95,6 +98,8 @@ def select(op: str, x: Tensor, name: str | None = None) -> tuple[Backend, ...]:
     if name is None and ENVIRONMENT in os.environ:
         name = os.environ[ENVIRONMENT] or None
         source = ENVIRONMENT
+    if torch.onnx.is_in_onnx_export():
+        return (_ONNX,)
     if name is None:
         return _willing(op, x)
     if not isinstance(name, str):

@@ -14,7 +14,7 @@ from .checks import check_bool, check_int
 from .functional import Clusters, pool
 from .matching import match
 from .modules import TokenReduction, cached, take_tokens
-from .ops import accumulate_dtype
+from .ops import accumulate_dtype, falling
 from .reference import sort_clusters
 
 __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
@@ -31,7 +31,7 @@ class _Selection(TokenReduction):
         priority = self.priority(x, scores)
         if mask is not None:
             priority = torch.where(mask, priority, -torch.inf)
-        index = priority.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+        index = falling(priority)[:, :k].sort(dim=1).values
         if mask is not None:  # padding that had to be taken: zeros at the end, as after clustering
             real = mask.gather(1, index)
             index = torch.where(real, index, x.shape[1]).sort(dim=1).values

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import accumulate_dtype
+from .ops import accumulate_dtype, falling
 from .reference import power_of_two_scale
 
 
@@ -33,13 +33,13 @@ def match(
     k = num_clusters
     tokens, order, num_valid = metric.to(accumulate_dtype(metric.dtype)), None, n
     if mask is not None:
-        order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # real tokens first
+        order = falling(mask.to(torch.uint8))  # real tokens first
         num_valid = mask.sum(1, keepdim=True)
         tokens = torch.where(mask[:, :, None], tokens, 0).gather(1, order[:, :, None].expand(-1, -1, width))
     index = torch.arange(n, device=metric.device).expand(b, n)
     if n == 1:
         return index - (0 if mask is None else (~mask).long()), index
-    if width:
+    if width and not torch.onnx.is_in_onnx_export():  # which has no bits of numbers
         tokens = tokens * power_of_two_scale(tokens.abs().amax((1, 2)))[0][:, None, None]
     direction = torch.nn.functional.normalize(tokens, dim=2, eps=torch.finfo(tokens.dtype).tiny)
     similarity = direction[:, 0::2] @ direction[:, 1::2].transpose(1, 2)
@@ -52,12 +52,12 @@ def match(
     if mask is not None or counts is not None:
         real = index.new_full((b, 1), n) if mask is None else num_valid
         merges = torch.minimum((real - (k if counts is None else counts[:, None])).clamp(min=0), real // 2)
-    by_similarity = best.argsort(dim=1, descending=True, stable=True)
+    by_similarity = falling(best)
     merged = torch.empty_like(partner).scatter(1, by_similarity, index[:, : best.shape[1]]) < merges
     target = index.scatter(1, index[:, 0::2], torch.where(merged, 2 * partner + 1, index[:, 0::2]))
     is_target = (index < num_valid).scatter(1, index[:, 0::2], ~merged & (index[:, 0::2] < num_valid))
     labels = (is_target.cumsum(1) - 1).gather(1, target)
-    targets = is_target.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
+    targets = falling(is_target.to(torch.uint8))[:, :k]
     if order is not None:
         labels, targets = torch.empty_like(labels).scatter(1, order, labels), order.gather(1, targets)
         labels = torch.where(mask, labels, -1)

@@ -31,6 +31,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def falling(values: torch.Tensor) -> torch.Tensor:
+    """Indices (B, N) by falling value, ties by index. ONNX promises that of TopK, and has no stable sort."""
+    if torch.onnx.is_in_onnx_export():
+        values = values if values.is_floating_point() else values.to(torch.int32)
+        return values.topk(values.shape[1], dim=1).indices
+    return values.argsort(dim=1, descending=True, stable=True)
+
+
 def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     b, n, d = x.shape
     acc = accumulate_dtype(x.dtype)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import values
-from .ops import accumulate_dtype
+from .ops import accumulate_dtype, falling
 
 # Products of tokens and centers are made for this many tokens at a time, so that nothing larger than
 # B x CHUNK x K is ever in memory.
@@ -213,9 +213,13 @@ def sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Relabel so that the smallest member index ascends. Returns (assignment, order): new cluster j is old order[j]."""
     n = assignment.shape[1]
     index = torch.arange(n, device=assignment.device).expand_as(assignment)
-    first = torch.full((len(assignment), k), n, device=assignment.device)
-    first = first.scatter_reduce(1, assignment.clamp(min=0), torch.where(assignment >= 0, index, n), "amin")
-    order = first.argsort(dim=1, stable=True)
+    if torch.onnx.is_in_onnx_export():  # no scatter that reduces
+        member = assignment[:, :, None] == torch.arange(k, device=assignment.device)
+        first = torch.where(member, index[:, :, None], n).amin(1)
+    else:
+        first = torch.full((len(assignment), k), n, device=assignment.device)
+        first = first.scatter_reduce(1, assignment.clamp(min=0), torch.where(assignment >= 0, index, n), "amin")
+    order = falling(-first)
     rank = torch.empty_like(order).scatter(1, order, torch.arange(k, device=order.device).expand_as(order))
     return torch.where(assignment >= 0, rank.gather(1, assignment.clamp(min=0)), -1), order
 

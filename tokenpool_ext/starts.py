@@ -18,7 +18,7 @@ from torch import Tensor
 from . import loader, values
 from .backends import no_autocast
 from .matching import match
-from .ops import accumulate_dtype
+from .ops import accumulate_dtype, falling
 from .reference import pool, spread
 
 STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
@@ -41,6 +41,8 @@ def make(
     which every op chooses itself."""
     if name == "farthest":
         return x.new_empty(x.shape[0], 0, dtype=torch.int64)
+    if torch.onnx.is_in_onnx_export() and name not in ("topk", "strided"):
+        raise ValueError(f"init={name!r} has no form in ONNX; export with init='farthest', 'topk' or 'strided'")
     start = _without_ops(name, x, num_clusters, weights, mask, counts)
     if start is not None:
         return start
@@ -104,7 +106,7 @@ def _largest(score: Tensor, mask: Tensor | None, k: int) -> Tensor:
     """Indices of the K largest scores of each image, ties to the lowest index; valid tokens before padding."""
     if mask is not None:
         score = torch.where(mask, score, -torch.inf)
-    return score.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return falling(score)[:, :k]
 
 
 def _num_valid(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -127,7 +129,7 @@ def _strided(x: Tensor, k: int, mask: Tensor | None, counts: Tensor | None) -> T
     rank = ((2 * j + 1) * n[:, None] // (2 * k_b[:, None])).clamp(max=x.shape[1] - 1)
     if mask is None:
         return rank
-    valid_first = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    valid_first = falling(mask.to(torch.uint8))
     return valid_first.gather(1, rank)
 
 
