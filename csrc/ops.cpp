@@ -6,6 +6,8 @@
 #include <torch/headeronly/macros/Macros.h>
 
 #include <cstdlib>
+#include <exception>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -57,7 +59,17 @@ Tensor feature_rows(const Tensor& t) {
 }
 
 void run_parallel(int64_t count, Body body, void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+  std::mutex lock;
+  std::exception_ptr failure;  // the first: torch would only say that parallel_for failed
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end, context);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(lock);
+      if (!failure) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 int num_threads() {
@@ -152,6 +164,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmedoids_cpu(Tensor x, std::o
                                                                 std::optional<Tensor> counts, Tensor init,
                                                                 int64_t num_clusters, int64_t num_iters, bool sort) {
   return run_cluster("kmedoids", true, x, weights, mask, counts, init, num_clusters, num_iters, sort);
+}
+
+Tensor assign_cpu(Tensor tokens, Tensor given, std::optional<Tensor> mask) {
+  const char* op = "assign";
+  STD_TORCH_CHECK(tokens.is_cpu() && tokens.dim() == 3 && given.dim() == 3, op,
+                  ": x must be a CPU tensor of shape (B, N, D), centers of shape (B, K, D)");
+  const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), K = given.size(1);
+  STD_TORCH_CHECK(K >= 1 && N < (int64_t(1) << 31) && K < (int64_t(1) << 31), op,
+                  ": no center, or more than 2^31 tokens or clusters an image");
+  check(given, {B, K, D}, acc_of(tokens), op, "centers");
+  if (mask) check(*mask, {B, N}, ScalarType::Bool, op, "mask");
+  const Tensor x = feature_rows(tokens), centers = dense(given);
+  const auto mask_dense = dense(mask);
+  Tensor assignment = new_tensor(x, {B, N}, ScalarType::Long);
+  AssignArgs a{};
+  a.dtype = dtype_of(x, op);
+  a.images = B;
+  a.tokens = N;
+  a.features = D;
+  a.clusters = K;
+  a.x = x.data_ptr();
+  a.x_image_stride = x.stride(0);
+  a.x_token_stride = x.stride(1);
+  a.centers = centers.data_ptr();
+  a.mask = pointer<bool>(mask_dense);
+  a.threads = num_threads();
+  a.parallel_for = run_parallel;
+  a.assignment = static_cast<int64_t*>(assignment.data_ptr());
+  if (B > 0) kernels().assign(a);
+  return assignment;
 }
 
 PoolArgs pool_args(const Tensor& x, const Tensor& assignment, const std::optional<Tensor>& weights, int64_t clusters,
@@ -295,6 +337,7 @@ STABLE_TORCH_LIBRARY(tokenpool_ext, m) {
       "kmedoids(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int "
       "num_iters,"
       " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor medoids, Tensor inertia)");
+  m.def("assign(Tensor x, Tensor centers, Tensor? mask) -> Tensor");
   m.def("pool(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor centers, Tensor mass)");
   m.def(
       "pool_backward(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
@@ -307,6 +350,7 @@ STABLE_TORCH_LIBRARY(tokenpool_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(tokenpool_ext, CPU, m) {
   m.impl("kmeans", TORCH_BOX(&tokenpool::kmeans_cpu));
   m.impl("kmedoids", TORCH_BOX(&tokenpool::kmedoids_cpu));
+  m.impl("assign", TORCH_BOX(&tokenpool::assign_cpu));
   m.impl("pool", TORCH_BOX(&tokenpool::pool_cpu));
   m.impl("pool_backward", TORCH_BOX(&tokenpool::pool_backward_cpu));
   m.impl("unpool", TORCH_BOX(&tokenpool::unpool_cpu));

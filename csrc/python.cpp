@@ -4,14 +4,38 @@
 #include <pybind11/stl.h>
 
 #include "cpu/api.h"
+#include "cpu/interrupt.h"
 #include "planner.h"
 #include "planner_cuda.h"
 #include "values.h"
 
 namespace py = pybind11;
 
+namespace {
+PyObject* interruption = nullptr;  // what a signal's handler raised inside a call
+
+bool signalled() {
+  if (!Py_IsInitialized()) return false;
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return false;
+  PyObject *type, *traceback;
+  PyErr_Fetch(&type, &interruption, &traceback);
+  PyErr_NormalizeException(&type, &interruption, &traceback);
+  Py_XDECREF(type);
+  Py_XDECREF(traceback);
+  return true;
+}
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels, op schemas and introspection of tokenpool_ext";
+  tokenpool::interrupt_check = signalled;
+  m.def(
+      "take_interruption",
+      [] {
+        return interruption ? py::reinterpret_steal<py::object>(std::exchange(interruption, nullptr)) : py::none();
+      },
+      "The exception (KeyboardInterrupt) for which a call stopped, once, or None.");
   m.def(
       "build_info",
       [] {

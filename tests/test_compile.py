@@ -31,6 +31,10 @@ def samples(name, dtype=torch.float32, device="cpu"):
         yield x[:0], None, None, None, init[:0], K, 3, False
         if name == "kmeans":
             yield x, w, None, None, x[:, :K].to(acc).contiguous(), K, 3, False
+    elif name == "assign":
+        yield x, x[:, 1:K].to(acc), None
+        yield x, x[:, :K].to(acc).contiguous(), mask
+        yield x[:0], x[:0, :K].to(acc), None
     elif name == "pool":
         yield x, a, None, K
         yield x, a, w, K
@@ -101,6 +105,11 @@ def test_ops_refuse_what_would_read_out_of_bounds():
     op = torch.ops.tokenpool_ext
     a = torch.zeros(2, 10, dtype=torch.int64)
     bad = [
+        lambda: op.assign(x, x[:, :3, :2].contiguous(), None),
+        lambda: op.assign(x, x[:1, :3].contiguous(), None),
+        lambda: op.assign(x, x[:, :0].contiguous(), None),
+        lambda: op.assign(x, x[:, :3].double(), None),
+        lambda: op.assign(x, x[:, :3], torch.ones(2, 9, dtype=torch.bool)),
         lambda: op.kmeans(x, torch.ones(2, 9), None, None, init, 4, 3, False),
         lambda: op.kmeans(x, None, torch.ones(2, 9, dtype=torch.bool), None, init, 4, 3, False),
         lambda: op.kmeans(x, None, None, torch.ones(3, dtype=torch.int64), init, 4, 3, False),

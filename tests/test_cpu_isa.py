@@ -90,5 +90,5 @@ def test_half_conversion_is_exact(isa):
 
 def test_unknown_isa_is_named(monkeypatch):
     monkeypatch.setenv("TOKENPOOL_EXT_CPU_ISA", "neon9")
-    with pytest.raises(RuntimeError, match="baseline, avx2 or avx512, got neon9"):
+    with pytest.raises(ValueError, match="baseline, avx2 or avx512, got neon9"):
         tp.kmeans(torch.randn(4, 2), 2, backend="cpu")

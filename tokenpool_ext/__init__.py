@@ -9,7 +9,7 @@ from ._version import __version__
 from .backends import backends
 from .baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from .explain import Plan, explain
-from .functional import Clusters, attention_received, kmeans, kmedoids, pool, unpool
+from .functional import Clusters, assign, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
 from .visual import compress, select
 from .vit import patch, supported, unpatch
@@ -24,6 +24,7 @@ __all__ = [
     "ScorePruning",
     "TokenPooling",
     "__version__",
+    "assign",
     "attention_received",
     "backends",
     "compress",

@@ -55,6 +55,8 @@ def _cuda_absent() -> str | None:
 def _cuda_refuses(op: str, x: Tensor) -> str | None:
     if not x.is_cuda:
         return f"the tokens are on {x.device}, not on a CUDA device"
+    if op == "assign":
+        return "there is no CUDA kernel for it yet"
     if x.dtype == torch.float64:
         return "the CUDA kernels take float32, bfloat16 and float16, not float64"
     return None
@@ -167,8 +169,17 @@ def run(chain: tuple[Backend, ...], op: str, *args):
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        except RuntimeError as error:  # the stable ABI loses the type, by which callers know a smaller batch may do
-            if backend.name == "cuda" and "out of memory" in str(error):
-                if not isinstance(error, torch.OutOfMemoryError):
-                    raise torch.OutOfMemoryError(str(error)) from None
+        except RuntimeError as error:
+            _say_what_it_is(error, backend)
             raise
+
+
+def _say_what_it_is(error: RuntimeError, backend: Backend) -> None:
+    """The stable ABI loses the types of exceptions. Raise those of another type by which callers tell them apart."""
+    text = str(error)
+    if backend.name == "cuda" and "out of memory" in text and not isinstance(error, torch.OutOfMemoryError):
+        raise torch.OutOfMemoryError(text) from None
+    if backend.name == "cpu" and "TOKENPOOL_EXT_CPU_" in text:
+        raise ValueError(text) from None
+    if backend.name == "cpu" and "tokenpool_ext: interrupted" in text:
+        raise loader.extension.take_interruption() or error from None

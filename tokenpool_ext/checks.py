@@ -296,6 +296,21 @@ def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batch
     return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
 
 
+def check_centers(name: str, centers, x3: Tensor, batched: bool) -> Tensor:
+    """(B, K, D) centers in acc, for tokens x3."""
+    check_floating(name, "centers", centers)
+    label = "(B, K, D)" if batched else "(K, D)"
+    check_dims(name, "centers", centers, x3.dim() - (not batched), x3.dim() - (not batched), label)
+    b, _, d = x3.shape
+    if centers.shape[-1] != d or (batched and centers.shape[0] != b):
+        expected = f"(B, K, D) = ({b}, K, {d})" if batched else f"(K, D) = (K, {d})"
+        raise ValueError(f"{name}: centers must have shape {expected} beside these tokens, got {tuple(centers.shape)}")
+    if centers.shape[-2] < 1:
+        raise ValueError(f"{name}: centers must hold at least one, got shape {tuple(centers.shape)}")
+    check_device(name, "centers", centers, x3)
+    return (centers if batched else centers[None]).detach().to(accumulate_dtype(x3.dtype))
+
+
 def check_finite_centers(name: str, start: Tensor, counts: Tensor | None) -> None:
     if not start.is_floating_point():
         return

@@ -18,6 +18,7 @@ from .checks import (
     check_assignment,
     check_attention,
     check_bool,
+    check_centers,
     check_dims,
     check_finite_centers,
     check_finite_tokens,
@@ -141,6 +142,37 @@ def kmedoids(
     Source: Marin et al. (arXiv 2110.03860), section 3: K-Medoids and weighted K-Medoids.
     """
     return _cluster("kmedoids", x, num_clusters, weights, init, num_iters, mask, sort, generator, check_finite, backend)
+
+
+def assign(x: Tensor, centers: Tensor, *, mask: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """The nearest of given centers for every token: argmin_j ||x_i - c_j||^2, a tie to the lowest j.
+
+    For new tokens and known centers: no iteration, no repair, so a center may get no token. There may be any number of
+    centers, more than tokens, too; nothing of size N x K is in memory (reference backend: 8 million numbers an image).
+
+    Args:
+        x: tokens (B, N, D) or (N, D), floating, any strides.
+        centers: (B, K, D) or (K, D), floating, K >= 1; taken as acc. A center that is not finite is nearest to nothing.
+        mask: (B, N) or (N,) bool, True for real tokens. Padding gets -1.
+        backend: as in `kmeans`.
+
+    Returns:
+        (B, N) or (N,) int64 labels 0..K-1; -1 for padding. It carries no gradient. A token that is not finite gets some
+        label in range.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    name = "assign"
+    check_floating(name, "x", x)
+    batched = check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
+    x3 = x if batched else x[None]
+    centers = check_centers(name, centers, x3, batched)
+    mask = check_mask(name, mask, x3, batched)
+    chain = select(name, x3, backend)
+    with torch.no_grad(), no_autocast(x3):
+        labels = run(chain, name, x3.detach(), centers, mask)
+    return labels if batched else labels[0]
 
 
 def pool(

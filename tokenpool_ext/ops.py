@@ -17,6 +17,7 @@ _CLUSTER = (
 SCHEMAS = {
     "kmeans": _CLUSTER + "Tensor inertia)",
     "kmedoids": _CLUSTER + "Tensor medoids, Tensor inertia)",
+    "assign": "(Tensor x, Tensor centers, Tensor? mask) -> Tensor",
     "pool": "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor centers, Tensor mass)",
     "pool_backward": "(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
     " -> (Tensor grad_x, Tensor grad_weights)",
@@ -55,6 +56,10 @@ def _kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     return centers, assignment, mass, torch.empty_like(mass, dtype=torch.int64), inertia
 
 
+def _assign(x, centers, mask):
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
 def _pool(x, assignment, weights, num_clusters):
     b, _, d = x.shape
     return x.new_empty(b, num_clusters, d), x.new_empty(b, num_clusters, dtype=accumulate_dtype(x.dtype))
@@ -79,6 +84,7 @@ def _attention_received(q, k, scale, lse):
 FAKES = {
     "kmeans": _kmeans,
     "kmedoids": _kmedoids,
+    "assign": _assign,
     "pool": _pool,
     "pool_backward": _pool_backward,
     "unpool": _unpool,

@@ -92,11 +92,15 @@ def _prepare(x: Tensor, weights: Tensor | None, mask: Tensor | None, counts: Ten
     token_scale, token_unscale = power_of_two_scale(torch.where(counting, tokens, 0).abs().amax((1, 2)))
     tokens = tokens * token_scale[:, None, None]
     mean = torch.where(counting, tokens, 0).sum(1, keepdim=True) / counting.sum(1, keepdim=True).clamp(min=1)
-    # Rounded to an eighth of the spread or less, so that what was exact (small integers) stays exact.
-    grain = power_of_two_scale(torch.where(counting, tokens - mean, 0).abs().amax((1, 2)))[1][:, None, None] / 8
-    mean = (mean / grain).round() * grain
+    mean = _coarse(mean, torch.where(counting, tokens - mean, 0))
     centered = torch.where(valid[:, :, None], tokens - mean, 0)
     return _Problem(tokens, centered, mean, w, valid, active, token_scale, token_unscale, weight_unscale)
+
+
+def _coarse(mean: Tensor, apart: Tensor) -> Tensor:
+    """Rounded to an eighth of the spread or less, so that what was exact (small integers) stays exact."""
+    grain = power_of_two_scale(apart.abs().amax((1, 2)))[1][:, None, None] / 8
+    return (mean / grain).round() * grain
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -379,7 +383,9 @@ def assign(x: Tensor, centers: Tensor, mask: Tensor | None) -> Tensor:
         label = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     else:
         centers = centers.to(wide_dtype(x))
-        middle = torch.where(centers.isfinite(), centers, 0).mean(1, keepdim=True)
+        middle = centers.nanmedian(1, keepdim=True).values  # one far center does not move it
+        middle = torch.where(middle.isfinite(), middle, 0)
+        middle = _coarse(middle, (centers - middle).abs().nanmedian(1, keepdim=True).values.nan_to_num(0, 0))
         label = nearest(x - middle, centers - middle)[0]
     return label if mask is None else torch.where(mask, label, -1)
 

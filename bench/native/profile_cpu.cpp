@@ -45,7 +45,7 @@ __attribute__((noinline)) static float multiply_adds(long n) {  // twelve indepe
 }
 
 struct Profile : Clustering<float> {
-  explicit Profile(const ClusterArgs& args) : Clustering<float>(args, false) {}
+  Profile(const ClusterArgs& args, Watch& watch) : Clustering<float>(args, false, watch) {}
 
   void phases(double floor) {
     run(0, 1);
@@ -111,5 +111,6 @@ int main(int argc, char** argv) {
   const double floor = double(N) * N * D / rate;
   std::printf("%s: %ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n",
               TP_STRING(TP_ISA), long(N), long(D), long(K), rate / 1e3, floor);
-  Profile(a).phases(floor);
+  Watch watch;
+  Profile(a, watch).phases(floor);
 }

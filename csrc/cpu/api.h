@@ -88,9 +88,22 @@ struct AttentionArgs {
   void* received;  // [B, N] acc
 };
 
+struct AssignArgs {
+  DType dtype;
+  int64_t images, tokens, features, clusters;
+  const void* x;  // [B, N, D] dtype; features contiguous
+  int64_t x_image_stride, x_token_stride;
+  const void* centers;  // [B, K, D] acc
+  const bool* mask;     // [B, N] or null
+  int threads;
+  ParallelFor parallel_for;
+  int64_t* assignment;  // [B, N]
+};
+
 struct Kernels {
   const char* name;
   void (*cluster)(const ClusterArgs&);
+  void (*assign)(const AssignArgs&);
   void (*pool)(const PoolArgs&);
   void (*pool_backward)(const PoolArgs&);
   void (*unpool)(const PoolArgs&);

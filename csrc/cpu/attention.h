@@ -103,7 +103,7 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
       for (int64_t i = 0; i < padded; i += L) store(sum + i, load(sum + i) + load(row + i) * share);
     }
   }
-  std::memcpy(received, sum, size_t(a.keys) * sizeof(C));
+  std::copy(sum + 0, sum + a.keys, received);
 }
 
 template <class In>

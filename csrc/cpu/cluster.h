@@ -17,7 +17,7 @@ class Clustering : protected Direct<In> {
   static constexpr int L = kLanes<C>, P = kPanel<C>;
 
  public:
-  Clustering(const ClusterArgs& args, bool parallel) : Base(args, parallel) {}
+  Clustering(const ClusterArgs& args, bool parallel, Watch& watch) : Base(args, parallel), watch_(watch) {}
 
   void run(int64_t b, int64_t next) {  // next: the image this thread will probably take afterwards, if there is one
     begin(b, next);
@@ -154,6 +154,7 @@ class Clustering : protected Direct<In> {
       medoid_[j] = int32_t(next);
       distance[next] = -2;
       if (j + 1 == k_) return;
+      watch_.look();
       if (gram_path_)
         distances_from_gram(next, apart);
       else
@@ -225,7 +226,7 @@ class Clustering : protected Direct<In> {
       Buffer<C*> out(k_);
       for (int64_t p = begin; p < end; ++p) {
         for (int64_t j = 0; j < k_; ++j) out[j] = product_ + j * row_stride_ + p * P;
-        this->template multiply_panel<C>(center_, D, all, k_, TP_VECTORS, packed_ + p * P * D, out);
+        multiply_panel<C>(center_, D, all, k_, TP_VECTORS, packed_ + p * P * D, out);
       }
     });
   }
@@ -235,6 +236,7 @@ class Clustering : protected Direct<In> {
     this->settled_ = false;
     double before = 0;  // weighted distances to the centers, one iteration ago
     for (int64_t t = 0;; ++t) {
+      watch_.look();
       if (gram_path_)
         assign_gram();
       else if (t == 0)
@@ -417,6 +419,7 @@ class Clustering : protected Direct<In> {
     return nearest;
   }
 
+  Watch& watch_;
   bool gram_path_ = false;
   int64_t row_stride_ = 0;                 // of products and the Gram matrix
   C *packed_ = nullptr, *gram_ = nullptr;  // gram path: [panels][D][P]; [padded][row_stride]
@@ -431,14 +434,15 @@ template <class In>
 inline void cluster_all(const ClusterArgs& a) {
   constexpr int64_t kLarge = 4 << 20;  // elements
   const bool large = a.tokens * std::max(std::min(a.tokens, a.clusters), a.features) > kLarge;
+  Watch watch;
   if (a.images < a.threads || a.threads < 2 || large) {
-    Clustering<In> clustering(a, a.threads > 1);
+    Clustering<In> clustering(a, a.threads > 1, watch);
     for (int64_t b = 0; b < a.images; ++b) clustering.run(b, b + 1);
     return;
   }
   std::atomic<int64_t> next{0};
   split(a.parallel_for, true, a.threads, [&](int64_t, int64_t) {
-    Clustering<In> clustering(a, false);
+    Clustering<In> clustering(a, false, watch);
     for (int64_t b; (b = next++) < a.images;) clustering.run(b, next);
   });
 }

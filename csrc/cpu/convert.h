@@ -128,10 +128,10 @@ TP_INLINE Vec<float> load_acc(const FP16* in) {
 
 // out[i] = in[i] as acc.
 inline void widen(const float* in, float* out, int64_t n) {
-  std::memcpy(out, in, size_t(n) * sizeof(float));
+  std::copy(in, in + n, out);
 }
 inline void widen(const double* in, double* out, int64_t n) {
-  std::memcpy(out, in, size_t(n) * sizeof(double));
+  std::copy(in, in + n, out);
 }
 inline void widen(const BF16* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);

@@ -150,26 +150,6 @@ class Direct : protected Result<In> {
     }
   }
 
-  // Products of the centers which[0..count) (rows of this length) with so many vectors of a panel: out[i] gets those of
-  // the i-th.
-  template <class T>
-  TP_INLINE void multiply_panel(const T* centers, int64_t length, const int32_t* which, int64_t count, int64_t vectors,
-                                const T* panel, T* const* out, Ahead* ahead = nullptr) const {
-    constexpr int64_t kBlock = std::is_same<T, C>::value ? kDepthBlock : kRoundedBlock;
-    T nowhere[P] = {};
-    for (int64_t d0 = 0; d0 == 0 || d0 < length; d0 += kBlock)
-      for (int64_t i = 0; i < count; i += kRows) {
-        const T* rows[kRows];
-        T* to[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          rows[r] = centers + which[std::min(i + r, count - 1)] * length + d0;
-          to[r] = i + r < count ? out[i + r] : nowhere;
-        }
-        if (ahead) ahead->fetch();
-        product_strip<T>(rows, 1, panel + d0 * P, std::min(kBlock, length - d0), d0 > 0, to, vectors);
-      }
-  }
-
   // Norms of the centers, summed as those of tokens are: a token that is a center is at distance zero from it.
   void measure_centers() {
     const int64_t D = a.features;

@@ -187,6 +187,27 @@ class Ahead {
   int64_t lines_ = 0, each_ = 0;
 };
 
+// Products of the centers which[0..count) (null: the first `count`), rows of this length, with so many vectors of a
+// panel: out[i] gets those of the i-th.
+template <class T>
+TP_INLINE void multiply_panel(const T* centers, int64_t length, const int32_t* which, int64_t count, int64_t vectors,
+                              const T* panel, T* const* out, Ahead* ahead = nullptr) {
+  constexpr int64_t kBlock = std::is_same<T, int32_t>::value ? kRoundedBlock : kDepthBlock;
+  T nowhere[kRows][kPanel<T>];  // products of rows that there are not
+  for (int64_t d0 = 0; d0 == 0 || d0 < length; d0 += kBlock)
+    for (int64_t i = 0; i < count; i += kRows) {
+      const T* rows[kRows];
+      T* to[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = std::min(i + r, count - 1);
+        rows[r] = centers + (which ? which[row] : row) * length + d0;
+        to[r] = i + r < count ? out[i + r] : nowhere[r];
+      }
+      if (ahead) ahead->fetch();
+      product_strip<T>(rows, 1, panel + d0 * kPanel<T>, std::min(kBlock, length - d0), d0 > 0, to, vectors);
+    }
+}
+
 // The Gram matrix of n packed tokens, tiles first..last of the lower triangle (column panel by column panel). On the
 // diagonal only the vectors that reach below it, at the end only rows of tokens.
 // gram: [panels * kPanel][stride]

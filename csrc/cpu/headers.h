@@ -8,7 +8,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -18,3 +19,4 @@
 
 #include "../planner.h"
 #include "api.h"
+#include "interrupt.h"

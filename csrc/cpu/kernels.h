@@ -10,6 +10,7 @@ namespace TP_ISA {
 #include "result.h"
 #include "direct.h"
 #include "cluster.h"
+#include "assign.h"
 #include "pool.h"
 #include "attention.h"
 }  // namespace TP_ISA
@@ -20,6 +21,7 @@ namespace TP_ISA {
 #define TP_STRING(isa) TP_STRING_(isa)
 extern const Kernels TP_NAME(TP_ISA);
 const Kernels TP_NAME(TP_ISA) = {
-    TP_STRING(TP_ISA), TP_ISA::cluster, TP_ISA::pool, TP_ISA::pool_backward, TP_ISA::unpool, TP_ISA::attention_received,
+    TP_STRING(TP_ISA),          TP_ISA::cluster, TP_ISA::assign, TP_ISA::pool, TP_ISA::pool_backward, TP_ISA::unpool,
+    TP_ISA::attention_received,
 };
 }  // namespace tokenpool

@@ -5,7 +5,7 @@ constexpr int64_t kPastCaches = 4 << 20;
 
 inline void copy_past_caches(void* out, const void* row, int64_t bytes) {
   if (reinterpret_cast<uintptr_t>(out) % TP_VECTOR_BYTES || bytes % TP_VECTOR_BYTES) {
-    std::memcpy(out, row, size_t(bytes));
+    if (bytes > 0) std::memcpy(out, row, size_t(bytes));
     return;
   }
   float* to = static_cast<float*>(out);
@@ -38,7 +38,7 @@ inline void write_rows(const PoolArgs& a, const int64_t* label, void* out, int64
       token[members++] = int32_t(i);
     }
   }
-  if (members < N)
+  if (members < N && bytes > 0)
     for (int64_t i = 0; i < N; ++i)
       if (label[i] < 0 || label[i] >= K) std::memset(static_cast<char*>(out) + i * bytes, 0, size_t(bytes));
   split(a.parallel_for, parallel && N * bytes > 800000, members, [&](int64_t begin, int64_t end) {
@@ -105,14 +105,18 @@ inline void pool_image(const PoolArgs& a, int64_t b, bool parallel) {
       int64_t first = 0;
       while (first + 1 < count && shares_of[first] == C(0)) ++first;
       widen(x + members[first] * a.x_token_stride, static_cast<C*>(base), D);
-      add_tokens_of<In, C>(a, x, members, count, shares_of, base, C(1), scratch, mean);
+      const auto add = [&](C scale) {  // the others: that one is at no distance, even where it is infinite
+        const int64_t from = first + 1;
+        add_tokens_of<In, C>(a, x, members + from, count - from, shares_of + from, base, scale, scratch, mean);
+      };
+      add(C(1));
       bool finite = true;
       for (int64_t d = 0; d < D; ++d) {
         mean[d] += base[d];
         finite = finite && std::fabs(mean[d]) <= std::numeric_limits<C>::max();
       }
       if (!finite) {  // the difference of two large numbers, or tokens that are not finite themselves
-        add_tokens_of<In, C>(a, x, members, count, shares_of, base, C(0.25), scratch, mean);
+        add(C(0.25));
         for (int64_t d = 0; d < D; ++d) mean[d] += base[d] * C(0.25);
       }
       narrow(mean, finite ? C(1) : C(4), out, D);
@@ -135,7 +139,7 @@ inline void pool_backward_image(const PoolArgs& a, int64_t b, bool parallel) {
   const In* grad = static_cast<const In*>(a.grad_centers) + b * a.grad_image_stride;
   In* grad_x = static_cast<In*>(a.grad_x) + b * N * D;
   C* grad_weights = a.grad_weights ? static_cast<C*>(a.grad_weights) + b * N : nullptr;
-  if (grad_weights) std::memset(static_cast<void*>(grad_weights), 0, size_t(N) * sizeof(C));
+  if (grad_weights) std::fill(grad_weights, grad_weights + N, C(0));
   const int64_t bytes = D * int64_t(sizeof(In));
   write_rows(a, label, grad_x, bytes, parallel,
              [&](int64_t begin, int64_t end, const int32_t* token, const int32_t* count, bool past_caches) {
@@ -178,7 +182,7 @@ inline void unpool_image(const PoolArgs& a, int64_t element, int64_t b, bool par
                  const char* row = centers + label[i] * a.centers_row_stride * element;
                  if (past_caches)
                    copy_past_caches(out + i * bytes, row, bytes);
-                 else
+                 else if (bytes > 0)
                    std::memcpy(out + i * bytes, row, size_t(bytes));
                }
              });

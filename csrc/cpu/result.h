@@ -127,7 +127,7 @@ class Result : protected Image<In> {
     for (int64_t i = 0; i < (k_ > 0 ? n_ : 0); ++i) assignment[token(i)] = place[label_[i]];
     for (int64_t j = k_; j < K; ++j) {
       mass[j] = 0;
-      std::memset(static_cast<void*>(centers + j * D), 0, size_t(D) * sizeof(In));
+      std::fill(centers + j * D, centers + (j + 1) * D, In{});
       if (medoids) medoids[j] = -1;
     }
     split(a.parallel_for, worth(2 * n_ * D), k_, [&](int64_t begin, int64_t end) {

@@ -213,7 +213,10 @@ class Buffer {
  public:
   explicit Buffer(int64_t count) {
     void* p = nullptr;
-    if (posix_memalign(&p, 64, static_cast<size_t>(count > 0 ? count : 1) * sizeof(T) + 64)) throw std::bad_alloc();
+    const size_t bytes = static_cast<size_t>(count > 0 ? count : 1) * sizeof(T) + 64;
+    if (posix_memalign(&p, 64, bytes))
+      throw std::runtime_error("tokenpool_ext: can't allocate memory: you tried to allocate " + std::to_string(bytes) +
+                               " bytes");
     data_ = static_cast<T*>(p);
   }
   ~Buffer() { std::free(data_); }

@@ -20,6 +20,8 @@ class SimulatedTarget(Target):
 
 
 def _refuses(op, x):
+    if op == "assign":
+        return "there is no CUDA kernel for it yet"
     return "the CUDA kernels take float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
 
@@ -32,7 +34,7 @@ def targets(paths: str) -> list[Target]:
     found = []
     for path in chosen:
         ops = simulator.Simulator(library, path=path)
-        namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in SCHEMAS})
+        namespace = types.SimpleNamespace(**{op: getattr(ops, op) for op in SCHEMAS if hasattr(ops, op)})
         name = f"simulator_{path}"
         REGISTRY[name] = Backend(name, namespace, lambda: None, _refuses)
         found.append(SimulatedTarget(name))

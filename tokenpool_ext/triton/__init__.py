@@ -21,6 +21,7 @@ __all__ = [
     "attention_received",
     "explain",
     "kmeans",
+    "assign",
     "kmedoids",
     "plan",
     "pool",
@@ -173,6 +174,12 @@ def _kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     return cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, True)
 
 
+def _assign(x, centers, mask):  # no kernel of its own yet
+    from ..reference import assign as composed
+
+    return composed(x, centers, mask)
+
+
 def _pool(x, assignment, weights, num_clusters):
     _check("pool", x, assignment=(assignment, tuple(x.shape[:2]), _I64), weights=(weights, tuple(x.shape[:2]), _F32))
     from .segments import segment
@@ -231,6 +238,7 @@ def _register() -> torch.library.Library:
 _LIBRARY = _register()
 kmeans = torch.ops.tokenpool_ext_triton.kmeans
 kmedoids = torch.ops.tokenpool_ext_triton.kmedoids
+assign = torch.ops.tokenpool_ext_triton.assign
 pool = torch.ops.tokenpool_ext_triton.pool
 pool_backward = torch.ops.tokenpool_ext_triton.pool_backward
 unpool = torch.ops.tokenpool_ext_triton.unpool
