@@ -84,8 +84,10 @@ def test_clusters_and_sizes(name, tokens):
     assert torch.equal(new[:, :P], sizes[:, :P])
     first = torch.stack([(clusters.assignment == j).float().argmax(1) for j in range(K)], 1)
     assert (first.diff(dim=1) > 0).all(), "clusters ordered by their first token"
-    if clusters.inertia is not None:
-        assert clusters.inertia.shape == (3,)
+    w = scores[:, P:] if name in ("kmeans", "kmedoids", "kmedoids-mean") else torch.ones(3, N)
+    rows = tokenpool_ext.unpool(clusters.centers, clusters.assignment)
+    error = (w * kept * (x[:, P:] - rows).square().sum(2)).sum(1)
+    torch.testing.assert_close(clusters.inertia, error, msg=name)
 
 
 def test_selection_and_medoids_are_rows(tokens):

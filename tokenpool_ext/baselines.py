@@ -2,7 +2,7 @@
 
 Selections keep K tokens as they are and drop the others: score pruning (PoWER-BERT), importance sampling, random.
 Mergers average: a regular grid (position only), and ToMe's bipartite matching. With ``return_clusters=True`` a
-selection assigns -1 to the tokens it dropped; ``Clusters.inertia`` is None, for none of them minimises it.
+selection assigns -1 to the tokens it dropped; they count nothing in ``Clusters.inertia``, so that of a selection is 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_bool, check_int
-from .functional import Clusters, pool
+from .functional import Clusters, pool, unpool
 from .matching import match
 from .modules import TokenReduction, cached, take_tokens
 from .ops import accumulate_dtype, falling
@@ -48,7 +48,7 @@ class _Selection(TokenReduction):
         assignment = assignment.scatter(1, torch.where(index >= 0, index, n), label)[:, :n]
         mass = x.new_ones(b, n, dtype=accumulate_dtype(x.dtype)) if scores is None else scores.detach()
         mass = torch.where(index >= 0, mass.to(accumulate_dtype(x.dtype)).gather(1, index.clamp(min=0)), 0)
-        return Clusters(tokens, assignment, mass, index, None)
+        return Clusters(tokens, assignment, mass, index, mass.new_zeros(b))
 
 
 class _ScoredSelection(_Selection):
@@ -238,4 +238,10 @@ def _merge(module: TokenReduction, x, assignment, k, sizes, want_clusters):
     ones = x.new_ones(x.shape[:2], dtype=acc) if sizes is None else sizes.detach().to(acc)
     ones = torch.where(assignment >= 0, ones, 0)
     mass = ones.new_zeros(x.shape[0], k).scatter_add(1, assignment.clamp(min=0), ones)
-    return tokens, Clusters(tokens, assignment, mass, None, None)
+    inertia = mass.new_zeros(x.shape[0])
+    if module.return_clusters:
+        offset = torch.where((assignment >= 0)[:, :, None], x.detach().to(acc), 0) - unpool(
+            tokens.detach().to(acc), assignment
+        )
+        inertia = (ones * offset.square().sum(2)).sum(1)
+    return tokens, Clusters(tokens, assignment, mass, None, inertia)

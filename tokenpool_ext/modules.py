@@ -206,7 +206,10 @@ class TokenReduction(nn.Module):
             )
         if argument == "mask" and value.dtype != torch.bool:
             raise TypeError(f"{name}: mask must be bool (True = real token), got {value.dtype}; write mask != 0")
-        return value[:, self.num_prefix_tokens :] if value.shape[1] == total and self.num_prefix_tokens else value
+        if value.shape[1] != total or not self.num_prefix_tokens:
+            return value
+        value = value[:, self.num_prefix_tokens :]
+        return value.contiguous() if dims == 2 else value  # a number a token: copied here once, not at each look
 
 
 class TokenPooling(TokenReduction):
