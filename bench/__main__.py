@@ -14,7 +14,6 @@ The figure: ``python -m bench.plot RESULT.json``. Other questions: ``python -m b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -177,7 +176,8 @@ def break_even(records: list[dict], report) -> str:
 
 
 def write(path: Path, context: dict, settings, rates, records: list[dict], left_out: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from . import machine
+
     content = {
         "schema": 1,
         **context,
@@ -186,9 +186,7 @@ def write(path: Path, context: dict, settings, rates, records: list[dict], left_
         "left_out": left_out,
         "records": records,
     }
-    temporary = path.with_suffix(path.suffix + ".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    machine.write(path, content)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ launches are counted, kernels are not.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import torch
 
@@ -76,7 +74,7 @@ def main(argv=None) -> int:
         print(f"{name:32s} {us['p50']:8.1f} us")
     if args.json:
         content = {"schema": 1, **machine.stamp("bench.call_cost", args.device), "call_us": found}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        machine.write(args.json, content)
     return 0
 
 

@@ -235,8 +235,7 @@ def main(argv=None) -> int:
             "constants_ns": dict(zip(NAMES, constants)),
             "judged": judged,
         }
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        machine.write(args.json, content)
     return 0
 
 

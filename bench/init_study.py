@@ -8,10 +8,8 @@ convergence (one run, and the best of ten), weighted (attention received) and un
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -123,8 +121,7 @@ def main(argv=None) -> int:
             "convergence, n_init 1 and 10, random_state = image number",
             "records": records,
         }
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        machine.write(args.json, content)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -153,3 +154,21 @@ def stamp(module: str = "bench", device: str = "cpu") -> dict:
 
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write(path, content: dict) -> None:
+    """Write what was measured as JSON that reads well in a diff: one entry, or one record of a list, a line."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".part")
+    temporary.write_text(_lines(content) + "\n")
+    temporary.replace(path)
+
+
+def _lines(value) -> str:
+    inside = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+    if isinstance(value, dict) and any(isinstance(item, (dict, list)) and item for item in inside):
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(item)}" for key, item in value.items()) + "\n}"
+    return json.dumps(value)

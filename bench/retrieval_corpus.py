@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -102,7 +101,7 @@ def main() -> None:
         facts = machine.stamp("bench.retrieval_corpus")
         facts["versions"] |= {name: machine.package_version(name) for name in ("ray", "pyarrow")}
         facts |= {"documents": options.documents, "shards": options.shards, "records": rows}
-        Path(options.json).write_text(json.dumps(facts, indent=1) + "\n")
+        machine.write(options.json, facts)
     if not all(row["same_bytes"] for row in rows):
         raise SystemExit("the bytes differ")
 

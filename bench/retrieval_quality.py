@@ -15,7 +15,6 @@ Intervals: 95%, paired bootstrap over queries.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -212,7 +211,7 @@ def main() -> None:
             "tokens": round(float(lengths.mean()), 1),
             "records": rows,
         }
-        Path(options.json).write_text(json.dumps(facts, indent=1) + "\n")
+        machine.write(options.json, facts)
     for row in rows:
         print(row)
 

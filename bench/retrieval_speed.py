@@ -13,11 +13,9 @@ Tokens: MiniLM's, where bench.retrieval_quality has cached them (documents joine
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -115,7 +113,7 @@ def main() -> None:
         facts = machine.stamp("bench.retrieval_speed")
         facts["versions"] |= {name: machine.package_version(name) for name in ("scipy", "fastcluster")}
         facts |= {"tokens": words, "rounds": options.rounds, "records": records, "memory": memory}
-        Path(options.json).write_text(json.dumps(facts, indent=1) + "\n")
+        machine.write(options.json, facts)
 
 
 if __name__ == "__main__":

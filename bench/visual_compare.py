@@ -8,9 +8,7 @@ crops. Time: CPU ms an image on one thread, the median of interleaved rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -73,7 +71,7 @@ def main() -> None:
                 print(row, flush=True)
     if options.json:
         facts = machine.stamp("bench.visual_compare") | {"images": options.images, "records": rows}
-        Path(options.json).write_text(json.dumps(facts, indent=1) + "\n")
+        machine.write(options.json, facts)
 
 
 if __name__ == "__main__":

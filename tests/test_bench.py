@@ -24,7 +24,6 @@ from bench import (
     runner,
     timing,
     tokens,
-    what_moves,
 )
 from bench.__main__ import main
 from bench.problem import Problem, parse_shapes, problems
@@ -517,13 +516,6 @@ def test_what_a_call_costs_is_measured():
     assert all(0 < us["p20"] <= us["p50"] <= us["p80"] for us in found.values())
 
 
-def test_what_moves_is_counted():
-    """Clusters 0 and 2 move, 1 stays; tokens 0, 2 and 3 are farther from all that moved than from their centers
-    before."""
-    x = torch.tensor([[[-4, 0], [4, 0], [0, 6], [-1, 0], [-12, 0], [-12, 0], [0, 3]]])
-    assert what_moves.shares(x, torch.tensor([[0, 1, 2]]), 2) == [(pytest.approx(6 / 7), pytest.approx(3 / 7))]
-
-
 @pytest.mark.skipif(shutil.which("bash", path="/usr/bin:/bin") is None, reason="no bash")
 def test_gpu_script_runs_every_stage_and_writes_few_files(tmp_path):
     """With an interpreter that only says what it is asked: stages, records and the exit status, without a GPU."""
@@ -577,3 +569,10 @@ esac while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; sh
         ["bash", str(machine.ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True, timeout=60
     )
     assert 'STAGES="build environment build info parity' in done.stdout and done.returncode > 5
+
+
+def test_records_are_written_one_a_line(tmp_path):
+    content = {"machine": {"cpu": "x", "cores": 2}, "empty": [], "rows": {"real": [{"N": 1}, {"N": 2}]}, "b": [1, 2]}
+    machine.write(tmp_path / "new" / "record.json", content)
+    text = (tmp_path / "new" / "record.json").read_text()
+    assert json.loads(text) == content and '\n{"N": 2}\n' in text and len(text.splitlines()) == 11
