@@ -1,0 +1,199 @@
+"""``python -m bench.evidence.images``: k-NN accuracy of a pretrained DINOv2 whose *queries* are pooled.
+
+The gallery is not pooled: pooled against pooled hides how far features move. Features are the final class token,
+cosine similarity, votes weighted by exp(similarity / 0.07). ``stamps``: every picture against all others, k = 5.
+``fashion``: ``--queries`` test pictures against ``--gallery`` training pictures, k = 10. Nothing is trained.
+
+Pooled features are kept in bench/.cache, a file a variant and chunk: an interrupted run goes on where it stopped, and
+``--report`` makes the record from the chunks that every variant has. Full size: --gallery 5000 --queries 2000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import sys
+
+import torch
+
+from tokenpool_ext import patch
+from tokenpool_ext.demo.pretrained import load_dinov2_small
+
+from . import data, methods
+
+CHUNK = 53
+
+
+def variants(settings: bool, quick: bool = False) -> dict[tuple[str, str, float], dict]:
+    """(group, name, budget) -> arguments of patch without the ratio."""
+    found = {("method", name, b): kw for b in methods.BUDGETS for name, kw in methods.METHODS.items()}
+    if settings:
+        for setting, values in methods.SETTINGS.items():
+            found |= {(setting, name, b): kw for b in methods.CENTRAL for name, kw in values.items()}
+    return found
+
+
+def features(model, pixels, batch: int = 16) -> torch.Tensor:
+    """(n, 384) normalised class tokens."""
+    with torch.inference_mode():
+        rows = [model(pixels[part]).last_hidden_state[:, 0] for part in data.batches(len(pixels), batch)]
+    return torch.nn.functional.normalize(torch.cat(rows), dim=1).clone()
+
+
+def vote(queries, gallery, labels, k: int, own: torch.Tensor | None = None) -> torch.Tensor:
+    """Predicted label of each query; ``own``: its index in the gallery, which is left out."""
+    similarity = queries @ gallery.T
+    if own is not None:
+        similarity[torch.arange(len(own)), own] = -torch.inf
+    best, index = similarity.topk(k, dim=1)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[index], (best / 0.07).exp())
+    return votes.argmax(1)
+
+
+class Task:
+    """Pictures and labels of one data set, as chunks of queries."""
+
+    def __init__(self, name: str, gallery: int, queries: int):
+        self.name = name
+        if name == "stamps":
+            self.files, self.labels, self.names = data.stamps()
+            self.gallery_labels, self.k = self.labels, 5
+            self.order = torch.randperm(len(self.files), generator=torch.Generator().manual_seed(0))
+            self.key = f"stamps{len(self.files)}"
+        else:
+            pictures, labels = data.fashion("train")
+            keep = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:gallery]
+            self.gallery_pictures, self.gallery_labels, self.k = pictures[keep.numpy()], labels[keep], 10
+            self.pictures, self.labels = data.fashion("t10k")
+            self.order = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(1))[:queries]
+            self.key = f"fashion{gallery}"
+
+    def chunks(self):
+        return list(self.order.split(CHUNK))
+
+    def pixels(self, index) -> torch.Tensor:
+        if self.name == "stamps":
+            return data.stamp_pixels([self.files[i] for i in index])
+        return data.fashion_pixels(self.pictures[index.numpy()])
+
+    def gallery(self, model) -> torch.Tensor:
+        def make():
+            if self.name == "stamps":
+                parts = [features(model, data.stamp_pixels(self.files[p])) for p in data.batches(len(self.files), 50)]
+            else:
+                pictures = self.gallery_pictures
+                parts = [features(model, data.fashion_pixels(pictures[p])) for p in data.batches(len(pictures), 50)]
+            return torch.cat(parts)
+
+        return data.cached(f"{self.key}-gallery", make)
+
+
+def shared_copy(model):
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def pooled(model, arguments: dict, budget: float):
+    """A copy of the model that shares its weights and pools to the budget."""
+    ratio = methods.ratio_for(budget, 256, 384, arguments.get("position", "attention"))
+    return patch(shared_copy(model), keep_ratio=ratio, layers=methods.LAYERS, **arguments)
+
+
+def chunk_file(task: Task, number: int, variant) -> str:
+    digest = hashlib.sha256(repr(variant).encode()).hexdigest()[:10]
+    return f"{task.key}-{number}-{digest}"
+
+
+def run(task: Task, wanted: dict, say) -> None:
+    model = load_dinov2_small()
+    task.gallery(model)
+    say(f"{task.name}: gallery ready, {len(wanted)} variants, {len(task.order)} queries")
+    models = {}
+    for number, index in enumerate(task.chunks()):
+        pixels = None
+        for variant, arguments in wanted.items():
+            name = chunk_file(task, number, variant)
+            if (data.CACHE / f"{name}.pt").is_file():
+                continue
+            pixels = task.pixels(index) if pixels is None else pixels
+            if variant not in models:
+                models[variant] = pooled(model, arguments, variant[2])
+            torch.manual_seed(number)
+            data.cached(name, lambda: features(models[variant], pixels))
+        say(f"{task.name}: {(number + 1) * CHUNK} of {len(task.order)} queries")
+
+
+def report(task: Task, wanted: dict) -> list[dict]:
+    """One record a variant: accuracy, its difference to all tokens and to WK-Means, with 95% paired intervals."""
+    gallery = task.gallery(load_dinov2_small())
+    whole = [
+        n
+        for n, _ in enumerate(task.chunks())
+        if all((data.CACHE / f"{chunk_file(task, n, v)}.pt").is_file() for v in wanted)
+    ]
+    index = torch.cat([task.chunks()[n] for n in whole])
+    truth = task.labels[index]
+    own = index if task.name == "stamps" else None
+
+    def right(queries):
+        return (vote(queries, gallery, task.gallery_labels, task.k, own) == truth).double()
+
+    if own is None:
+        model = load_dinov2_small()
+        parts = [
+            data.cached(f"{task.key}-{n}-whole", lambda: features(model, task.pixels(task.chunks()[n]))) for n in whole
+        ]
+        base = torch.cat(parts)
+    else:
+        base = gallery[index]
+    all_tokens, records, hits = right(base), [], {}
+    records.append(
+        {"group": "all tokens", "name": "all tokens", "accuracy": all_tokens.mean().item(), "queries": len(index)}
+    )
+    for variant in wanted:
+        found = torch.cat([data.cached(chunk_file(task, n, variant), None) for n in whole])
+        hits[variant] = right(found), (found * base).sum(1).mean().item()
+    for (group, name, budget), (hit, cosine) in hits.items():
+        reference = hits[("method", "WK-Means", budget)][0]
+        records.append(
+            {
+                "group": group,
+                "name": name,
+                "budget": budget,
+                "accuracy": hit.mean().item(),
+                "cosine": cosine,
+                "minus_all": (hit - all_tokens).mean().item(),
+                "minus_all_95": data.interval(hit - all_tokens),
+                "minus_wkmeans": (hit - reference).mean().item(),
+                "minus_wkmeans_95": data.interval(hit - reference),
+            }
+        )
+    return records
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.evidence.images",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", choices=("stamps", "fashion"), required=True)
+    parser.add_argument("--gallery", type=int, default=2000)
+    parser.add_argument("--queries", type=int, default=318)
+    parser.add_argument("--settings", action="store_true", help="also the settings of WK-Means")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="write bench/results/evidence-images-DATA.json")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    task, wanted = Task(args.data, args.gallery, args.queries), variants(args.settings)
+    if not args.report:
+        run(task, wanted, lambda line: print(line, flush=True))
+        return 0
+    about = {"data": args.data, "gallery": len(task.gallery_labels), "k": task.k, "layers": methods.LAYERS}
+    print(data.save(f"images-{args.data}", about, report(task, wanted)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
