@@ -71,7 +71,7 @@ def test_whole_by_hand():
 @pytest.mark.parametrize(
     "options, clustering, scores",
     [
-        ({"num_iters": 2}, 2 * 10 * 4 * 8, 2 * 121 * 8),  # T n K D
+        ({"num_iters": 2, "init": "strided"}, 2 * 10 * 4 * 8, 2 * 121 * 8),  # T n K D
         ({"num_iters": 9}, 100 * 8, 2 * 121 * 8),  # n^2 D is less
         ({"algorithm": "kmedoids", "weighted": False}, 100 * 8, 0),
         ({"num_iters": 1, "init": "farthest", "weighted": False}, 2 * 10 * 4 * 8, 0),
@@ -121,7 +121,8 @@ def test_totals_are_those_of_the_counter():
     assert cost(model, torch.randn(1, 3, 84, 84)) == cost(model, pixel_values=torch.randn(1, 3, 84, 84))
     patch(model, num_tokens={0: 9, 2: 4}, pooling="kmedoids")
     found = cost(model)
-    assert found.clustering == (16 * 16 + 9 * 9) * 32 and found.scores == 2 * (17**2 + 10**2) * 32
+    assert found.clustering == (16 * 16 + 9 * 9) * 32
+    assert found.scores == 2 * (17**2 * 32 + 10**2 * (32 + 4)), "sizes are one more feature in each of 4 heads"
     assert found.head == 5 * 64, "the class token beside the mean"
 
 

@@ -1,4 +1,4 @@
-"""python -m tokenpool_ext info | doctor | demo [options]"""
+"""python -m tokenpool_ext info | doctor | demo | cost [options]"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ USAGE = """usage: python -m tokenpool_ext COMMAND
   info   versions, backends and, for each absent one, why
   doctor info, a plan, and a short self-test of every backend: for bug reports
   demo   pool a pretrained ViT on real photos: a table and pictures (see demo --help)
+  cost   multiply-accumulates of a model by component, whole and pooled (see cost --help)
 """
 
 
@@ -56,6 +57,10 @@ def main(argv=None) -> int:
         from . import demo
 
         return demo.main(argv[1:])
+    if command == "cost":
+        from . import cost
+
+        return cost.main(argv[1:])
     print(USAGE, end="", file=sys.stdout if command in ("-h", "--help", "help") else sys.stderr)
     return 0 if command in ("-h", "--help", "help") else 2
 

@@ -183,6 +183,7 @@ def main(argv=None) -> int:
     parser.add_argument("--queries", type=int, default=318)
     parser.add_argument("--settings", action="store_true", help="also the settings of WK-Means")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--features-from", default="this commit", help="the commit whose code made the cached features")
     parser.add_argument("--report", action="store_true", help="write bench/results/evidence-images-DATA.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -190,7 +191,13 @@ def main(argv=None) -> int:
     if not args.report:
         run(task, wanted, lambda line: print(line, flush=True))
         return 0
-    about = {"data": args.data, "gallery": len(task.gallery_labels), "k": task.k, "layers": methods.LAYERS}
+    about = {
+        "data": args.data,
+        "features_from": args.features_from,
+        "gallery": len(task.gallery_labels),
+        "k": task.k,
+        "layers": methods.LAYERS,
+    }
     print(data.save(f"images-{args.data}", about, report(task, wanted)))
     return 0
 
