@@ -530,3 +530,20 @@ def test_the_bodies_every_backend_shares_pass_on_the_simulator(library, tmp_path
     assert len(passed) >= 200, len(passed)
     for path in simulator.PATHS:
         assert sum(f"simulator_{path}" in name for name in passed) >= 40, path
+
+
+def test_means_of_many_members(library, dtype):
+    """Constants come back to the bit, the error does not grow with the members, and a weight of zero hides a NaN."""
+    sim, labels = simulator.Simulator(library), torch.zeros(1, 5000, dtype=torch.int64)
+    x = torch.full((1, 5000, 3), 1000.1).to(dtype)
+    assert_identical(sim.pool(x, labels, None, 1)[0], x[:, :1])
+    weights = positive_weights(1, 5000)
+    weights[0, ::7] = 0.0
+    x = tokens(1, 5000, 3, dtype, offset=1.0, spread=0.01)
+    x[0, ::7] = float("nan")
+    got, mass = sim.pool(x, labels, weights, 1)
+    kept = weights[0].double() > 0
+    share = weights[0, kept].double() / weights.double().sum()
+    want = (share[:, None] * x[0, kept].double()).sum(0)
+    assert float((got[0, 0].double() - want).abs().max()) < (1e-6 if dtype == torch.float32 else 8e-3)
+    assert float((mass - weights.double().sum()).abs()) < 1e-6 * float(mass)

@@ -849,3 +849,17 @@ def test_warmup_runs_every_kernel():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend.warmup([(9, 3, 4), (1, 20, 2, 4)], dtypes=(torch.float32,), num_iters=1, device=DEVICE)
+
+
+def test_means_of_many_members():
+    """Constants come back to the bit, the error does not grow with the members, and a weight of zero hides a NaN."""
+    labels = torch.zeros(1, 400, dtype=torch.int64, device=DEVICE)
+    x = torch.full((1, 400, 3), 1000001.0, device=DEVICE)
+    assert torch.equal(backend.pool(x, labels, None, 1)[0], x[:, :1])
+    weights = torch.rand(1, 400, device=DEVICE)
+    weights[0, ::7] = 0.0
+    x = torch.rand(1, 400, 3, device=DEVICE) * 0.01 + 1
+    kept = weights[0] > 0
+    want = (weights[0, kept, None].double() * x[0, kept].double()).sum(0) / weights.double().sum()
+    x[0, ::7] = float("nan")
+    assert float((backend.pool(x, labels, weights, 1)[0][0, 0].double() - want).abs().max()) < 1e-6

@@ -1,5 +1,6 @@
-// Farthest-first start (Gonzalez 1985): the heaviest token, then again and again the token farthest from all chosen
-// ones, the lowest index on a tie. Tokens of zero weight come after all others; padding is never chosen.
+// Farthest-first start (Gonzalez 1985): the heaviest token, then again and again the token of largest weight times
+// squared distance to the nearest chosen one, the lowest index on a tie. Tokens of zero weight come after all others;
+// padding is never chosen.
 //
 // A token's key is its squared distance to the nearest chosen token, as an integer: for floats >= 0 the order of the
 // bits is the order of the numbers, so that a warp finds the largest in two instructions. A distance that is not a
@@ -20,6 +21,11 @@ __device__ inline int key_of(float value) {
 // Before anything is chosen. Padding has weight -1.
 __device__ inline int first_key(float weight) {
   return weight > 0.0f ? key_of(infinity()) : weight == 0.0f ? kZeroWeight : kNeverChosen;
+}
+
+// What is compared between tokens: weight times distance; marks stay as they are.
+__device__ inline int weighted_key(int key, float weight) {
+  return key < 0 ? key : key_of(__uint_as_float(static_cast<unsigned>(key)) * weight);
 }
 
 struct Pick {
@@ -79,7 +85,7 @@ __device__ inline void farthest_from_gram(const Gram& gram, ClusterState& s, con
     for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
       const int now = i == chosen ? kNeverChosen : min(key[i], key_of(square[i] + norm - 2.0f * gram(chosen, i)));
       key[i] = now;
-      keep_farther(best, now, i);
+      keep_farther(best, weighted_key(now, s.weight[i]), i);
     }
   }
   __syncthreads();
@@ -133,7 +139,7 @@ __global__ void __launch_bounds__(256, 2) farthest_kernel(FarthestArgs a) {
           }
           distance = warp_sum(distance);
           now = i == chosen ? kNeverChosen : min(a.key[token], key_of(distance));
-          keep_farther(best, now, i);
+          keep_farther(best, weighted_key(now, weight), i);
         }
         __syncwarp();
         if (lane_index() == 0) a.key[token] = now;

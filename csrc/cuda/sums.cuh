@@ -7,6 +7,21 @@
 namespace tokenpool {
 namespace cuda {
 
+// Kahan's sum: an error of a few units in the last place, whatever the number of terms.
+struct Sum {
+  float value = 0.0f, carry = 0.0f;
+  __device__ void add(float term) {
+    const float corrected = term - carry, next = value + corrected;
+    carry = (next - value) - corrected;
+    value = next;
+  }
+};
+
+// share * (v - shift), without overflow of the difference.
+__device__ inline float shifted(float share, float v, float shift) {
+  return 2.0f * share * (0.5f * v - 0.5f * shift);
+}
+
 // p_l = w_l / W of one cluster's members, robust for weights of any magnitude.
 struct Shares {
   const float* weights;  // of the image, or null
@@ -26,31 +41,46 @@ struct Shares {
     for (int m = lane_index(); m < length; m += kWarp) heaviest = fmaxf(heaviest, weights[members[m]]);
     float inverse;
     power_of_two_scale(warp_max(heaviest), &scale, &inverse);
-    total = 0.0f;
+    Sum heavy;
 #pragma unroll 1
-    for (int m = 0; m < length; ++m) total += normal_weight(weights, members[m], scale);
+    for (int m = 0; m < length; ++m) heavy.add(normal_weight(weights, members[m], scale));
+    total = heavy.value;
     const float sum = total * inverse;
     mass = sum > FLT_MAX ? FLT_MAX : sum;
   }
 
   __device__ float weight(int token) const { return weights == nullptr ? 1.0f : normal_weight(weights, token, scale); }
   __device__ float of(int token) const { return weights != nullptr && total > 0.0f ? weight(token) / total : equal; }
+
+  // The place of the first member that counts. A mean is that member plus the mean difference from it: equal members
+  // give themselves, to the bit. Members of share 0 are not read.
+  __device__ int first(const int* members) const {
+    int m = 0;
+#pragma unroll 1
+    while (m + 1 < length && of(members[m]) == 0.0f) ++m;
+    return m;
+  }
 };
 
 template <typename T>
 __device__ inline void weighted_mean4(const Image<T>& image, const int* members, const Shares& shares, int f,
                                       int features, float (&mean)[4]) {
-#pragma unroll
-  for (int e = 0; e < 4; ++e) mean[e] = 0.0f;
+  const int first = shares.first(members);
+  float shift[4];
+  Sum sum[4];
+  load4(image, members[first], f, features, shift);
 #pragma unroll 2
-  for (int m = 0; m < shares.length; ++m) {
+  for (int m = first + 1; m < shares.length; ++m) {
     const int token = members[m];
     const float share = shares.of(token);
+    if (share == 0.0f) continue;
     float v[4];
     load4(image, token, f, features, v);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) mean[e] = fmaf(share, v[e], mean[e]);
+    for (int e = 0; e < 4; ++e) sum[e].add(shifted(share, v[e], shift[e]));
   }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) mean[e] = shift[e] + sum[e].value;
 }
 
 constexpr int kCenterChunks = 3;  // of 128 features that a warp sums at a time: 384 features in one go
@@ -76,23 +106,33 @@ template <typename T>
 __device__ inline float emit_center(const Image<T>& image, const int* members, const Shares& shares, MeansMode mode,
                                     int medoid, const ImageStats* stats, const float* image_weights, int features,
                                     T* out) {
-  float error = 0.0f;
+  Sum error;
 #pragma unroll 1
   for (int f = 4 * lane_index(); f < features; f += 4 * kWarp * kCenterChunks) {
     float center[kCenterChunks][4] = {};
     if (mode == MeansMode::kMedoid) {
       load_chunks(image, medoid, f, features, center);
     } else {
-#pragma unroll 2
-      for (int m = 0; m < shares.length; ++m) {
-        const float share = mode == MeansMode::kMean ? shares.of(members[m]) : 1.0f;
+      const bool is_mean = mode == MeansMode::kMean;
+      const int first = is_mean ? shares.first(members) : -1;
+      float shift[kCenterChunks][4] = {};
+      Sum sum[kCenterChunks][4];
+      if (is_mean) load_chunks(image, members[first], f, features, shift);
+#pragma unroll 1
+      for (int m = first + 1; m < shares.length; ++m) {
+        const float share = is_mean ? shares.of(members[m]) : 1.0f;
+        if (share == 0.0f) continue;
         float v[kCenterChunks][4];
         load_chunks(image, members[m], f, features, v);
 #pragma unroll
         for (int c = 0; c < kCenterChunks; ++c)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) center[c][e] = fmaf(share, v[c][e], center[c][e]);
+          for (int e = 0; e < 4; ++e) sum[c][e].add(is_mean ? shifted(share, v[c][e], shift[c][e]) : v[c][e]);
       }
+#pragma unroll
+      for (int c = 0; c < kCenterChunks; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) center[c][e] = shift[c][e] + sum[c][e].value;
     }
 #pragma unroll
     for (int c = 0; c < kCenterChunks; ++c) {
@@ -122,10 +162,10 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
       load_chunks(image, token, f, features, v);
       const float squares = stats->scale == 1.0f ? squared_distance<false>(v, center, 1.0f)
                                                  : squared_distance<true>(v, center, stats->scale);
-      error = fmaf(w, squares, error);
+      error.add(w * squares);
     }
   }
-  return stats == nullptr ? 0.0f : warp_sum(error);
+  return stats == nullptr ? 0.0f : warp_sum(error.value);
 }
 
 // Sum of part(j) over all clusters by one warp, in a fixed order; every lane gets it.

@@ -182,3 +182,28 @@ def coefficient(w, total, count):
     """Share of a token of weight w in its cluster's mean: w / total, or 1 / count when the weights add up to zero."""
     zero = total == 0
     return tl.div_rn(tl.where(zero, 1.0, w), tl.where(zero, tl.maximum(count, 1).to(tl.float32), total))
+
+
+@triton.jit
+def first_that_counts(coef, size, R: tl.constexpr):
+    """The place of the first entry that is not 0 among `size` of coef; 0 if there is none.  Reads R at a time."""
+    at = 0
+    found = 0
+    for e0 in range(0, size, R):
+        if found == 0:
+            e = e0 + tl.arange(0, R)
+            p = tl.load(coef + e, mask=e < size, other=0.0)
+            least = tl.min(tl.where(p != 0, e, 2147483647), axis=0)
+            if least < 2147483647:
+                at = least
+                found = 1
+    return at
+
+
+@triton.jit
+def kahan(total, carry, term):
+    """(total + term, its rounding error to be taken off the next term): exact to a few units whatever the number of
+    terms."""
+    corrected = term - carry
+    following = total + corrected
+    return following, (following - total) - corrected

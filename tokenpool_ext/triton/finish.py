@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from .device import eights, image_of, kernel, load_rows, narrow
+from .device import eights, first_that_counts, image_of, kahan, kernel, load_rows, narrow
 
 
 @kernel
@@ -44,8 +44,7 @@ def finish_kernel(
     (B, N), already -1 for padding; mass_out float32 (B, K); medoid_out int64 (B, K); part float32 (B, K): the
     cluster's share of the inertia, in scaled units.  Reads every member's row (from L2 the second time).
 
-    The returned mean is that of the raw tokens (so a lone token is returned bit for bit); the distances are taken
-    by differences from the mean of the centered ones.
+    A mean is the first member that counts plus the mean difference from it, so equal members come back bit for bit.
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // K
@@ -86,6 +85,9 @@ def finish_kernel(
     if MEDOIDS:
         medoid = tl.load(medoids + pid, mask=size > 0, other=0)
         tl.store(medoid_out + out, tl.where(size > 0, medoid, -1).to(tl.int64))
+    lead = tl.zeros([1], tl.int32)
+    if not MEDOIDS:
+        lead += tl.load(lst + first + first_that_counts(coef + first, size, R), mask=size > 0, other=0)
     loss = 0.0
     for d0 in range(0, D, BD):
         offs_d = d0 + tl.arange(0, BD)
@@ -105,20 +107,22 @@ def finish_kernel(
                 mean = mean * s
             mean = mean - m
         else:
-            raw = tl.zeros([R, BD], tl.float32)
+            shift = load_rows(x, center, s, lead, lead >= 0, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
             acc = tl.zeros([R, BD], tl.float32)
+            carry = tl.zeros([R, BD], tl.float32)
             for e0 in range(0, size, R):
                 e = e0 + tl.arange(0, R)
-                live = e < size
+                p = tl.load(coef + first + e, mask=e < size, other=0.0)
+                live = p != 0
                 token = tl.load(lst + first + e, mask=live, other=0)
-                p = tl.load(coef + first + e, mask=live, other=0.0)
                 rows = load_rows(x, center, s, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
-                raw += tl.where(live[:, None], p[:, None] * rows, 0.0)
-                acc += tl.where(live[:, None], p[:, None] * (rows - m[None, :]), 0.0)
-            mean = tl.sum(acc, axis=0)
+                term = tl.where(live[:, None], 2.0 * p[:, None] * (0.5 * rows - 0.5 * shift), 0.0)
+                acc, carry = kahan(acc, carry, term)
+            raw = tl.sum(shift, axis=0) + tl.sum(acc, axis=0)
+            mean = raw - m
             tl.store(
                 centers_out + out * D + offs_d,
-                narrow(tl.sum(raw, axis=0) * back, centers_out.dtype.element_ty),
+                narrow(tl.where(size > 0, raw * back, 0.0), centers_out.dtype.element_ty),
                 mask=inside,
             )
         for e0 in range(0, size, R):

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from .device import coefficient, kernel, narrow
+from .device import coefficient, first_that_counts, kahan, kernel, narrow
 
 
 @kernel
@@ -43,29 +43,45 @@ def segment_kernel(
 ):
     """out (B, K, D) = sum over a cluster's members, in a fixed order, of coef * row (MEAN) or of row.
 
-    One program per (image, cluster); x (B, N, D) any strides; accumulates in float32.
+    One program per (image, cluster); x (B, N, D) any strides; compensated float32 sums.  A mean is the first member
+    that counts plus the mean difference from it, so that equal members give themselves; members of coef 0 are not read.
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // K
     first = tl.load(start + pid)
     size = tl.load(cnt + pid)
+    lst += b * N + first
+    coef += b * N + first
+    lead = 0
+    if MEAN:
+        lead = tl.load(lst + first_that_counts(coef, size, R), mask=size > 0, other=0)
     for d0 in range(0, D, BD):
         offs_d = d0 + tl.arange(0, BD)
         acc = tl.zeros([R, BD], tl.float32)
+        carry = tl.zeros([R, BD], tl.float32)
+        shift = tl.zeros([BD], tl.float32)
+        if MEAN:
+            at = x + b * x_b + lead.to(tl.int64) * x_n + offs_d.to(tl.int64) * x_d
+            shift = tl.load(at, mask=offs_d < tl.where(size > 0, D, 0), other=0.0).to(tl.float32)
         for e0 in range(0, size, R):
             e = e0 + tl.arange(0, R)
             live = e < size
-            token = tl.load(lst + b * N + first + e, mask=live, other=0)
+            token = tl.load(lst + e, mask=live, other=0)
+            p = tl.full([R], 1.0, tl.float32)
+            if MEAN:
+                p = tl.load(coef + e, mask=live, other=0.0)
+                live = live & (p != 0)
             rows = tl.load(
                 x + b * x_b + token.to(tl.int64)[:, None] * x_n + offs_d.to(tl.int64)[None, :] * x_d,
                 mask=live[:, None] & (offs_d < D)[None, :],
                 other=0.0,
             ).to(tl.float32)
             if MEAN:
-                p = tl.load(coef + b * N + first + e, mask=live, other=0.0)
-                rows = tl.where(live[:, None], p[:, None] * rows, 0.0)
-            acc += rows
-        tl.store(out + pid * D + offs_d, narrow(tl.sum(acc, axis=0), out.dtype.element_ty), mask=offs_d < D)
+                rows = 2.0 * p[:, None] * (0.5 * rows - 0.5 * shift[None, :])
+                rows = tl.where(live[:, None], rows, 0.0)
+            acc, carry = kahan(acc, carry, rows)
+        total = shift + tl.sum(acc, axis=0)
+        tl.store(out + pid * D + offs_d, narrow(total, out.dtype.element_ty), mask=offs_d < D)
 
 
 @kernel

@@ -1,8 +1,8 @@
 """The farthest-first start (init="farthest", Gonzalez 1985): one program an image makes all K choices, in one launch.
 
-First the heaviest token, then K - 1 times the token farthest from all chosen ones; ties to the lowest index.  `state`
-float32 (B, N) holds each token's rank: its squared distance to the nearest chosen token, or one of the marks below.
-A product that is not a number counts as distance 0.
+First the heaviest token, then K - 1 times the token of largest weight times squared distance to the nearest chosen
+one; ties to the lowest index.  `state` float32 (B, N) holds that squared distance, or one of the marks below.  A
+product that is not a number counts as distance 0.
 """
 
 import triton
@@ -42,14 +42,14 @@ def _heaviest(wn, state, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _closer(state, i, N, token, apart):
-    """state = min(state, apart) where a distance stands, CHOSEN at `token`; returns the new values."""
+def _closer(wn, state, i, N, token, apart):
+    """state = min(state, apart) where a distance stands, CHOSEN at `token`; returns the new values times weights."""
     old = tl.load(state + i, mask=i < N, other=PADDING)
     apart = tl.maximum(no_nan(apart, 0.0), 0.0)
     now = tl.where(old >= 0, tl.minimum(apart, old), old)
     now = tl.where(i == token, CHOSEN, now)
     tl.store(state + i, now, mask=i < N)
-    return now
+    return tl.where(now >= 0, now * tl.load(wn + i, mask=i < N, other=0.0), now)
 
 
 @kernel
@@ -80,7 +80,7 @@ def farthest_gram_kernel(gram, wn, keff, lst, coef, state, squares, N, row, BLOC
                 i = n0 + tl.arange(0, BLOCK)
                 g = tl.load(chosen + i, mask=i < N, other=0.0)
                 apart = tl.load(squares + i, mask=i < N, other=0.0) + square - 2.0 * g
-                value = _closer(state, i, N, token, apart)
+                value = _closer(wn + b * N, state, i, N, token, apart)
                 at = tl.where(value > most, i, at)
                 most = tl.maximum(value, most)
             tl.debug_barrier()
@@ -144,7 +144,7 @@ def farthest_kernel(
                     )
                     gap = rows - chosen
                     apart += tl.sum(gap * gap, axis=1)
-                value = _closer(state, i, N, token, apart)
+                value = _closer(wn + b * N, state, i, N, token, apart)
                 at = tl.where(value > most, i, at)
                 most = tl.maximum(value, most)
             tl.debug_barrier()
