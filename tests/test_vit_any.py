@@ -437,3 +437,66 @@ def test_several_lists_are_named():
     vit.patch(model["left"], keep_ratio=0.5, blocks=model["left"].stages)
     assert finding.find_blocks(model["left"]).path == "stages"
     assert tp.unpatch(model) is model and not patched_blocks(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["patch first", "hooks first"])
+def test_accelerate_hooks(order):
+    hooks = pytest.importorskip("accelerate.hooks")
+    calls = []
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    model, x = plain()
+    whole, pooled = model(x), vit.patch(copy.deepcopy(model), num_tokens={1: 6, 2: 4})(x)
+    if order == "patch first":
+        vit.patch(model, num_tokens={1: 6, 2: 4})
+    for block in model.stages:
+        hooks.add_hook_to_module(block, Hook())
+    if order == "hooks first":
+        vit.patch(model, num_tokens={1: 6, 2: 4})
+    calls.clear()
+    assert torch.equal(model(x), pooled) and calls == list(model.stages)
+    assert torch.equal(copy.deepcopy(model)(x), pooled)
+    assert torch.equal(vit.unpatch(model)(x), whole)
+    for block in model.stages:
+        hooks.remove_hook_from_module(block)
+    assert torch.equal(model(x), whole)
+
+
+@torch.no_grad()
+def test_lora_after_patch():
+    peft = pytest.importorskip("peft")
+    model, _, kwargs = make("transformers ViT")
+    vit.patch(model, num_tokens={1: 6, 2: 4})
+    config = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    got = model(**kwargs).last_hidden_state
+    vit.patch(vit.unpatch(model), num_tokens={1: 6, 2: 4})
+    assert torch.equal(model(**kwargs).last_hidden_state, got)
+
+
+@pytest.mark.parametrize("order", ["patch first", "shards first"])
+def test_fully_shard(order, tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    model, x = plain()
+    whole, pooled = model(x), vit.patch(copy.deepcopy(model), num_tokens={1: 6, 2: 4})(x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        if order == "patch first":
+            vit.patch(model, num_tokens={1: 6, 2: 4})
+        for block in model.stages:
+            fsdp.fully_shard(block, mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+        if order == "shards first":
+            vit.patch(model, num_tokens={1: 6, 2: 4})
+        out = model(x)
+        torch.testing.assert_close(out, pooled)
+        out.sum().backward()
+        torch.testing.assert_close(vit.unpatch(model)(x), whole)
+    finally:
+        torch.distributed.destroy_process_group()

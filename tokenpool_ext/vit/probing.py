@@ -32,18 +32,23 @@ class Stop(Exception):
 
 @contextlib.contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, the random state kept, and only the hooks by which torch makes weights."""
+    """Evaluation mode, no gradients, the random state kept, no hooks but those that make weights, nothing sharded."""
     state = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
     devices = {p.device for p in module.parameters()}
     kind = next(iter(devices)).type if devices else "cpu"
     cuda = [d for d in devices if d.type == "cuda"]
+    sharded = [m for m in module.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]  # by fully_shard
     try:
+        for m in sharded:
+            m.unshard()
         for m, *_ in state:
             m.training = False
             m._forward_hooks, m._forward_pre_hooks = _of_torch(m._forward_hooks), _of_torch(m._forward_pre_hooks)
         with torch.no_grad(), torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False):
             yield
     finally:
+        for m in sharded:
+            m.reshard()
         for m, training, hooks, pre_hooks in state:
             m.training = training
             m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
