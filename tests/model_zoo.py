@@ -376,7 +376,9 @@ HELD_OUT: dict[str, Callable] = {
     "VivitForVideoClassification": lambda: hf(
         "VivitConfig", "VivitForVideoClassification", inputs="video", num_frames=4
     ),
-    "Dinov2WithRegistersBackbone": lambda: hf("Dinov2WithRegistersConfig", "Dinov2WithRegistersBackbone"),
+    "Dinov2WithRegistersBackbone": lambda: hf(
+        "Dinov2WithRegistersConfig", "Dinov2WithRegistersBackbone", _out_features=["stage4"], out_features=["stage4"]
+    ),
     "VitDet": lambda: hf("VitDetConfig", images={"image_size": 64, "patch_size": 16}),
     "ViTHybrid": lambda: hf("ViTHybridConfig", images=None),
     "DinatModel": lambda: hf_as_is("DinatConfig"),

@@ -37,7 +37,7 @@ def make(name: str):
     if library and importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     torch.manual_seed(0)
-    model, args, kwargs = zoo()[name]()
+    model, args, kwargs = zoo(True)[name]()
     return liven(model), args, kwargs
 
 
@@ -127,6 +127,7 @@ REFUSED = {
     "transformers XCLIPVision": "mixes the images",
     "transformers Vilt": "words and patches in one sequence",
     "transformers SamVision": "SamVisionLayer takes its tokens as a feature map",
+    "transformers UMT5Encoder": "UMT5Block is not supported",
     "timm xcit_nano_12_p16_224": "XCABlock is not supported",
     "timm coat_tiny": "CoaT is hierarchical",
     "timm sam2_hiera_tiny": "MultiScaleBlock",
@@ -159,7 +160,24 @@ class Mixing(PlainBlock):
         return super().forward(x) + x.mean((0, 1))
 
 
-@pytest.mark.parametrize("block, words", [(Ordered, "Ordered is not supported"), (Mixing, "mixes the images")])
+class Counting(PlainBlock):
+    """Makes a bias for as many tokens as come, which says nothing of the places that are left."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 40, 40))
+
+    def forward(self, x):
+        n, d = x.shape[1:]
+        q, k, v = self.qkv(self.n1(x)).view(len(x), n, 3, self.h, d // self.h).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.table[:, :n, :n])
+        return x + self.proj(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "block, words",
+    [(Ordered, "Ordered is not supported"), (Counting, "Counting is not supported"), (Mixing, "mixes the images")],
+)
 def test_hand_written_blocks_that_lie(block, words):
     with pytest.raises(TypeError, match=words):
         vit.patch(PlainModel(block), keep_ratio=0.5)

@@ -119,7 +119,7 @@ def test_model_against_counted_products():
         model(torch.randn(1, 3, 56, 56))
     assert cost(model).total == counter.get_total_flops() // 2
     assert tokens_per_layer(model) == [10, 10, 5]
-    assert cost(model, {0: 9, 2: 4}, pooling="grid", scores=False) == cost(model), "what if = what is"
+    assert cost(model, {0: 9, 2: 4}, pooling="grid", scores=False, position="block") == cost(model), "what if = what is"
     patch(model, num_tokens={0: 9, 2: 4}, pooling="kmedoids")
     assert cost(model).clustering == (16 * 16 + 9 * 9) * 32 and cost(model).scores == 2 * (17**2 + 10**2) * 32
 

@@ -374,8 +374,9 @@ def in_order(tokens: Tensor, state: State) -> tuple[Tensor, State]:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (B, K) of ``x`` (B, N, ...)."""
-    index = index.reshape(index.shape + (1,) * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
-    return x.gather(1, index)
+    if x.dim() == 2:
+        return x.gather(1, index)
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
 # --- the state of a forward -------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ _ACTIVE: ContextVar[tuple[Record, ...]] = ContextVar("tokenpool_ext.vit.record",
 def record(model: nn.Module) -> Iterator[Record]:
     """Keep the assignments of a patched model's forward, so that its tokens can be spread over the patches again.
 
+        >>> tokenpool_ext.patch(model, keep_ratio=0.5, outside="short")
         >>> with tokenpool_ext.vit.record(model) as r:
         ...     tokens = model.forward_features(images)                                     # (B, P + K, D)
         >>> tokenpool_ext.unpool(tokens[:, r.num_prefix_tokens :], r.assignment)            # (B, n, D)
