@@ -86,6 +86,8 @@ def cost(model: nn.Module, *inputs, **keywords) -> Cost:
     The forward is run, without gradients and in eval mode (modes are restored): any model whose operators PyTorch sees,
     patched by ``tokenpool_ext.patch`` or holding ``TokenPooling`` layers. On the meta device it costs nothing; there a
     model can be counted but not patched, for patching looks at values. Compiled models: count before compiling.
+    On the ``reference`` backend this package's operators are products like any other: what runs in pooling layers is
+    counted as clustering, but scores count as attention.
 
     Args:
         model: any module.
