@@ -10,6 +10,8 @@
 #include "cpu/kernels_avx2.cpp"
 #endif
 
+std::atomic<bool (*)()> tokenpool::interrupt_check{nullptr};  // nobody asks
+
 using namespace tokenpool;
 using namespace tokenpool::TP_ISA;
 

@@ -7,22 +7,24 @@
 // where that leaves open which is the lowest, the token is compared with all centers by differences in double. So every
 // label is that of exact arithmetic, whatever lies far away; what is not a number is never nearest.
 
+template <class C>
+TP_INLINE Vec<double> load_double(const C* from) {
+  typedef C Part __attribute__((vector_size(kLanes<double> * sizeof(C)), aligned(alignof(C)), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Part*>(from), Vec<double>);
+}
+
 // ||x - center||^2 in double, both times scale; cut short, at some larger number, where it exceeds `limit`.
 template <class C>
 inline double distance_in_double(const C* x, const C* center, int64_t features, double scale, double limit) {
   constexpr int L = kLanes<double>;
   constexpr int64_t kBlock = 16 * L;
-  typedef C Part __attribute__((vector_size(L * sizeof(C)), aligned(alignof(C)), may_alias));
-  const auto wide = [](const C* from) {
-    return __builtin_convertvector(*reinterpret_cast<const Part*>(from), Vec<double>);
-  };
   double total = 0;
   for (int64_t d = 0; d < features && !(total > limit);) {
     const int64_t end = std::min(d + kBlock, features);
     Vec<double> sum = {};
     double rest = 0;
     for (; d + L <= end; d += L) {
-      const Vec<double> apart = wide(x + d) * splat(scale) - wide(center + d) * splat(scale);
+      const Vec<double> apart = load_double(x + d) * splat(scale) - load_double(center + d) * splat(scale);
       sum += apart * apart;
     }
     for (; d < end; ++d) {

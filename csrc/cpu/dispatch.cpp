@@ -3,8 +3,11 @@
 #include <string>
 
 #include "api.h"
+#include "interrupt.h"
 
 namespace tokenpool {
+
+std::atomic<bool (*)()> interrupt_check{nullptr};
 
 namespace {
 bool runs_avx2() {

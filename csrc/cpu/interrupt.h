@@ -8,7 +8,7 @@
 namespace tokenpool {
 
 // Asks whether the caller wants to stop; null (no one does) until Python sets it.
-inline std::atomic<bool (*)()> interrupt_check{nullptr};
+extern std::atomic<bool (*)()> interrupt_check;
 
 // One for each call, made by its thread.
 class Watch {
