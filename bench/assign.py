@@ -10,7 +10,6 @@ first 2000 tokens (ties and rounding).
 from __future__ import annotations
 
 import argparse
-import json
 import time
 
 import torch
@@ -85,10 +84,7 @@ def main() -> None:
                 f"  x{record['ours_is_faster_by']['p50']:.2f}  {record['wrong_of_2000']} of 2000 differ from float64"
             )
     if options.json:
-        stamp = {**machine.stamp("bench.assign"), "threads": options.threads}
-        with open(options.json, "w") as out:
-            for record in records:
-                out.write(json.dumps({**record, **stamp}) + "\n")
+        machine.write(options.json, {**machine.stamp("bench.assign"), "threads": options.threads, "results": records})
 
 
 if __name__ == "__main__":
