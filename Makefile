@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 
 SLOW := $(addprefix tests/test_,cuda_simulator.py triton_interpret.py triton_compile.py)
 
-.PHONY: build demo test test-all lint bench clean
+.PHONY: build demo test test-all fuzz sanitize lint bench clean
 
 build: $(VENV)/built
 
@@ -38,6 +38,14 @@ test: $(VENV)/built $(VENV)/test
 
 test-all: test
 	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(SLOW)
+
+# Every public function with hostile arguments; tests/test_fuzz.py runs a few hundred of the cases.
+fuzz: $(VENV)/built $(VENV)/test
+	$(PY) tests/fuzz.py --cases 10000
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/test
+	tests/sanitize.sh $(PY)
 
 # Versions are pinned: a formatter's next release must not change what passes.
 $(VENV)/lint:

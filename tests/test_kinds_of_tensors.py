@@ -76,7 +76,7 @@ def test_a_missing_extension_is_said_once(monkeypatch):
     backends = sys.modules["tokenpool_ext.backends"]  # the name in the package is the function
 
     monkeypatch.setattr(loader, "extension", None)
-    monkeypatch.setattr(loader, "extension_reason", "it was not built")
+    monkeypatch.setattr(loader, "ops_reason", "it was not built")
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.warns(RuntimeWarning, match="reference.*it was not built"):
