@@ -3,8 +3,9 @@
     python tests/fuzz.py [--cases 10000] [--seed 0]
 
 A call may refuse (ValueError, TypeError), and then both backends do. Else both give results of the promised shape and
-dtype whose labels are in range and leave the arguments as they were; of finite tokens the results are finite, the masses
-add up to the weights, and a first assignment costs what the reference's does. A crash or a hang ends the process with another status.
+dtype whose labels are in range and leave the arguments as they were; of finite tokens the results are finite, the
+masses add up to the weights, and a first assignment costs what the reference's does. A crash or a hang ends the process
+with another status.
 """
 
 from __future__ import annotations
