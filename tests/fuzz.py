@@ -3,9 +3,9 @@
     python tests/fuzz.py [--cases 10000] [--seed 0]
 
 A call may refuse (ValueError, TypeError), and then both backends do. Else both give results of the promised shape and
-dtype whose labels are in range and leave the arguments as they were; of finite tokens the results are finite, the
-masses add up to the weights, and a first assignment costs what the reference's does. A crash or a hang ends the process
-with another status.
+dtype whose labels are in range and leave the arguments as they were; of finite tokens the results are finite and the
+masses add up to the weights; pool, unpool and attention_received give the reference's values. A crash or a hang ends
+the process with another status.
 """
 
 from __future__ import annotations
@@ -136,20 +136,6 @@ def look_at_clusters(got, x, k, keywords):
     torch.testing.assert_close(got.mass.double().sum(1), total, rtol=1e-2 if x.itemsize == 2 else 1e-4, atol=1e-6)
 
 
-def look_at_first_assignment(got, want, x, keywords):
-    """Without an iteration nothing depends on how a tie falls but the labels."""
-    start = keywords.get("init")
-    if keywords["num_iters"] == 0 and (start == "strided" or isinstance(start, torch.Tensor)):
-        largest = (
-            max(float(t.double().square().sum(-1).max()) for t in (x, want.centers) if t.numel()) if x.numel() else 0
-        )
-        weight = float(keywords.get("weights", torch.ones(x.shape[:2])).double().sum()) if x.numel() else 0
-        tolerance = 1e-12 if x.dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(
-            got.inertia.double(), want.inertia.double(), rtol=1e-3, atol=tolerance * largest * max(weight, 1e-30)
-        )
-
-
 def one(seed: int) -> str:
     """Run one case; "refused", "ran" or AssertionError."""
     r = random.Random(seed)
@@ -165,10 +151,6 @@ def one(seed: int) -> str:
     if isinstance(got, tp.Clusters):
         look_at_clusters(got, *arguments, keywords)
         look_at_clusters(want, *arguments, keywords)
-        if arguments[0].dim() == 3 and all(
-            is_finite(t) for t in (arguments[0], keywords.get("weights"), keywords.get("init"))
-        ):
-            look_at_first_assignment(got, want, arguments[0], keywords)
         return "ran"
     assert got.shape == want.shape and got.dtype == want.dtype, (got.shape, want.shape)
     finite = [is_finite(t) for t in (*arguments, *keywords.values())]

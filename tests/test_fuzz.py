@@ -23,12 +23,9 @@ def test_the_fuzz_sees_what_is_wrong():
     fuzz = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fuzz)
     x = torch.randn(2, 9, 4)
-    got = tp.kmeans(x, 3, num_iters=0, init="strided")
-    keywords = {"num_iters": 0, "init": "strided"}
+    got = tp.kmeans(x, 3)
+    keywords = {}
     fuzz.look_at_clusters(got, x, 3, keywords)
-    fuzz.look_at_first_assignment(got, got, x, keywords)
     for wrong in (got._replace(assignment=got.assignment + 3), got._replace(centers=got.centers * float("nan"))):
         with pytest.raises(AssertionError):
             fuzz.look_at_clusters(wrong, x, 3, keywords)
-    with pytest.raises(AssertionError):
-        fuzz.look_at_first_assignment(got._replace(inertia=got.inertia * 1.1), got, x, keywords)
