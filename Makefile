@@ -6,9 +6,10 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/* csrc/build_cuda.py csrc/build_backend.py)
 
+PARALLEL ?= -n 2 --dist loadfile
 SLOW := $(addprefix tests/test_,cuda_simulator.py triton_interpret.py triton_compile.py)
 
-.PHONY: build demo test test-all fuzz sanitize lint bench clean
+.PHONY: build demo test test-gpu-kernels test-all fuzz sanitize lint bench clean
 
 build: $(VENV)/built
 
@@ -34,10 +35,12 @@ demo: $(VENV)/built $(VENV)/demo
 	$(PY) -m tokenpool_ext demo
 
 test: $(VENV)/built $(VENV)/test
-	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(addprefix --ignore=,$(SLOW))
+	OMP_NUM_THREADS=1 TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(PARALLEL) $(addprefix --ignore=,$(SLOW))
 
-test-all: test
+test-gpu-kernels: $(VENV)/built $(VENV)/test
 	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(SLOW)
+
+test-all: test test-gpu-kernels
 
 # Every public function with hostile arguments; tests/test_fuzz.py runs a few hundred of the cases.
 fuzz: $(VENV)/built $(VENV)/test

@@ -524,7 +524,8 @@ def test_gpu_script_runs_every_stage_and_writes_few_files(tmp_path):
     python.write_text(f"""#!/usr/bin/env bash
 echo "$*" >>{asked}
 case "$*" in *get_device_capability*) echo 9.0 ;; *get_device_name*) echo a GPU ;; *"{fails}"*) echo broken; exit 7 ;;
-esac while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; done
+esac
+while [ $# -gt 0 ]; do if [ "$1" = --json ]; then echo "{{}}" >"$2"; fi; shift; done
 """)
     python.chmod(0o755)
     out, path = tmp_path / "out", f"{tmp_path}:/usr/bin:/bin"

@@ -398,7 +398,7 @@ def test_supported_tells_before_anything_is_changed():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("budget", [0.9, 0.6])
+@pytest.mark.parametrize("budget", [0.9, 0.75])
 def test_a_budget_is_kept(budget):
     costs = pytest.importorskip("tokenpool_ext.cost")
     model, args, kwargs = make("transformers ViT")
@@ -408,6 +408,8 @@ def test_a_budget_is_kept(budget):
     assert budget - 0.1 < share <= budget + 0.01
     with pytest.raises(ValueError, match="exactly one"):
         vit.patch(model, budget=0.5, r=2)
+    with pytest.raises(ValueError, match="budget must be at least"):
+        vit.patch(model, budget=0.1)
 
 
 @torch.no_grad()

@@ -111,7 +111,8 @@ def nearest(x: Tensor, centers: Tensor, active: Tensor | None = None) -> tuple[T
     """Nearest center of every token, lowest index on a tie; and the squared distance to it. (B, N), (B, N)."""
     center_norm = centers.square().sum(-1)[:, None, :]
     labels, distances = [], []
-    rows = max(1, TOKEN_CHUNK * 1024 // max(centers.shape[1], 1024))
+    # While ops are recorded a length that rests on K would be compiled anew for every K.
+    rows = TOKEN_CHUNK if values.recorded() else max(1, TOKEN_CHUNK * 1024 // max(centers.shape[1], 1024))
     for piece in x.split(rows, dim=1):
         score = center_norm - 2 * piece @ centers.transpose(1, 2)  # ||x||^2 does not matter to the argmin
         usable = ~score.isnan() if active is None else active[:, None, :] & ~score.isnan()
@@ -262,6 +263,26 @@ def spread(
     return torch.cat(chosen, 1)
 
 
+def spread_farthest(x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The farthest-first start: (B, K) token indices."""
+    return spread(x, k, weights, mask, None, sample=False)
+
+
+@torch.library.custom_op(
+    "tokenpool_ext_reference::farthest",
+    mutates_args=(),
+    schema="(Tensor x, SymInt k, Tensor? weights, Tensor? mask) -> Tensor",
+)
+def farthest_recorded(x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The farthest-first start as one op where ops are recorded: unrolled, it would be compiled anew for every K."""
+    return spread_farthest(x, k, weights, mask)
+
+
+@farthest_recorded.register_fake
+def _(x, k, weights, mask):
+    return x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # The operators
 
@@ -309,7 +330,8 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
         x = x.new_zeros(b, n, 1)
         init = init if init.dtype == torch.int64 else init.new_zeros(b, k, 1)
     if init.dtype == torch.int64 and init.shape[1] == 0:  # no indices: the farthest-first start
-        init = spread(x, k, weights, mask, None, sample=False)
+        found = farthest_recorded if torch.compiler.is_compiling() else spread_farthest
+        init = found(x.detach(), k, None if weights is None else weights.detach(), mask)
     p = _prepare(x, weights, mask, counts, k)
 
     medoids = torch.full((b, k), -1, device=x.device)

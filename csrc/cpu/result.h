@@ -152,7 +152,10 @@ class Result : protected Image<In> {
     if (alone || a.medoids) {
       const In* x = row(a.medoids ? medoid_[j] : first);
       std::copy(x, x + D, out);
-      if (alone) return weight_ && weight_[first] == C(0) ? 0 : double(norm_[first]) * 0;  // NaN stays NaN
+      if (alone) {  // a NaN of the token or its weight stays NaN
+        const C weight = weight_ ? weight_[first] : C(1);
+        return weight == C(0) ? 0 : double(norm_[first]) * double(weight) * 0;
+      }
       for (int64_t d = 0; d < D; ++d) mean[d] = C(to_float(x[d])) * scale_;
     } else {
       if (!settled || !unshift(center_ + j * D, mean)) mean_row<false>(j, mean);

@@ -56,15 +56,26 @@ def ratio_for(model: nn.Module, budget: float, schedule: dict, arguments: dict) 
     remove_patch(model)
     args, kwargs = probing.inputs_for(found, arguments["example"])
     whole = cost(model, *args, **kwargs).total
+
+    def share(steps: int) -> float:
+        apply_patch(model, schedule={**schedule, "keep_ratio": steps / 128}, **arguments)
+        try:
+            return cost(model, *args, **kwargs).total / whole
+        finally:
+            remove_patch(model)
+
     low, high = 1, 128
+    if share(low) > budget:
+        raise ValueError(
+            f"patch: budget must be at least {share(low):.3f} for this model where these blocks pool, got {budget:g};"
+            " pool in earlier blocks with layers=..."
+        )
     while low < high:
         middle = (low + high + 1) // 2
-        apply_patch(model, schedule={**schedule, "keep_ratio": middle / 128}, **arguments)
-        if cost(model, *args, **kwargs).total <= budget * whole:
+        if share(middle) <= budget:
             low = middle
         else:
             high = middle - 1
-    remove_patch(model)
     return low / 128
 
 
