@@ -198,7 +198,13 @@ def run(args) -> dict:
             saved = time.time()
     save()
     whole = macs(64, 6, {}, False)
-    out = {"run": name, "method": args.method if tuning else args.what, "epochs": args.epochs, "seed": args.seed}
+    out = {
+        "run": name,
+        "method": args.method if tuning else args.what,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "test": args.test,
+    }
     out["seconds"] = round(spent + time.time() - start)
     if tuning:
         out["accuracy"] = {}
@@ -208,12 +214,12 @@ def run(args) -> dict:
             clusters = args.method.startswith(("kmeans", "kmedoids"))
             cost = macs(64, 6, counts, clusters) / whole
             out["accuracy"][f"{budget:g}"] = [
-                round(accuracy(model, args.data), 2),
+                round(accuracy(model, args), 2),
                 round(cost, 3),
                 list(counts.values()),
             ]
     else:
-        out["accuracy"] = {"whole": [round(accuracy(model, args.data), 2), round(macs(dim, 6, {}, False) / whole, 3)]}
+        out["accuracy"] = {"whole": [round(accuracy(model, args), 2), round(macs(dim, 6, {}, False) / whole, 3)]}
         if args.what == "base":  # off the shelf, before any fine-tuning
             out["untuned"] = {}
             for method, make in METHODS.items():
@@ -221,18 +227,18 @@ def run(args) -> dict:
                 rows = {}
                 for budget, counts in budgets.items():
                     model.reduce = {i: make(k) for i, k in counts.items()}
-                    rows[f"{budget:g}"] = round(accuracy(model, args.data), 2)
+                    rows[f"{budget:g}"] = round(accuracy(model, args), 2)
                 out["untuned"][method] = rows
     return out if rank == 0 else {}
 
 
 @torch.no_grad()
-def accuracy(model: ViT, folder: str) -> float:
-    """Top-1 on the 10,000 test images, in percent."""
-    images, labels = fashion_mnist(folder, False)
+def accuracy(model: ViT, args) -> float:
+    """Top-1 on the first `--test` of the 10,000 test images, in percent."""
+    images, labels = (t[: args.test] for t in fashion_mnist(args.data, False))
     model.eval()
     right = sum(
-        (model(images[i : i + 250]).argmax(1) == labels[i : i + 250]).sum().item() for i in range(0, 10000, 250)
+        (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(250), labels.split(250), strict=True)
     )
     model.train()
     return right / len(labels) * 100
@@ -271,6 +277,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--base-epochs", type=float, default=4)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--test", type=int, default=10000, help="test images")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
