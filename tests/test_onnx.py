@@ -106,3 +106,36 @@ def test_a_start_without_a_form_in_onnx_says_so(monkeypatch):
     for init in ("random", "kmeans++", "bipartite"):
         with pytest.raises(ValueError, match="no form in ONNX"):
             tp.TokenPooling(20, init=init)(tokens(2, 33, 8))
+
+
+@pytest.mark.parametrize("family", ["ViT", "Dinov2", "CLIPVision", "SiglipVision"])
+def test_a_patched_model_agrees_at_any_batch_size(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+    config = getattr(transformers, f"{family}Config")(**size, image_size=32, patch_size=8)
+    inner = getattr(transformers, f"{family}Model")(config).eval()
+    tp.patch(inner, keep_ratio=0.5)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, pixels):
+            return self.inner(pixel_values=pixels).last_hidden_state
+
+    model, file = Model().eval(), tmp_path / "model.onnx"
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=1, max=64)
+        pixels = torch.randn(2, 3, 32, 32)
+        program = torch.onnx.export(model, (pixels,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+        program.save(file)
+        assert {node.domain for node in program.model_proto.graph.node} == {""}, "standard operators only"
+        session = onnxruntime.InferenceSession(file)
+        for count in (1, 3):
+            pixels = torch.randn(count, 3, 32, 32)
+            (got,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+            assert (torch.from_numpy(got) - model(pixels)).abs().max() < 1e-3
