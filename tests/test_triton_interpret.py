@@ -37,8 +37,16 @@ PARTS = (
         "test_kmedoids": 10,
         "test_pool": 25,
         "test_compile": 5,
+        "test_assign": 10,
+        "test_defaults": 2,
+        "test_derivatives": 3,
     },
 )
+# Bodies that these kernels do not pass yet, and why (csrc/cuda/README.md, "Where these kernels differ from the CPU's").
+NOT_YET = {
+    "test_numerics": "weights of zero in the shift and scale, far groups, ties of integers, repeated tokens that settle",
+    "test_exactness": "every case is too large for the interpreter, or of a dtype the kernels do not take",
+}
 
 
 def outcomes(report: Path) -> dict[str, dict[str, list[str]]]:
@@ -117,7 +125,7 @@ def test_every_shared_body_is_covered():
     body = re.compile(r"^def test_\w+\([^)]*\bbackend\b", re.MULTILINE)
     taking = {file.stem for file in HERE.glob("test_*.py") if body.search(file.read_text())}
     assert len(taking) >= 9
-    assert taking <= {name for part in PARTS for name in part}, taking
+    assert taking == {name for part in PARTS for name in part} | set(NOT_YET), taking
 
 
 def test_the_closing_line_is_found():

@@ -253,7 +253,7 @@ def warmup(
     num_iters: int = 5,
     device="cuda",
     weighted: bool = True,
-    farthest: bool = False,
+    farthest: bool = True,
     masked: bool = False,
     counts: bool = False,
     centers: bool = False,
@@ -264,7 +264,7 @@ def warmup(
 
     shapes: (N, K, D) triples; a leading batch size (B, N, K, D) is accepted and ignored, for no kernel depends on it.
     weighted: for calls with weights (scores, sizes); False: for calls without.
-    farthest: for init="farthest", which chooses the start in a kernel of its own.
+    farthest: for the default start, which is chosen in a kernel of its own; False: for others.
     masked, counts, centers: also for calls with a mask, with a tensor num_clusters, with given centers (K-Means).
     Not covered: attention_received, and tokens that do not start at a multiple of 16 bytes.
 
