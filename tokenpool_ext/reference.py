@@ -27,6 +27,7 @@ from .ops import accumulate_dtype, falling
 # Products of tokens and centers are made for this many tokens at a time, so that nothing larger than
 # B x CHUNK x K is ever in memory.
 TOKEN_CHUNK = 8192
+HAVE_FREXP = ("cpu", "cuda")
 PATIENCE = 100  # iterations after which labels that change must pay
 
 
@@ -51,7 +52,9 @@ class _Problem(NamedTuple):
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """e with |x| in [2^e, 2^(e+1)), from the bits of x (any device; not torch.frexp, which some lack)."""
+    """e with |x| in [2^e, 2^(e+1)). Without torch.frexp from the bits, which torch 2.11 cannot read under vmap."""
+    if x.device.type in HAVE_FREXP:
+        return torch.frexp(x).exponent - 1
     if x.dtype == torch.float64:
         return ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
     return ((x.view(torch.int32) >> 23) & 0xFF) - 127
@@ -59,6 +62,8 @@ def _exponent(x: Tensor) -> Tensor:
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """2^exponent, exactly, for exponents of normal numbers."""
+    if exponent.device.type in HAVE_FREXP:
+        return torch.ldexp(torch.ones_like(exponent, dtype=dtype), exponent)
     if dtype == torch.float64:
         return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)

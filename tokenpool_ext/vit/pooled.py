@@ -187,7 +187,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     valid = None
     if pooling is not None:
         valid = valid_tokens(block, args, kwargs, x, state)
-    back: dict[int, Any] = {}
+    back: list[tuple[Any, Any]] = []
     if state is not None:
         args, kwargs, back = follow_all(block, plan, args, kwargs, at, x, state)
     scored = pooling is not None and getattr(pooling, "needs_scores", True)
@@ -227,7 +227,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     remember(plan, index, tokens, state)
     if isinstance(out, Tensor):
         return tokens
-    rest = [back.get(id(value), value) for value in out[1:]] if back else out[1:]
+    rest = [next((whole for cut, whole in back if cut is value), value) for value in out[1:]] if back else out[1:]
     return type(out)((tokens, *rest))
 
 
@@ -512,8 +512,8 @@ def valid_tokens(block: nn.Module, args: tuple, kwargs: dict, x: Tensor, state: 
 
 
 def follow_all(block, plan: Plan, args: tuple, kwargs: dict, at, x: Tensor, state: State):
-    """The arguments beside the tokens, cut to the tokens left; and what was cut, by the id of the cut."""
-    back: dict[int, Any] = {}
+    """The arguments beside the tokens, cut to the tokens left; and pairs of each cut and what it was cut from."""
+    back: list[tuple[Any, Any]] = []
     n, args, kwargs = state.labels.shape[1], list(args), dict(kwargs)
     for place, name, value in named(block, tuple(args), kwargs):
         if place == at or value is None or isinstance(value, (bool, int, float, str)):
@@ -524,7 +524,7 @@ def follow_all(block, plan: Plan, args: tuple, kwargs: dict, at, x: Tensor, stat
     return tuple(args), kwargs, back
 
 
-def follow(value: Any, name: str, plan: Plan, n: int, index: Tensor, back: dict) -> Any:
+def follow(value: Any, name: str, plan: Plan, n: int, index: Tensor, back: list) -> Any:
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         parts = [follow(v, name, plan, n, index, back) for v in value]
         return value if all(a is b for a, b in zip(parts, value)) else type(value)(parts)
@@ -532,14 +532,14 @@ def follow(value: Any, name: str, plan: Plan, n: int, index: Tensor, back: dict)
         return value
     if "cu_" in name and value.dim() == 1:  # cumulative lengths of packed sequences
         cut = (index[0][:, None] < value[None, :]).sum(0).to(value.dtype)
-        back[id(cut)] = value
+        back.append((cut, value))
         return cut
     cut = follow_tensor(value, name, plan.form, n, index)
     p = plan.prefix
     if cut is value and p and not plan.suffix:  # a table of the patch tokens alone
         cut = follow_tensor(value, name, plan.form, n - p, index[:, p:] - p)
     if cut is not value:
-        back[id(cut)] = value
+        back.append((cut, value))
     return cut
 
 
