@@ -35,10 +35,10 @@ demo: $(VENV)/built $(VENV)/demo
 	$(PY) -m tokenpool_ext demo
 
 test: $(VENV)/built $(VENV)/test
-	OMP_NUM_THREADS=1 TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(PARALLEL) $(addprefix --ignore=,$(SLOW))
+	OMP_NUM_THREADS=1 $(PY) -m pytest --require=cpu $(PARALLEL) $(addprefix --ignore=,$(SLOW))
 
 test-gpu-kernels: $(VENV)/built $(VENV)/test
-	TOKENPOOL_EXT_REQUIRE_CPU=1 $(PY) -m pytest $(SLOW)
+	$(PY) -m pytest --require=cpu $(SLOW)
 
 test-all: test test-gpu-kernels
 

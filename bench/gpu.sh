@@ -7,7 +7,7 @@
 #   bash bench/gpu.sh                  results into bench/results/ (bench/.cache holds the real tokens: bring it along)
 #   OUT=dir PYTHON=python3 bash bench/gpu.sh
 #   STAGES="build tests_cuda speed" bash bench/gpu.sh    only these, as for what a first call had no time left for
-# In a copy without its history, TOKENPOOL_EXT_COMMIT=HASH names the commit in the records.
+# In a copy without its history a file COMMIT beside the README names the commit in the records: git rev-parse HEAD > COMMIT
 #
 # Every stage has a time limit; a failing one is recorded and the next one runs. All they print is in gpu.log, its end on
 # the terminal: seven files in all, for a place that hands back no more. The exit status is the number of failed stages
@@ -22,7 +22,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 LOG=$OUT/gpu.log
 PART=$(mktemp)
-COMMIT=$(git rev-parse HEAD 2>/dev/null || echo "${TOKENPOOL_EXT_COMMIT:-unknown}")
+COMMIT=$(git rev-parse HEAD 2>/dev/null || cat COMMIT 2>/dev/null || echo unknown)
 SUMMARY=$OUT/gpu_summary.json
 CHECKS=$OUT/gpu_checks.json # of all its runs
 export PYTHONUNBUFFERED=1
@@ -94,7 +94,6 @@ case $CAPABILITY in 9.0 | 10.0 | 12.0) ARCH=${CAPABILITY}a ;; esac
 export TORCH_CUDA_ARCH_LIST=$ARCH
 export TOKENPOOL_EXT_CUDA=1
 export PIP_RETRIES=0 PIP_DEFAULT_TIMEOUT=2 # without bench/.cache the real tokens are asked for: in vain where there is no network
-export TOKENPOOL_EXT_CUDA_BUILD_DIR=${TOKENPOOL_EXT_CUDA_BUILD_DIR:-build/cuda_$ARCH}
 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export MAX_JOBS
 
@@ -179,10 +178,10 @@ PARALLEL=()
 if "$PYTHON" -c "import xdist" 2>/dev/null; then PARALLEL=(-n 8); fi
 TESTS=(-q --maxfail=20 "${PARALLEL[@]}" tests/test_clustering.py tests/test_pool.py tests/test_attention_received.py
   tests/test_invariance.py tests/test_regressions.py tests/test_kmeans.py tests/test_kmedoids.py tests/test_autograd.py)
-stage tests_cuda 1 90 env TOKENPOOL_EXT_TEST_BACKENDS=cuda "$PYTHON" -m bench.gpu_checks tests -k cuda "${TESTS[@]}"
+stage tests_cuda 1 90 "$PYTHON" -m bench.gpu_checks tests --backends=cuda -k cuda "${TESTS[@]}"
 stage invariants 1 60 "$PYTHON" -m bench.gpu_checks invariants --backend cuda --json "$CHECKS"
 # Triton, and the peers that must be compiled. What does not fit into this call is named at its end, for a second one.
-stage tests_triton 1 120 env TOKENPOOL_EXT_TEST_BACKENDS=triton "$PYTHON" -m bench.gpu_checks tests -k triton "${TESTS[@]}" \
+stage tests_triton 1 120 "$PYTHON" -m bench.gpu_checks tests --backends=triton -k triton "${TESTS[@]}" \
   tests/test_triton_gpu.py tests/test_triton_cases.py
 stage parity_triton 1 60 "$PYTHON" -m bench.gpu_checks parity --backend triton --json "$CHECKS"
 stage invariants_triton 1 60 "$PYTHON" -m bench.gpu_checks invariants --backend triton --json "$CHECKS"

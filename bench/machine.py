@@ -116,8 +116,9 @@ def versions() -> dict:
 
 def commit() -> str:
     """Short commit hash, with '+' when tracked files other than records and text differ from it. Outside a checkout (a
-    copy on another machine) what TOKENPOOL_EXT_COMMIT says, or 'unknown'."""
-    elsewhere = os.environ.get("TOKENPOOL_EXT_COMMIT", "unknown")
+    copy on another machine) what the file COMMIT says, or 'unknown'."""
+    named = ROOT / "COMMIT"
+    elsewhere = named.read_text().strip() if named.exists() else "unknown"
 
     def git(*args):
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=20)

@@ -169,7 +169,7 @@ def build_cuda(out_dir: str, archs: str | None = None, build_dir: str | None = N
     if reason:
         raise RuntimeError(f"the CUDA library cannot be built: {reason}")
     p = cuda_extension_parameters(archs)
-    build = Path(build_dir or os.environ.get("TOKENPOOL_EXT_CUDA_BUILD_DIR") or ROOT / "build" / "cuda")
+    build = Path(build_dir or ROOT / "build" / "cuda")
     try:
         build.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -7,11 +7,11 @@ Every test that takes the fixture `backend` runs once per backend present on thi
 * with TRITON_INTERPRET=1 in the environment: `triton` alone (with its paths as `cpu`), on CPU tensors, small shapes
 only.
 
-An absent backend is named with its reason in pytest's header.  TOKENPOOL_EXT_REQUIRE_CPU=1 and
-TOKENPOOL_EXT_REQUIRE_CUDA=1 turn absence into failure, so that a run with everything skipped cannot look green.
-TOKENPOOL_EXT_TEST_BACKENDS=name,name restricts the run.  Options: --simulator runs on the CUDA kernels' source alone
-(simulator/README.md); --cover keeps of every body that takes a backend only as many cases as it needs for each value of
-each parameter to occur.
+An absent backend is named with its reason in pytest's header.  Options: --require=cpu,cuda turns absence into failure,
+so that a run with everything skipped cannot look green (cuda-build: the CUDA library is built, which takes minutes);
+--backends=name,name tests only these; --hypothesis-profile=deep tries more examples; --simulator runs on the CUDA
+kernels' source alone (simulator/README.md); --cover keeps of every body that takes a backend only as many cases as it
+needs for each value of each parameter to occur.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.register_profile("deep", deadline=None, max_examples=500)
 settings.register_profile("interpreter", parent=settings.get_profile("ci"), max_examples=3)  # of each path
-settings.load_profile(os.environ.get("TOKENPOOL_EXT_HYPOTHESIS", "interpreter" if INTERPRET else "ci"))
+settings.load_profile("interpreter" if INTERPRET else "ci")
 
 
 def _targets() -> list[Target]:
@@ -57,30 +57,33 @@ def _targets() -> list[Target]:
             found += [Target("cpu"), Target("cpu", env=((path, "gram"),)), Target("cpu", env=((path, "direct"),))]
         if torch.cuda.is_available():
             found += [Target(name, "cuda") for name in ("cuda", "triton") if present.get(name) == "ok"]
-    chosen = os.environ.get("TOKENPOOL_EXT_TEST_BACKENDS")
-    if chosen:
-        found = [t for t in found if t.name in chosen.split(",")]
     return found
 
 
 TARGETS = _targets()
 
 
-def missing() -> list[str]:
-    """Backends the environment requires but this machine lacks, with the reason."""
+def named(config, option: str, *more: str) -> list[str]:
+    """The names in a comma-separated option: backends, or one of ``more``."""
+    names = [name for name in config.getoption(option).split(",") if name]
+    known = (*tokenpool_ext.backends(), *more)
+    if not set(names) <= set(known):
+        raise pytest.UsageError(f"{option}: expected names among {','.join(known)}, got {','.join(names)}")
+    return names
+
+
+def missing(config) -> list[str]:
+    """Backends this run requires but this machine lacks, with the reason."""
     present, names = tokenpool_ext.backends(), {t.name for t in TARGETS}
-    required = []
-    if os.environ.get("TOKENPOOL_EXT_REQUIRE_CPU") == "1":
-        required.append("cpu")
-    if os.environ.get("TOKENPOOL_EXT_REQUIRE_CUDA") == "1":
-        required += ["cuda", "triton"]
-    if INTERPRET:
-        required.append("triton")
-    return [f"{name}: {present.get(name, 'unknown')}" for name in required if name not in names]
+    required = [name for name in named(config, "--require", "cuda-build") if name != "cuda-build"]
+    required += ["triton"] if INTERPRET else []
+    return [f"{name}: {present[name]}" for name in required if name not in names]
 
 
 def pytest_addoption(parser):
     paths = dict(nargs="?", const="all", metavar="PATHS")
+    parser.addoption("--require", default="", metavar="NAMES", help="fail where one is absent: backends, cuda-build")
+    parser.addoption("--backends", default="", metavar="NAMES", help="test only these backends")
     parser.addoption("--simulator", **paths, help="test the CUDA kernels' source on the CPU: all paths, or a list")
     parser.addoption("--cover", action="store_true", help="the fewest cases in which every parameter's values occur")
 
@@ -90,6 +93,10 @@ def pytest_configure(config):
         from simulator.plugin import targets
 
         TARGETS[:] = targets(config.getoption("--simulator"))
+    named(config, "--require", "cuda-build")  # refused at once where a name is unknown
+    chosen = named(config, "--backends")
+    if chosen:
+        TARGETS[:] = [target for target in TARGETS if target.name in chosen]
     config.addinivalue_line(
         "markers", "large: shapes too large for Triton's interpreter and the simulator; skipped there"
     )
@@ -104,7 +111,7 @@ def pytest_report_header(config):
     for name, state in tokenpool_ext.backends().items():
         if name not in tested:
             lines.append(f"  not tested: {name}: {state if state != 'ok' else 'ok, but no device for it in this run'}")
-    lines += [f"  REQUIRED BUT ABSENT: {line}" for line in missing()]
+    lines += [f"  REQUIRED BUT ABSENT: {line}" for line in missing(config)]
     return lines
 
 
@@ -171,8 +178,8 @@ def backend(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _required_backends_are_present():
-    absent = missing()
+def _required_backends_are_present(pytestconfig):
+    absent = missing(pytestconfig)
     if absent:
         pytest.fail("required backends are absent: " + "; ".join(absent), pytrace=False)
 

@@ -15,8 +15,8 @@ LDFLAGS="-fsanitize=address,undefined" TOKENPOOL_EXT_CUDA=0 "$PYTHON" setup.py -
 # pybind11 may be linked with another libstdc++; exceptions are found again where that comes first, too.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0,abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1,halt_on_error=1
-export PYTHONPATH=$COPY TOKENPOOL_EXT_REQUIRE_CPU=1 PYTHONMALLOC=malloc
+export PYTHONPATH=$COPY PYTHONMALLOC=malloc
 "$PYTHON" tests/fuzz.py --cases "${CASES:-3000}"
 for isa in "" avx2 baseline; do
-  TOKENPOOL_EXT_CPU_ISA=$isa "$PYTHON" -m pytest -p no:cacheprovider "${@:-tests/test_clustering.py}" -k "${SELECT:-cpu or not backend}"
+  TOKENPOOL_EXT_CPU_ISA=$isa "$PYTHON" -m pytest --require=cpu -p no:cacheprovider "${@:-tests/test_clustering.py}" -k "${SELECT:-cpu or not backend}"
 done

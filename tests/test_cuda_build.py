@@ -1,6 +1,6 @@
 """The CUDA library's build: flags, reasons, the assembler's report, and loading it under a CUDA torch. No GPU needed.
 
-With TOKENPOOL_EXT_REQUIRE_CUDA_BUILD=1 the library is built (minutes); without it the tests of a build are skipped.
+With --require=cuda-build the library is built (minutes); without it the tests of a build are skipped.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda as builder  # noqa: E402
 
-BUILD = Path(os.environ.get("TOKENPOOL_EXT_CUDA_BUILD_DIR") or ROOT / "build" / "cuda")
-REQUIRED = os.environ.get("TOKENPOOL_EXT_REQUIRE_CUDA_BUILD") == "1"
+BUILD = ROOT / "build" / "cuda"
 OPS = ("kmeans", "kmedoids", "pool", "pool_backward", "unpool", "unpool_backward", "attention_received")
 DEFAULT = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"}
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(tmp_path_factory, pytestconfig):
     """The linked library, built for every default architecture."""
-    if not REQUIRED:
-        pytest.skip("the CUDA kernels take minutes to build; set TOKENPOOL_EXT_REQUIRE_CUDA_BUILD=1")
+    if "cuda-build" not in pytestconfig.getoption("--require"):
+        pytest.skip("the CUDA kernels take minutes to build; ask for it with --require=cuda-build")
     reason = builder.cannot_build()
     if reason:
         pytest.fail(reason)

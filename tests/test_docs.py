@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / folder / "README.md" for folder in ("tests", "examples"))]
 )
+SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".md", ".yml"}
+VARIABLE = r"TOKENPOOL_EXT_[A-Z_]*[A-Z]\b"
 
 
 def python_blocks(page: Path) -> str:
@@ -40,3 +42,12 @@ def test_python_runs(page):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     exec(compile(code, str(page), "exec"), {"__name__": "page"})
+
+
+def test_environment_variables_are_few_and_listed():
+    files = [ROOT / "setup.py", ROOT / "Makefile", ROOT / ".ci" / "run"]
+    for folder in ("bench", "csrc", "examples", "tests", "tokenpool_ext", ".github"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+    used = {name for path in files if path.exists() for name in re.findall(VARIABLE, path.read_text())}
+    listed = re.findall(rf"^\| `({VARIABLE})` \|", (ROOT / "docs" / "installing.md").read_text(), re.M)
+    assert used == set(listed) and len(listed) == len(set(listed)) <= 8

@@ -153,9 +153,9 @@ def test_small_helpers():
     assert not distinct_partitions(np.array([0, 0, 1]), np.array([1, 1, 0]))
     r = take(Result(*[torch.arange(3)] * 3, None, torch.arange(3)), slice(1, 2))
     assert r.mass.tolist() == [1] and r.medoids is None
-    with Target("cpu", env=(("TOKENPOOL_EXT_TEST_VALUE", "x"),)).active():
-        assert os.environ["TOKENPOOL_EXT_TEST_VALUE"] == "x"
-    assert "TOKENPOOL_EXT_TEST_VALUE" not in os.environ
+    with Target("cpu", env=(("SOME_VALUE_OF_A_TEST", "x"),)).active():
+        assert os.environ["SOME_VALUE_OF_A_TEST"] == "x"
+    assert "SOME_VALUE_OF_A_TEST" not in os.environ
 
 
 # The oracle, against worked examples and against the definitions it shortcuts.
