@@ -107,12 +107,10 @@ def cached(name: str, make):
     return torch.load(path, weights_only=True)
 
 
-def save(name: str, about: dict, records: list[dict]) -> Path:
+def save(name: str, about: dict, records: dict[str, list[dict]]) -> Path:
     """``bench/results/evidence-<name>.json``: what was run where, then one record a line."""
     path = RESULTS / f"evidence-{name}.json"
-    head = json.dumps({"schema": 1, **machine.stamp(f"bench.evidence.{name}"), **about}, default=str)
-    lines = ",\n".join(json.dumps(record) for record in records)
-    path.write_text(f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
+    machine.write(path, {"schema": 1, **machine.stamp("bench.evidence"), **about, **records})
     return path
 
 

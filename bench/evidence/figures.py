@@ -30,7 +30,7 @@ def cost_record() -> None:
                 **{part: count / found.total for part, count in asdict(found).items()},
             }
         )
-    data.save("cost", {}, rows)
+    data.save("cost", {}, {"records": rows})
 
 
 def cost_figure() -> None:

@@ -41,6 +41,21 @@ def features(model, pixels, batch: int = 16) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.cat(rows), dim=1).clone()
 
 
+class Passed(torch.nn.Module):
+    """Stands for a part of the model whose output is given."""
+
+    def forward(self, x, *args, **kwargs):
+        return x
+
+
+def before_pooling(model, pixels, batch: int = 16) -> torch.Tensor:
+    """(n, 257, 384): the tokens that enter the first block that pools, which all variants share."""
+    front = shared_copy(model)
+    front.encoder.layer, front.layernorm = front.encoder.layer[: methods.LAYERS[0]], Passed()
+    with torch.inference_mode():
+        return torch.cat([front(pixels[part]).last_hidden_state for part in data.batches(len(pixels), batch)])
+
+
 def vote(queries, gallery, labels, k: int, own: torch.Tensor | None = None) -> torch.Tensor:
     """Predicted label of each query; ``own``: its index in the gallery, which is left out."""
     similarity = queries @ gallery.T
@@ -95,9 +110,13 @@ def shared_copy(model):
 
 
 def pooled(model, arguments: dict, budget: float):
-    """A copy of the model that shares its weights and pools to the budget."""
-    ratio = methods.ratio_for(budget, 256, 384, arguments.get("position", "attention"))
-    return patch(shared_copy(model), keep_ratio=ratio, layers=methods.LAYERS, **arguments)
+    """A copy of the model that shares its weights, pools to the budget and takes the tokens of `before_pooling`."""
+    ratio = methods.ratio_for(budget, 256, 384, arguments["position"])
+    model = patch(shared_copy(model), keep_ratio=ratio, layers=methods.LAYERS, **arguments)
+    model.embeddings = Passed()
+    for i in range(methods.LAYERS[0]):
+        model.encoder.layer[i] = Passed()
+    return model
 
 
 def chunk_file(task: Task, number: int, variant) -> str:
@@ -111,16 +130,16 @@ def run(task: Task, wanted: dict, say) -> None:
     say(f"{task.name}: gallery ready, {len(wanted)} variants, {len(task.order)} queries")
     models = {}
     for number, index in enumerate(task.chunks()):
-        pixels = None
+        tokens = None
         for variant, arguments in wanted.items():
             name = chunk_file(task, number, variant)
             if (data.CACHE / f"{name}.pt").is_file():
                 continue
-            pixels = task.pixels(index) if pixels is None else pixels
+            tokens = before_pooling(model, task.pixels(index)) if tokens is None else tokens
             if variant not in models:
                 models[variant] = pooled(model, arguments, variant[2])
             torch.manual_seed(number)
-            data.cached(name, lambda: features(models[variant], pixels))
+            data.cached(name, lambda: features(models[variant], tokens))
         say(f"{task.name}: {(number + 1) * CHUNK} of {len(task.order)} queries")
 
 
@@ -183,7 +202,6 @@ def main(argv=None) -> int:
     parser.add_argument("--queries", type=int, default=318)
     parser.add_argument("--settings", action="store_true", help="also the settings of WK-Means")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--features-from", default="this commit", help="the commit whose code made the cached features")
     parser.add_argument("--report", action="store_true", help="write bench/results/evidence-images-DATA.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -193,12 +211,11 @@ def main(argv=None) -> int:
         return 0
     about = {
         "data": args.data,
-        "features_from": args.features_from,
         "gallery": len(task.gallery_labels),
         "k": task.k,
         "layers": methods.LAYERS,
     }
-    print(data.save(f"images-{args.data}", about, report(task, wanted)))
+    print(data.save(f"images-{args.data}", about, {"records": report(task, wanted)}))
     return 0
 
 
