@@ -48,10 +48,26 @@ def test_bootstrap_interval():
     assert data.interval(torch.zeros(5)) == (0.0, 0.0)
 
 
-def test_weighted_farthest():
-    from bench.evidence.methods import weighted_farthest
+def test_every_table_and_figure_is_what_the_records_make():
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("skimage")
+    from bench.evidence import report
 
-    x = torch.tensor([[[0.0], [1.0], [5.0], [9.0]]])
-    # heaviest first; then w d^2 = 100 at 1.0 against 25 and 8.1
-    assert weighted_farthest(x, 3, torch.tensor([[101.0, 100.0, 1.0, 0.1]])).tolist() == [[0, 1, 2]]
-    assert weighted_farthest(x, 2, torch.tensor([[2.0, 1.0, 1.0, 1.0]])).tolist() == [[0, 3]]
+    text = report.DOCUMENT.read_text()
+    assert report.stale(text) == []
+    assert report.stale(text.replace("| deit-ti | 1.254 |", "| deit-ti | 1.255 |")) == ["table cost"]
+
+
+def test_relative_errors():
+    from bench.evidence import capture
+
+    x = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    w = torch.rand(2, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    centers = x[:, :7] + 0.1
+    nearest = torch.cdist(x, centers).square().amin(2)
+    for weights, found in zip((torch.ones_like(w), w), capture.relative_errors(x, centers, (None, w))):
+        mean = (weights[:, :, None] * x).sum(1, keepdim=True) / weights.sum(1)[:, None, None]
+        expected = (weights * nearest).sum(1) / (weights * (x - mean).square().sum(2)).sum(1)
+        torch.testing.assert_close(found, expected)
+    means = x.mean(1, keepdim=True)
+    torch.testing.assert_close(capture.relative_errors(x, means, (None,))[0], torch.ones(2, dtype=torch.float64))

@@ -1,40 +1,33 @@
-"""``python -m bench.evidence.figures``: the cost record, and the figures of docs/evidence.md from the records."""
+"""The figures of docs/evidence.md, each of one record of bench/results."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict
+import hashlib
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from tokenpool_ext.cost import cost
-from tokenpool_ext.models import PLAIN_VITS, build
-
 from . import data
 
 PARTS = ("mlp", "projections", "attention", "embedding", "head")
 
 
-def cost_record() -> None:
-    rows = []
-    for name in PLAIN_VITS:
-        found = cost(build(name, "meta"))
-        rows.append(
-            {
-                "model": name,
-                "gmacs": found.gmacs,
-                "fully_connected": found.fully_connected / found.total,
-                **{part: count / found.total for part, count in asdict(found).items()},
-            }
-        )
-    data.save("cost", {}, {"records": rows})
+def digest(record: str) -> str:
+    """What a figure's file says of the record it shows."""
+    return hashlib.sha256((data.RESULTS / f"evidence-{record}.json").read_bytes()).hexdigest()
 
 
-def cost_figure() -> None:
-    rows = data.load("cost")["records"]
+def save(record: str) -> None:
+    """Draw docs/images/evidence-<record>.png."""
+    figure = FIGURES[record](data.load(record))
+    figure.savefig(data.IMAGES / f"evidence-{record}.png", dpi=110, metadata={"Source": digest(record)})
+    plt.close(figure)
+
+
+def cost(content: dict):
+    rows = content["records"]
     names = [f"{row['model']}\n{row['gmacs']:.1f} GMAC" for row in rows]
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     below = [0.0] * len(rows)
@@ -46,51 +39,30 @@ def cost_figure() -> None:
     axes.set(ylabel="% of MACs", title="Fully connected layers (mlp + projections) against the paper's 80 % (dashed)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.tick_params(axis="x", labelsize=8)
-    figure.savefig(data.IMAGES / "evidence-cost.png", dpi=110)
+    return figure
 
 
-def images_figure(name: str) -> None:
-    content = data.load(f"images-{name}")
+def images(content: dict):
     rows = content["records"]
     whole = rows[0]
     figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
     methods = dict.fromkeys(row["name"] for row in rows if row["group"] == "method")
     for number, method in enumerate(methods):
         line = [row for row in rows if row["group"] == "method" and row["name"] == method]
+        at, accuracy = [100 * r["budget"] for r in line], [100 * r["accuracy"] for r in line]
         style = "-" if "K-" in method else "--"
-        axes.plot(
-            [100 * r["budget"] for r in line],
-            [100 * r["accuracy"] for r in line],
-            style,
-            marker="o",
-            markersize=3,
-            label=method,
-            color=f"C{number}",
-        )
-    low, high = (
-        100 * (whole["accuracy"] + s * (whole["accuracy"] * (1 - whole["accuracy"]) / whole["queries"]) ** 0.5)
-        for s in (-1, 1)
-    )
+        axes.plot(at, accuracy, style, marker="o", markersize=3, label=method, color=f"C{number}")
+    error = (whole["accuracy"] * (1 - whole["accuracy"]) / whole["queries"]) ** 0.5
+    low, high = (100 * (whole["accuracy"] + s * error) for s in (-1, 1))
     axes.axhspan(low, high, color="0.9", label="all tokens, +- 1 standard error")
     axes.invert_xaxis()
     axes.set(
         xlabel="% of the blocks' MACs (clustering and scores not counted)",
         ylabel=f"{content['k']}-NN accuracy, %",
-        title=f"DINOv2 ViT-S/14 as it is, {whole['queries']} pooled queries, gallery not pooled: {name}",
+        title=f"DINOv2 ViT-S/14 as it is, {whole['queries']} pooled queries, gallery not pooled: {content['data']}",
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(data.IMAGES / f"evidence-images-{name}.png", dpi=110)
+    return figure
 
 
-def main() -> int:
-    if "--cost" in sys.argv:
-        cost_record()
-    cost_figure()
-    for name in ("stamps", "fashion"):
-        if (data.RESULTS / f"evidence-images-{name}.json").is_file():
-            images_figure(name)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+FIGURES = {"cost": cost, "images-stamps": images, "images-fashion": images}

@@ -1,4 +1,4 @@
-"""``python -m bench.evidence.images``: k-NN accuracy of a pretrained DINOv2 whose *queries* are pooled.
+"""``python -m bench.evidence images``: k-NN accuracy of a pretrained DINOv2 whose *queries* are pooled.
 
 The gallery is not pooled: pooled against pooled hides how far features move. Features are the final class token,
 cosine similarity, votes weighted by exp(similarity / 0.07). ``stamps``: every picture against all others, k = 5.
@@ -193,7 +193,7 @@ def report(task: Task, wanted: dict) -> list[dict]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.evidence.images",
+        prog="python -m bench.evidence images",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

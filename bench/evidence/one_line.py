@@ -1,6 +1,6 @@
 """What the one line keeps: features of a real DINOv2 ViT-S/14, pooled against unpooled, on pictures nobody chose with.
 
-    python -m bench.evidence.one_line [--crops 3] [--json bench/results/evidence-one-line.json]
+    python -m bench.evidence one_line
 
 The pictures are all colour and grey photographs in scikit-image's wheel that the demo (and so the choice of defaults)
 does not use. Cosines of the class token's feature and of the mean of the patch tokens' features, as a head sees them;
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tokenpool_ext as tp
-from bench import machine
 from tokenpool_ext.demo import photos, pretrained
 from tokenpool_ext.demo.compare import features
+
+from . import data
 
 PICTURES = (
     "brick.png cell.png coins.png grass.png gravel.png horse.png hubble_deep_field.jpg ihc.png moon.png page.png "
@@ -41,12 +42,11 @@ WAYS = {
 
 
 @torch.no_grad()
-def main() -> None:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crops", type=int, default=3, help="of each picture")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7, 0.5])
-    parser.add_argument("--json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder = Path(skimage.__file__).parent / "data"
     pictures = {name: Image.open(folder / name).convert("RGB") for name in PICTURES if (folder / name).exists()}
     crops, _ = photos.random_crops(pictures, args.crops * len(pictures), seed=2026)
@@ -68,10 +68,6 @@ def main() -> None:
             values = [round(v.item(), 3) for c in cosines for v in (c.mean(), c.min())]
             rows.append({"way": way, "ratio": ratio, "cls": values[:2], "mean": values[2:]})
             print(f"| {way} | {ratio:g} | " + " | ".join(f"{v:.3f}" for v in values) + " |", flush=True)
-    if args.json:
-        context = machine.stamp("bench.evidence.one_line")
-        machine.write(args.json, {**context, "pictures": len(pictures), "crops": len(crops), "cosines": rows})
-
-
-if __name__ == "__main__":
-    main()
+    about = {"pictures": len(pictures), "crops": len(crops)}
+    print(data.save("one-line", about, {"cosines": rows}))
+    return 0

@@ -1,9 +1,9 @@
 """``python -m bench.evidence reconstruction``: how well K tokens stand for the 256 of every layer of DINOv2 ViT-S/14.
 
 Relative reconstruction error ``sum_i min_j |x_i - c_j|^2 / sum_i |x_i - mean|^2`` of the tokens that come out, on crops
-of pictures that nothing was chosen with; also weighted by attention received. Every block's output, nine keep rates, and
-every start x iterations x weighted or not x what is emitted x what is clustered (keys: 0 and 5 iterations). No iteration:
-the start itself. Time is CPU time of one thread for the call, its start included.
+of pictures that nothing was chosen with; also weighted by attention received. Every block's output, nine keep rates,
+and every start x iterations x weighted or not x what is emitted x what is clustered (keys: 0 and 5 iterations). No
+iteration: the start itself. Time is CPU time of one thread for the call, its start included.
 """
 
 from __future__ import annotations
@@ -103,12 +103,13 @@ def study(layers: list[capture.Layer], say) -> tuple[list[dict], list[dict], lis
         shown = {}
         for column, rate in enumerate(RATES):
             k = round(rate * x.shape[1])
+            tome = ()
             for name, make in OTHERS.items():
                 centers, seconds = timed(lambda: make(k)(x, features=keys))
                 table = sums.setdefault(("keys", False, name, ""), Sums(1))
                 errors = table.add(0, column, x, scores, centers, seconds)
                 shown.setdefault(name, []).append(errors[0].mean().item())
-                tome = errors if name != "grid" else tome
+                tome = tome or errors
             for clustered, weighted, start in product(("tokens", "keys"), (False, True), STARTS):
                 if start == "bipartite" and 2 * k < x.shape[1]:
                     continue

@@ -1,0 +1,141 @@
+"""``python -m bench.evidence report [--write]``: every table and figure of docs/evidence.md from the committed records.
+
+A table stands in the document between ``<!-- table NAME -->`` and ``<!-- end -->``. Without --write: says whether the
+document is what the records make, exit status 1 if not. A figure's file holds the hash of the record it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+
+from . import data
+
+DOCUMENT = data.ROOT / "docs" / "evidence.md"
+BLOCK = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+ONE_LINE = "patch(model, keep_ratio=...)"
+
+
+def markdown(head: list[str], rows) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+
+
+def points(row: dict, name: str) -> str:
+    """A difference of accuracies in percentage points with its 95% interval."""
+    low, high = (100 * v for v in row[f"{name}_95"])
+    return f"{100 * row[name]:+.1f} ({low:.1f} to {high:.1f})"
+
+
+def budgets(content: dict) -> list[float]:
+    return sorted({row["budget"] for row in content["records"] if "budget" in row}, reverse=True)
+
+
+def by_budget(content: dict) -> dict[tuple[str, str], dict[float, dict]]:
+    """(group, name) -> budget -> record."""
+    found: dict = {}
+    for row in content["records"][1:]:
+        found.setdefault((row["group"], row["name"]), {})[row["budget"]] = row
+    return found
+
+
+def cost() -> str:
+    def row(r):
+        shares = [f"{100 * r[name]:.1f}" for name in ("attention", "projections", "mlp", "fully_connected")]
+        return [r["model"], f"{r['gmacs']:.4g}", *shares]
+
+    head = ["model", "GMAC", "attention %", "projections %", "MLP %", "fully connected %"]
+    return markdown(head, map(row, data.load("cost")["records"]))
+
+
+def one_line() -> str:
+    rows = []
+    for row in data.load("one-line")["cosines"]:
+        way = "**the one line**" if row["way"] == ONE_LINE else row["way"]
+        rows.append([way, row["ratio"], *(f"{v:.3f}" for v in (*row["cls"], *row["mean"]))])
+    return markdown(["way", "kept at each of three blocks", "class token", "worst", "mean token", "worst"], rows)
+
+
+def accuracy(name: str) -> str:
+    content = data.load(f"images-{name}")
+    columns, whole = budgets(content), content["records"][0]
+    error = (whole["accuracy"] * (1 - whole["accuracy"]) / whole["queries"]) ** 0.5
+    rows = [
+        [method, *(f"{100 * found[b]['accuracy']:.1f}" for b in columns)]
+        for (group, method), found in by_budget(content).items()
+        if group == "method"
+    ]
+    all_tokens = f"{100 * whole['accuracy']:.1f} (standard error {100 * error:.1f})"
+    words = (
+        f"{content['k']}-NN, {whole['queries']} queries, a gallery of {content['gallery']}; all tokens {all_tokens}."
+    )
+    return words + "\n\n" + markdown(["method", *(f"{b:.0%}" for b in columns)], rows)
+
+
+def against_all(name: str) -> str:
+    content = data.load(f"images-{name}")
+    columns = budgets(content)[-2:]
+    rows = []
+    for (group, method), found in by_budget(content).items():
+        if group == "method":
+            rows.append([method, *(points(found[b], "minus_all") for b in columns)])
+            rows[-1] += [points(found[b], "minus_wkmeans") if method != "WK-Means" else "" for b in columns]
+    head = [f"{b:.0%}: against {other}" for other in ("all tokens", "WK-Means") for b in columns]
+    return markdown(["method", *head], rows)
+
+
+def settings() -> str:
+    content = data.load("images-stamps")
+    found = by_budget(content)
+    found[("weighted", "False")] = found[("method", "K-Means")]
+    found = {key: value for key, value in found.items() if key[0] != "method"}
+    columns = sorted(found[("track_size", "False")], reverse=True)
+    rows = [[*key, *(points(value[b], "minus_wkmeans") for b in columns)] for key, value in found.items()]
+    return markdown(["setting", "value", *(f"{b:.0%}: points against WK-Means, 95%" for b in columns)], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cost": cost,
+    "one-line": one_line,
+    "stamps": lambda: accuracy("stamps"),
+    "stamps-intervals": lambda: against_all("stamps"),
+    "fashion": lambda: accuracy("fashion"),
+    "fashion-intervals": lambda: against_all("fashion"),
+    "settings": settings,
+}
+
+
+def document(text: str) -> str:
+    """The document with every table made anew."""
+    return BLOCK.sub(lambda found: f"<!-- table {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->", text)
+
+
+def stale(text: str) -> list[str]:
+    """What the records do not make: tables and figures that differ or are missing."""
+    from .figures import FIGURES, digest
+
+    wrong = [f"table {name}" for name in TABLES if name not in BLOCK.findall(text)]
+    wrong += [f"table {found[1]}" for found in BLOCK.finditer(text) if document(found[0]) != found[0]]
+    for record in FIGURES:
+        picture = data.IMAGES / f"evidence-{record}.png"
+        if picture.name not in text:
+            wrong.append(f"{picture.name}: not shown")
+        if not picture.is_file() or digest(record).encode() not in picture.read_bytes():
+            wrong.append(f"{picture.name}: of another record")
+    return wrong
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.evidence report", description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args(argv)
+    if args.write:
+        from . import figures
+
+        DOCUMENT.write_text(document(DOCUMENT.read_text()))
+        for record in figures.FIGURES:
+            figures.save(record)
+    wrong = stale(DOCUMENT.read_text())
+    print("\n".join(wrong) or f"{DOCUMENT.relative_to(data.ROOT)} is what the records make")
+    return int(bool(wrong))
