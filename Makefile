@@ -15,7 +15,7 @@ build: $(VENV)/built
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy "setuptools>=77" wheel "pybind11>=2.13"
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy "setuptools>=77"
 	touch $@
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)

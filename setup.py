@@ -1,5 +1,5 @@
-"""Builds tokenpool_ext/_ops.so (op schemas, CPU kernels; no Python in it, so one file serves every Python), the module
-_C (introspection, by pybind11) and, where nvcc is found, the library _cuda.
+"""Builds tokenpool_ext/_ops.so (op schemas, CPU kernels; no Python in it, so one wheel serves every Python) and, where
+nvcc is found, the library _cuda.
 
 Switches: TOKENPOOL_EXT_CUDA=auto|0|1 (1: fail when CUDA cannot be built), TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 Neither a GPU nor a network is needed, and of torch only the headers of its stable ABI and libtorch_cpu to link with.
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -27,37 +28,28 @@ def say(text):
     print(f"tokenpool_ext: {text}", file=sys.stderr, flush=True)
 
 
-def cpu_extensions():
-    """[_ops, _C]. What both want of libstdc++ and glibc is what a manylinux_2_28 system has: csrc/portable.h."""
-    import pybind11
-
+def cpu_library():
+    """_ops. What it wants of libstdc++ and glibc is what a manylinux_2_28 system has: csrc/portable.h."""
     torch = torch_folder()
-    headers = [os.path.join(torch, "include"), pybind11.get_include()]
-    planner = ["csrc/planner.cpp", "csrc/portable.cpp"]
-    kernels = [f"csrc/cpu/{name}.cpp" for name in ("kernels_avx512", "kernels_avx2", "kernels_baseline", "dispatch")]
+    sources = [f"cpu/{name}" for name in ("kernels_avx512", "kernels_avx2", "kernels_baseline", "dispatch")]
+    sources += ["ops", "introspection", "planner", "planner_cuda", "portable"]
     flags = ["-O3", "-g0", "-fno-math-errno", "-std=c++17", "-fno-semantic-interposition", "-Wall", "-Wextra"]
-    flags += ["-include", str(ROOT / "csrc" / "portable.h")]
-    common = dict(
+    return Extension(
+        "tokenpool_ext._ops",
+        [f"csrc/{name}.cpp" for name in sources],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
         define_macros=[("TORCH_TARGET_VERSION", build_cuda.TARGET_VERSION)],  # one binary for every torch from there on
-        extra_compile_args=flags + [flag for path in headers for flag in ("-isystem", path)],
-        language="c++",
-    )
-    ops = Extension(
-        "tokenpool_ext._ops",
-        [*kernels, "csrc/ops.cpp", *planner],
+        extra_compile_args=[*flags, *build_cuda.PORTABLE, "-isystem", os.path.join(torch, "include")],
         library_dirs=[os.path.join(torch, "lib")],
         libraries=["torch_cpu"],  # the stable ABI lives there; nothing else of torch is linked
         extra_link_args=["-Wl,-soname,_ops.so", f"-Wl,--version-script={ROOT / 'csrc' / 'ops.map'}"],
-        **common,
+        language="c++",
     )
-    module = Extension(
-        "tokenpool_ext._C",
-        ["csrc/python.cpp", "csrc/planner_cuda.cpp", *planner],
-        extra_link_args=["-Wl,-rpath,$ORIGIN", f"-Wl,--version-script={ROOT / 'csrc' / 'module.map'}"],
-        **common,
-    )
-    return [ops, module]
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])  # the libraries are no modules of Python
 
 
 class Build(build_ext):
@@ -66,21 +58,13 @@ class Build(build_ext):
         super().run()
 
     def get_ext_filename(self, name):
-        path = super().get_ext_filename(name)  # with the Python's tag, which _ops does not need
-        return os.path.join(os.path.dirname(path), "_ops.so") if name.endswith("_ops") else path
+        return os.path.join(*name.split(".")) + ".so"  # without the Python's tag
 
     def get_export_symbols(self, ext):
-        return ext.export_symbols  # _ops has no PyInit
-
-    def build_extension(self, ext):
-        if ext.name.endswith("_C"):  # linked with its neighbour, which is built first
-            ext.extra_objects = [self.get_ext_fullpath("tokenpool_ext._ops")]
-        super().build_extension(ext)
+        return ext.export_symbols  # there is no PyInit
 
     def build_extensions(self):
-        say(
-            f"building _ops and _C (CPU kernels: baseline, AVX2, AVX-512) with {JOBS} jobs; torch from {torch_folder()}"
-        )
+        say(f"building the CPU kernels (baseline, AVX2, AVX-512) with {JOBS} jobs; torch from {torch_folder()}")
         self.compile_in_parallel()
         super().build_extensions()
         self.build_cuda()
@@ -116,7 +100,7 @@ def extensions():
         return []
     if not torch_folder():  # asked only for what the build needs, where it will be there
         return []
-    return cpu_extensions()
+    return [cpu_library()]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

@@ -31,6 +31,7 @@ DEFAULT_ARCHS = "8.0;8.6;8.9+PTX;9.0a;10.0a;12.0a"
 KERNELS = ("resident", "spread", "clustering", "pooling")
 MINIMUM_TOOLKIT = (12, 8)  # the first that knows sm_100 and sm_120
 TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest the library loads under
+PORTABLE = ["-include", str(CSRC / "portable.h")]  # no more of glibc and libstdc++ than manylinux_2_28 has
 
 
 def find_nvcc() -> str | None:
@@ -121,6 +122,7 @@ def cuda_extension_parameters(archs: str | None = None) -> dict[str, list[str]]:
             str(CSRC / "cuda" / "ops_cuda.cpp"),
             str(CSRC / "cuda" / "pipeline.cpp"),
             str(CSRC / "planner_cuda.cpp"),
+            str(CSRC / "portable.cpp"),
         ],
         "include_dirs": [os.path.join(torch_root, "include"), *includes],
         "nvcc_flags": ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", *arch_flags(archs)],
@@ -130,11 +132,12 @@ def cuda_extension_parameters(archs: str | None = None) -> dict[str, list[str]]:
             "-fPIC",
             "-fvisibility=hidden",
             "-Wall",
+            *PORTABLE,
             "-DUSE_CUDA",
             f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
         ],
         "library_dirs": [os.path.join(torch_root, "lib"), *[str(path) for path in folders if path.exists()]],
-        "libraries": ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        "libraries": ["torch_cpu", "torch_cuda", "cudart_static"],
     }
 
 
@@ -157,6 +160,45 @@ def _compile(command: list[str], output: Path) -> None:
     output.with_suffix(".log").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
+def _stub(library: Path, names: list[str], *flags: str) -> None:
+    """A shared library that has these functions and does nothing."""
+    source = library.with_suffix(".c")
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+    flags = ("-shared", "-fPIC", "-nostdlib", "-fno-builtin", "-w", f"-Wl,-soname,{library.name}", *flags)
+    subprocess.run([compiler(), "-x", "c", *flags, "-o", str(library), str(source)], check=True)
+
+
+def _old_glibc(folder: Path) -> list[str]:
+    """Stubs of the libraries whose functions glibc 2.34 moved into libc, with the versions that libc keeps for older
+    programs: linked with them, the CUDA runtime needs no newer glibc than it was made for."""
+    done = subprocess.run([compiler(), "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True)
+    listing = subprocess.run(["nm", "-D", done.stdout.strip()], capture_output=True, text=True, check=True).stdout
+    versions = re.findall(r" \w (\w+)(@@?)(GLIBC_[\d.]+)$", listing, re.M)
+    moved = {name for name, default, version in versions if (default, version) == ("@@", "GLIBC_2.34")}
+    kept = {name: version for name, default, version in versions if name in moved and default == "@"}
+    libraries = []
+    for library, prefixes in (("libdl.so.2", "dl"), ("libpthread.so.0", ("pthread_", "sem_")), ("librt.so.1", "shm_")):
+        names = sorted(name for name in kept if name.startswith(prefixes))
+        if names:
+            script = folder / f"{library}.map"
+            nodes = {version: [n for n in names if kept[n] == version] for version in {kept[n] for n in names}}
+            script.write_text("".join(f"{version} {{ {'; '.join(found)}; }};\n" for version, found in nodes.items()))
+            _stub(folder / library, names, f"-Wl,--version-script={script}")
+            libraries.append(str(folder / library))
+    return libraries
+
+
+def _link(p: dict[str, list[str]], objects: list[Path], stub: Path, target: Path) -> None:
+    stub.mkdir(exist_ok=True)
+    _stub(stub / "libtorch_cuda.so", ["aoti_torch_get_current_cuda_stream"])
+    command = [compiler(), "-shared", "-o", str(target), *map(str, objects), f"-L{stub}"]
+    command += [f"-L{path}" for path in p["library_dirs"]] + ["-Wl,--exclude-libs,ALL"]
+    command += [f"-l{name}" for name in p["libraries"]] + _old_glibc(stub) + ["-lrt", "-ldl", "-lpthread"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stderr}")
 
 
 def build_cuda(out_dir: str, archs: str | None = None, build_dir: str | None = None, say=print) -> Path:
@@ -183,35 +225,9 @@ def build_cuda(out_dir: str, archs: str | None = None, build_dir: str | None = N
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(_compile, *task) for task in tasks]:
             done.result()
-    stub = build / "stub"
-    stub.mkdir(exist_ok=True)
-    (stub / "stub.c").write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
-    subprocess.run(
-        [
-            compiler(),
-            "-x",
-            "c",
-            "-shared",
-            "-fPIC",
-            "-w",
-            "-Wl,-soname,libtorch_cuda.so",
-            "-o",
-            str(stub / "libtorch_cuda.so"),
-            str(stub / "stub.c"),
-        ],
-        check=True,
-    )
     target = Path(out_dir) / LIBRARY
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [compiler(), "-shared", "-o", str(target), *map(str, objects), f"-L{stub}"]
-    command += (
-        [f"-L{path}" for path in p["library_dirs"]]
-        + ["-Wl,--exclude-libs,ALL"]
-        + [f"-l{name}" for name in p["libraries"]]
-    )
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\nfailed with status {done.returncode}:\n{done.stderr}")
+    _link(p, objects, build / "stub", target)
     say(f"tokenpool_ext: {target} ({target.stat().st_size >> 10} KiB) in {time.time() - start:.0f} s")
     return target
 

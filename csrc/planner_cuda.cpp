@@ -257,7 +257,7 @@ extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char*
   p.farthest = problem[13] != 0;
   p.per_image_k = problem[14] != 0;
   const CudaPlan result = plan_cuda(p);
-  const int64_t numbers[14] = {static_cast<int64_t>(result.path),
+  const int64_t numbers[16] = {static_cast<int64_t>(result.path),
                                result.launches,
                                result.threads,
                                static_cast<int64_t>(result.shared_bytes),
@@ -270,8 +270,10 @@ extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char*
                                result.blocks,
                                static_cast<int64_t>(result.workspace_bytes),
                                result.parts,
-                               result.assign_keeps ? 1 : 0};
-  std::copy(numbers, numbers + 14, plan);
+                               result.assign_keeps ? 1 : 0,
+                               static_cast<int64_t>(result.flops),
+                               static_cast<int64_t>(result.bytes)};
+  std::copy(numbers, numbers + 16, plan);
   if (text != nullptr && text_bytes > 0)
     std::snprintf(text, static_cast<size_t>(text_bytes), "%s", reason(p, result).c_str());
 }

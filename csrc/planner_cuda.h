@@ -73,11 +73,11 @@ std::string reason(const CudaProblem& problem, const CudaPlan& plan);  // why, i
 }  // namespace cuda
 }  // namespace tokenpool
 
-// The same through plain C, for ctypes and pybind11.
+// The same through plain C, for ctypes.
 //   problem: batch, tokens, features, clusters, iterations, dtype (0 float32, 1 float16, 2 bfloat16), with_medoids,
 //            init_is_centers, major, minor, sm_count, shared_limit, force_path (-1: free), farthest, per_image_k  (15
 //            numbers)
 //   plan:    path, launches, threads, shared_bytes, chunk, bucket_warps, bucket_in_global, blocks_per_sm,
-//            images_per_pass, passes, blocks, workspace_bytes, parts, assign_keeps                  (14 numbers)
+//            images_per_pass, passes, blocks, workspace_bytes, parts, assign_keeps, flops, bytes    (16 numbers)
 //   text:    the reason, cut to text_bytes.
 extern "C" void tokenpool_plan_cuda(const int64_t* problem, int64_t* plan, char* text, int text_bytes);

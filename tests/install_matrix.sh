@@ -34,7 +34,7 @@ print(tp.backends(), tp.kmeans(x, 9, backend='$2').inertia)"
 refused() { ! env TOKENPOOL_EXT_CUDA=1 CUDA_HOME= PATH=/usr/bin:/bin "$WORK/base/bin/pip" install --no-deps "$SOURCE" && grep -q "nvcc was not found" "$WORK/log"; }
 
 say "environment" environment base "$FIRST_PYTHON" "$FIRST_TORCH"
-say "build tools" "$WORK/base/bin/pip" install build twine "setuptools>=77" "pybind11>=2.13" uv
+say "build tools" "$WORK/base/bin/pip" install build twine "setuptools>=77" uv
 rm -rf "$WORK/dist"
 say "sdist" "$WORK/base/bin/python" -m build --no-isolation --sdist --outdir "$WORK/dist" "$SOURCE"
 say "wheel from the sdist, in isolation" "$WORK/base/bin/pip" wheel --no-deps --wheel-dir "$WORK/dist" "$WORK"/dist/*.tar.gz

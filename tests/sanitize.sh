@@ -11,8 +11,8 @@ rm -f "$COPY"/tokenpool_ext/*.so && cd "$COPY"
 
 export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
 LDFLAGS="-fsanitize=address,undefined" TOKENPOOL_EXT_CUDA=0 "$PYTHON" setup.py --quiet build_ext --inplace
-# Python itself is not built with it: the runtime comes first, and what Python keeps to its end is no leak. torch and
-# pybind11 may be linked with another libstdc++; exceptions are found again where that comes first, too.
+# Python itself is not built with it: the runtime comes first, and what Python keeps to its end is no leak. torch may be
+# linked with another libstdc++; exceptions are found again where that comes first, too.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0,abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1,halt_on_error=1
 export PYTHONPATH=$COPY PYTHONMALLOC=malloc

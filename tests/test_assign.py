@@ -101,7 +101,7 @@ def test_new_points_of_known_clusters(backend):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-@pytest.mark.skipif(loader.extension is None, reason=str(loader.extension_reason))
+@pytest.mark.skipif(loader.extension is None, reason=str(loader.ops_reason))
 def test_every_instruction_set_and_number_of_threads(isa, monkeypatch, threads):
     monkeypatch.setenv("TOKENPOOL_EXT_CPU_ISA", isa)
     try:

@@ -10,7 +10,7 @@ import torch
 import tokenpool_ext as tp
 from tokenpool_ext import loader
 
-pytestmark = pytest.mark.skipif(loader.extension is None, reason=str(loader.extension_reason))
+pytestmark = pytest.mark.skipif(loader.extension is None, reason=str(loader.ops_reason))
 
 # (tokens, features, clusters): odd sizes, several panels, features over one depth block, more clusters than a register
 # tile

@@ -102,7 +102,7 @@ def planner(tmp_path_factory):
             farthest,
             per_image_k,
         )
-        out, reason = (ctypes.c_int64 * 14)(), ctypes.create_string_buffer(512)
+        out, reason = (ctypes.c_int64 * 16)(), ctypes.create_string_buffer(512)
         lib.tokenpool_plan_cuda(given, out, reason, 512)
         result = dict(zip(FIELDS, out))
         result["path"] = simulator.PATHS[result["path"]]
@@ -193,7 +193,7 @@ def test_a_device_that_is_not_named_has_a_usual_number_of_multiprocessors(planne
 
 
 def test_explain_says_which_path_a_batch_takes():
-    """In a process of its own: a _C linked from objects of different versions would crash this one."""
+    """In a process of its own: a library linked from objects of different versions would crash this one."""
     if tokenpool_ext.backends()["cpu"] != "ok":
         pytest.skip("the compiled extension is absent")
     code = (
@@ -204,7 +204,7 @@ def test_explain_says_which_path_a_batch_takes():
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
     )
-    assert done.returncode == 0, f"status {done.returncode}: build _C again from scratch?\n{done.stderr}"
+    assert done.returncode == 0, f"status {done.returncode}: build _ops.so again from scratch?\n{done.stderr}"
     one, many = done.stdout.splitlines()
     assert "spread path" in one and "3 launches" in one and "1 image(s) on 132 multiprocessors" in one
     assert "resident path" in many and "one launch" in many

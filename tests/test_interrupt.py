@@ -14,7 +14,7 @@ import torch
 import tokenpool_ext as tp
 from tokenpool_ext import loader
 
-pytestmark = pytest.mark.skipif(loader.extension is None, reason=str(loader.extension_reason))
+pytestmark = pytest.mark.skipif(loader.extension is None, reason=str(loader.ops_reason))
 
 
 def interrupted(call):

@@ -6,7 +6,7 @@ import torch
 import tokenpool_ext as tp
 from tokenpool_ext import loader
 
-needs_cpu = pytest.mark.skipif(loader.extension is None, reason=str(loader.extension_reason))
+needs_cpu = pytest.mark.skipif(loader.extension is None, reason=str(loader.ops_reason))
 
 
 def test_a_nan_weight_does_not_hide_negative_ones():

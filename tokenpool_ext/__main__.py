@@ -27,7 +27,7 @@ def info() -> int:
     )
     if loader.extension is not None:
         built = loader.extension.build_info()
-        print(f"compiled extension: {built['built']}, {built['compiler']}, CPU kernels for {built['cpu_isa']}")
+        print(f"compiled extension: g++ {built['compiler']}, CPU kernels for {built['cpu_isa']}")
     print(f"threads: {torch.get_num_threads()}")
     if torch.cuda.is_available():
         print(

@@ -104,7 +104,7 @@ def explain(
     common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
         if loader.extension is None:
-            raise RuntimeError(f"explain: plans for the CPU need the introspection module: {loader.extension_reason}")
+            raise RuntimeError(f"explain: plans for the CPU need the compiled extension: {loader.ops_reason}")
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
         forced = _forced("TOKENPOOL_EXT_CPU_PATH", CPU_PATHS)
         if forced and forced != plan["path"]:
@@ -163,37 +163,27 @@ def explain(
 
 def _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, capability, refusals, multiprocessors=0) -> Plan:
     if loader.extension is None:
-        raise ValueError(f"explain: plans for CUDA need the compiled extension: {loader.extension_reason}")
+        raise ValueError(f"explain: plans for CUDA need the compiled extension: {loader.ops_reason}")
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
     if code is None:
         raise ValueError(f"explain: the CUDA kernels take float32, bfloat16 and float16, got {dtype}")
     major, minor = capability
     forced = _forced("TOKENPOOL_EXT_CUDA_PATH", CUDA_PATHS)
     found = loader.extension.plan_cuda(
-        B,
-        N,
-        K,
-        D,
-        num_iters,
-        code,
-        medoids,
-        major,
-        minor,
-        multiprocessors,
-        centers_given=given,
-        farthest=farthest,
-        force_path=CUDA_PATHS.index(forced) if forced else -1,
+        (B, N, D, K, num_iters, code, medoids, given, major, minor, multiprocessors, 0)
+        + (CUDA_PATHS.index(forced) if forced else -1, farthest, False)
     )
+    path = CUDA_PATHS[found["path"]]
     return Plan(
         problem=f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on a GPU of compute capability {major}.{minor}",
         backend="cuda",
-        path=found["path"],
+        path=path,
         flops=found["flops"],
         bytes=found["bytes"],
         workspace_bytes=found["workspace_bytes"],
         threads=None,
         launches=found["launches"],
-        reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == found["path"] else "") + found["reason"],
+        reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == path else "") + found["reason"],
         refusals=refusals,
     )
 
