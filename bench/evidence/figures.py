@@ -65,4 +65,87 @@ def images(content: dict):
     return figure
 
 
-FIGURES = {"cost": cost, "images-stamps": images, "images-fashion": images}
+def lowpass(content: dict):
+    models: dict[str, list[dict]] = {}
+    for row in content["records"]:
+        models.setdefault(row["model"], []).append(row)
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    single = {
+        "(a) deviation of |k| over its mean": "key_norm_cv",
+        "(b) attention against the Gaussian kernel\n(half the summed gap of a row)": "gap",
+        "(f) effective rank of 257": "rank",
+    }
+    pairs = {
+        "(c) K-Means error at 64 of 256": "error",
+        "(d) energy between neighbours": "energy",
+        "(e) energy of high frequencies": "high",
+    }
+    lines = {"v": "C0", "av": "C1", "av_shuffled": "C2", "before": "C3", "middle": "C4"}
+    words = {
+        "v": "V",
+        "av": "A V",
+        "av_shuffled": "A V, V shuffled",
+        "before": "tokens",
+        "middle": "tokens + attention",
+    }
+    for axes, (title, name) in zip(panels[0], single.items()):
+        for style, (model, rows) in zip("-:", models.items()):
+            axes.plot([row[name] for row in rows], style, marker=".", color="C0", label=model)
+        axes.set(title=title, ylim=(0, None))
+    panels[0][0].legend()
+    for axes, (title, name) in zip(panels[1], pairs.items()):
+        for signal, color in lines.items():
+            axes.plot([row[name][signal] for row in models["DINOv2"]], marker=".", color=color, label=words[signal])
+        for signal in ("v", "av"):
+            control = [row[name][signal] for row in models["random weights"]]
+            axes.plot(control, ":", color=lines[signal], label=f"{words[signal]}, random weights")
+        axes.set(title=title, ylim=(0, None), xlabel="layer")
+    for axes in panels.flat:
+        axes.set_xticks(range(0, 12, 2))
+    panels[1][2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def reconstruction(content: dict):
+    rates = [100 * rate for rate in content["rates"]]
+    ways = {(w["clustered"], w["weighted"], w["start"], w["emit"]): w for w in content["ways"]}
+    five = content["iterations"].index(5)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    shown = {
+        "K-Means": (("tokens", False, "farthest", "mean"), five),
+        "WK-Means (default)": (("tokens", True, "farthest", "mean"), five),
+        "K-Medoids": (("tokens", False, "farthest", "medoid"), five),
+        "bipartite (ToMe)": (("keys", False, "bipartite (ToMe)", ""), 0),
+        "grid": (("keys", False, "grid", ""), 0),
+        "score pruning": (("tokens", True, "topk", "medoid"), 0),
+        "random": (("tokens", False, "random", "medoid"), 0),
+    }
+    for name, (way, row) in shown.items():
+        left.plot(rates, ways[way]["error"][row], "-" if "K-M" in name else "--", marker=".", label=name)
+    left.invert_xaxis()
+    left.set(xlabel="% of tokens kept", ylabel="relative error, mean of all layers", yscale="log")
+    left.legend(fontsize=8)
+    at = content["rates"].index(0.3)
+    for way in dict.fromkeys(row["way"] for row in content["layers"]):
+        middle.plot([row["error"][at] for row in content["layers"] if row["way"] == way], marker=".", label=way)
+    middle.set(xlabel="layer", ylabel="relative error at 30% of the tokens", ylim=(0, None))
+    middle.legend(fontsize=8)
+    half = content["rates"].index(0.5)
+    for (clustered, weighted, start, emit), way in ways.items():
+        if (clustered, weighted, emit) == ("tokens", False, "mean"):
+            errors = [row[half] for row in way["error"][1:]]
+            right.plot(way["ms_at_half"][1:], errors, marker=".", label=start)
+    right.set(
+        xlabel="ms an image, one thread, start included", ylabel="relative error at half the tokens", xscale="log"
+    )
+    right.set_title("K-Means after 1, 2, 5, 20 iterations, by start", fontsize=9)
+    right.legend(fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "cost": cost,
+    "images-stamps": images,
+    "images-fashion": images,
+    "lowpass": lowpass,
+}

@@ -95,6 +95,47 @@ def settings() -> str:
     return markdown(["setting", "value", *(f"{b:.0%}: points against WK-Means, 95%" for b in columns)], rows)
 
 
+def lowpass() -> str:
+    """How often each prediction holds, and means over the layers."""
+    models: dict[str, list[dict]] = {}
+    for row in data.load("lowpass")["records"]:
+        models.setdefault(row["model"], []).append(row)
+    predictions = [
+        ("(c) attention lowers the K-Means error of values", "error", "v", "av"),
+        ("(c) more so than that of shuffled values", "error", "av_shuffled", "av"),
+        ("(c) tokens with attention added have less error than before", "error", "before", "middle"),
+        ("(c) tokens after the block have less error than before", "error", "before", "after"),
+        ("(d) attention lowers the energy between neighbours", "energy", "v", "av"),
+        ("(d) and the distance to the nearest 5", "neighbours", "v", "av"),
+        ("(d) tokens with attention added have less energy", "energy", "before", "middle"),
+        ("(e) attention lowers the high frequencies on the grid", "high", "v", "av"),
+        ("(e) those of the tokens it is added to", "high", "before", "middle"),
+    ]
+
+    def mean(rows, *names):
+        return sum(row[names[0]] if len(names) == 1 else row[names[0]][names[1]] for row in rows) / len(rows)
+
+    def between(rows, name, digits):
+        values = [row[name] for row in rows]
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    table = []
+    for words, name, digits in (
+        ("(a) deviation of the key norms over their mean", "key_norm_cv", 2),
+        ("(b) gap between attention and the Gaussian kernel", "gap", 2),
+        ("(f) effective rank of attention, of 257", "rank", 0),
+        ("(f) its largest singular value", "top", 1),
+    ):
+        table.append([words, *(cell for rows in models.values() for cell in ("", between(rows, name, digits)))])
+    for words, name, first, second in predictions:
+        line = [words]
+        for rows in models.values():
+            line.append(f"{sum(row[name][second] < row[name][first] for row in rows)} of {len(rows)} layers")
+            line.append(f"{mean(rows, name, first):.2f} -> {mean(rows, name, second):.2f}")
+        table.append(line)
+    return markdown(["", *(f"{model}{what}" for model in models for what in (": holds in", ": range or mean"))], table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "one-line": one_line,
@@ -103,6 +144,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fashion": lambda: accuracy("fashion"),
     "fashion-intervals": lambda: against_all("fashion"),
     "settings": settings,
+    "lowpass": lowpass,
 }
 
 
