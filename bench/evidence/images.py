@@ -25,9 +25,9 @@ from . import data, methods
 CHUNK = 53
 
 
-def variants(settings: bool, quick: bool = False) -> dict[tuple[str, str, float], dict]:
+def variants(budgets, settings: bool) -> dict[tuple[str, str, float], dict]:
     """(group, name, budget) -> arguments of patch without the ratio."""
-    found = {("method", name, b): kw for b in methods.BUDGETS for name, kw in methods.METHODS.items()}
+    found = {("method", name, b): kw for b in budgets for name, kw in methods.METHODS.items()}
     if settings:
         for setting, values in methods.SETTINGS.items():
             found |= {(setting, name, b): kw for b in methods.CENTRAL for name, kw in values.items()}
@@ -200,12 +200,13 @@ def main(argv=None) -> int:
     parser.add_argument("--data", choices=("stamps", "fashion"), required=True)
     parser.add_argument("--gallery", type=int, default=2000)
     parser.add_argument("--queries", type=int, default=318)
+    parser.add_argument("--budgets", type=float, nargs="+", default=methods.BUDGETS, help="shares of the blocks' MACs")
     parser.add_argument("--settings", action="store_true", help="also the settings of WK-Means")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="write bench/results/evidence-images-DATA.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    task, wanted = Task(args.data, args.gallery, args.queries), variants(args.settings)
+    task, wanted = Task(args.data, args.gallery, args.queries), variants(args.budgets, args.settings)
     if not args.report:
         run(task, wanted, lambda line: print(line, flush=True))
         return 0
