@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .checks import check_backend, check_bool, check_choice, check_floating, check_int, check_ratio, check_tensor
 from .functional import Clusters, kmeans, kmedoids, pool
 from .ops import accumulate_dtype
+from .positions import check_position_weight, with_positions
 from .starts import STRATEGIES
 
 __all__ = ["TokenPooling", "TokenReduction"]
@@ -40,6 +41,7 @@ class TokenReduction(nn.Module):
     """
 
     needs_scores = False
+    position_weight = 0.0
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class TokenReduction(nn.Module):
         scores: Tensor | None = None,
         *,
         features: Tensor | None = None,
+        positions: Tensor | None = None,
         mask: Tensor | None = None,
         sizes: Tensor | None = None,
     ):
@@ -128,6 +131,7 @@ class TokenReduction(nn.Module):
             scores: (B, N) or (B, n) significance of the tokens, >= 0 (see ``functional.attention_received``).
                 None: every token counts the same.
             features: (B, N, E) or (B, n, E): decide on this tensor (attention keys, say) and pool ``x``. None: ``x``.
+            positions: (B, N, P) or (B, n, P): coordinates of the tokens, for ``position_weight``.
             mask: (B, N) or (B, n) bool, True = real token. Padding is never pooled. Where an image has fewer real
                 patch tokens than K, its last tokens are zeros (their ``mass`` is 0).
             sizes: (B, N) or (B, n): how many image patches each token stands for. Without scores they are the weights.
@@ -150,6 +154,7 @@ class TokenReduction(nn.Module):
             )
         scores = self._patches("scores", scores, x, 2)
         features = self._patches("features", features, x, 3)
+        positions = self._patches("positions", positions, x, 3)
         mask = self._patches("mask", mask, x, 2)
         patch_sizes = self._patches("sizes", sizes, x, 2)
         k = self.tokens_kept(n)
@@ -159,6 +164,11 @@ class TokenReduction(nn.Module):
             if self.return_clusters:
                 clusters = _identity(x[:, prefix:], scores, mask)
         else:
+            if self.position_weight:
+                if positions is None:
+                    raise ValueError(f"{name}: position_weight={self.position_weight:g} needs positions, got None")
+                features = x[:, prefix:] if features is None else features
+                features = with_positions(features, positions, self.position_weight, mask)
             pooled, clusters = self.reduce(x[:, prefix:] if prefix else x, k, scores, features, mask, patch_sizes, want)
             tokens = torch.cat([x[:, :prefix], pooled], dim=1) if prefix else pooled
             new_sizes = None
@@ -228,6 +238,8 @@ class TokenPooling(TokenReduction):
         the
             medoid for K-Medoids and the mean for K-Means. ``"medoid"`` needs ``algorithm="kmedoids"``.
         sort: order the pooled tokens by their cluster's first token (keeps the spatial order).
+        position_weight: cluster on the coordinates ``positions`` too: how far they spread, in spreads of the features
+            (see ``positions.py``). 0: on the features alone.
 
     Source: Marin et al. (arXiv 2110.03860), section 3.
     """
@@ -244,6 +256,7 @@ class TokenPooling(TokenReduction):
         init: str | None = None,
         emit: str | None = None,
         sort: bool = True,
+        position_weight: float = 0.0,
         return_clusters: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -260,6 +273,7 @@ class TokenPooling(TokenReduction):
         self.init = init
         self.emit = emit
         self.sort = sort
+        self.position_weight = position_weight
 
     def _check_algorithm(self, value) -> str:
         check_choice(type(self).__name__, "algorithm", value, ("kmeans", "kmedoids"))
@@ -297,6 +311,9 @@ class TokenPooling(TokenReduction):
 
     def _check_sort(self, value) -> bool:
         return check_bool(type(self).__name__, "sort", value)
+
+    def _check_position_weight(self, value) -> float:
+        return check_position_weight(type(self).__name__, value)
 
     def _check_together(self, **new) -> None:
         """What one attribute says about another, with ``new`` in place of what is set."""
@@ -350,6 +367,8 @@ class TokenPooling(TokenReduction):
             options.append(f"init={self.init!r}")
         if not self.sort:
             options.append("sort=False")
+        if self.position_weight:
+            options.append(f"position_weight={self.position_weight:g}")
         return options
 
 

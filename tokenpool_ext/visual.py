@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .checks import check_choice
 from .functional import kmeans, kmedoids, pool, unpool
+from .positions import check_position_weight, with_positions
 from .ragged import Images
 
 Grid = Sequence[int]
@@ -44,6 +45,7 @@ def compress(
     mask: Tensor | None = None,
     temporal_window: int | None = None,
     position_of: str = "mean",
+    position_weight: float = 0.0,
     num_iters: int = 5,
     backend: str | None = None,
 ) -> Compressed:
@@ -61,6 +63,8 @@ def compress(
             num_tokens.
         position_of: "mean": a token's position is the mean over the tokens it replaces; "medoid": that of the replaced
             token nearest to it (a cell of the grid, as M-RoPE wants).
+        position_weight: cluster on the coordinates too: how far they spread, in spreads of the tokens. 0: on the tokens
+            alone.
         num_iters, backend: as in `kmeans`.
 
     Returns:
@@ -75,8 +79,14 @@ def compress(
     images = Images(name, tokens, num_tokens, grid, scores, mask, temporal_window)
     places = images.coordinates(positions)
     segments = images.segments()
+    padded = None if places is None else segments.split(places)
+    features = segments.x
+    if check_position_weight(name, position_weight):
+        if padded is None:
+            raise ValueError(f"{name}: position_weight={position_weight:g} needs positions or grid, got neither")
+        features = with_positions(features, padded, position_weight, segments.mask)
     clusters = kmeans(
-        segments.x,
+        features,
         segments.counts,
         weights=segments.weights,
         mask=segments.mask,
@@ -84,12 +94,11 @@ def compress(
         num_iters=num_iters,
         backend=backend,
     )
-    means, assignment = clusters.centers, clusters.assignment
+    means, assignment = clusters.centers[:, :, : segments.x.shape[2]], clusters.assignment
     order, medoids = _reading_order(_representatives(segments.x, means, assignment))
     means = means.gather(1, order[..., None].expand_as(means))
     assignment = torch.where(assignment >= 0, order.argsort(1).gather(1, assignment.clamp(min=0)), -1)
     if places is not None:
-        padded = segments.split(places)
         if position_of == "mean":
             placed = pool(padded, assignment, means.shape[1], backend=backend)
         else:

@@ -2,8 +2,9 @@
 
 Relative reconstruction error ``sum_i min_j |x_i - c_j|^2 / sum_i |x_i - mean|^2`` of the tokens that come out, on crops
 of pictures that nothing was chosen with; also weighted by attention received. Every block's output, five keep rates,
-and every start x iterations x weighted or not x what is emitted x what is clustered (keys: 0 and 5 iterations). No
-iteration: the start itself. Time is CPU time of one thread for the call, its start included.
+and every start x iterations x weighted or not x what is emitted x what is clustered (the keys, and means around
+medoids: 5 iterations). No iteration: the start itself. Time is CPU time of one thread for the call, its start included.
+A layer that is done is kept in bench/.cache, and an interrupted run goes on with the next.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ NESTED = ("topk", "farthest", *DRAWN)  # the first picks for a larger K are thos
 STARTS = ("strided", "topk", "random", "kmeans++", "farthest", "bipartite")
 ITERATIONS = (0, 1, 2, 5, 20)
 EMITS = {"mean": (tp.kmeans, None), "medoid": (tp.kmedoids, None), "medoid's mean": (tp.kmedoids, "mean")}
+COMPARED = ("farthest", "bipartite")  # starts, with ToMe
+TOME = "bipartite (ToMe)"
+# way -> row of ITERATIONS
+SHOWN = {TOME: 0, "grid": 0, "tokens/weighted/farthest/mean": 3, "tokens/plain/farthest/mean": 3}
 OTHERS = {
-    "bipartite (ToMe)": lambda k: tp.BipartiteMatching(k, num_prefix_tokens=0),
+    TOME: lambda k: tp.BipartiteMatching(k, num_prefix_tokens=0),
     "grid": lambda k: tp.GridPooling(k, num_prefix_tokens=0),
 }
 
@@ -66,97 +71,84 @@ def timed(call):
     return result, time.process_time() - start
 
 
-class Sums:
-    """Sums over layers of what is recorded of one way: errors and seconds by iterations (rows) and rate (columns)."""
+def study(layer: capture.Layer) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Of one layer, by way: (3, iterations, rates) mean error, mean weighted error, seconds an image; NaN where none.
 
-    def __init__(self, rows_: int):
-        self.error, self.weighted, self.seconds = (torch.zeros(rows_, len(RATES), dtype=torch.float64) for _ in "123")
+    And errors over ToMe's of the same weights: (starts, weights, rates, images) for farthest and bipartite starts.
+    """
+    x = layer.after[:, 1:].contiguous()
+    scores = layer.attention().mean((1, 2))[:, 1:].contiguous()
+    keys = layer.k.mean(1)[:, 1:].contiguous()
+    found: dict[str, torch.Tensor] = {}
+    ratios = torch.full((2, 2, len(RATES), len(x)), torch.nan)
+    chosen = {}
 
-    def add(self, row: int, column: int, x, scores, centers, seconds: float):
-        """Also returns the errors (B,), plain and weighted."""
+    def note(way: tuple, row: int, column: int, call, before: float = 0.0):
+        centers, seconds = timed(call)
         errors = capture.relative_errors(x, centers, (None, scores))
-        self.error[row, column] += errors[0].mean()
-        self.weighted[row, column] += errors[1].mean()
-        self.seconds[row, column] += seconds / len(x)
+        table = found.setdefault("/".join(way), torch.full((3, len(ITERATIONS), len(RATES)), torch.nan))
+        table[:, row, column] = torch.stack([*(e.mean() for e in errors), torch.tensor((before + seconds) / len(x))])
         return errors
 
-    def record(self, layers: int, **about) -> dict:
-        def mean(table, scale, digits):
-            return [[round(v / layers * scale, digits) for v in row] for row in table.tolist()]
-
-        half = [row[RATES.index(0.5)] for row in mean(self.seconds, 1e3, 3)]
-        return {
-            **about,
-            "error": mean(self.error, 1, 3),
-            "weighted_error": mean(self.weighted, 1, 3),
-            "ms_at_half": half,
-        }
-
-
-def study(layers: list[capture.Layer], say) -> tuple[list[dict], list[dict], list[dict]]:
-    """Records of the ways (mean over layers and images), of a few by layer, and of the default against ToMe."""
-    sums, by_layer = {}, []
-    compared = {rate: {} for rate in RATES if rate >= 0.5}
-    for number, layer in enumerate(layers):
-        x = layer.after[:, 1:].contiguous()
-        scores = layer.attention().mean((1, 2))[:, 1:].contiguous()
-        keys = layer.k.mean(1)[:, 1:].contiguous()
-        shown = {}
-        chosen = {}
-        for column, rate in enumerate(RATES):
-            k = round(rate * x.shape[1])
-            tome = ()
-            for name, make in OTHERS.items():
-                centers, seconds = timed(lambda: make(k)(x, features=keys))
-                table = sums.setdefault(("keys", False, name, ""), Sums(1))
-                errors = table.add(0, column, x, scores, centers, seconds)
-                shown.setdefault(name, []).append(errors[0].mean().item())
-                tome = tome or errors
-            for clustered, weighted, start in product(("tokens", "keys"), (False, True), STARTS):
-                if start == "bipartite" and 2 * k < x.shape[1]:
+    for column, rate in enumerate(RATES):
+        k = round(rate * x.shape[1])
+        others = {n: note((n,), 0, column, lambda: make(k)(x, features=keys)) for n, make in OTHERS.items()}
+        for clustered, weighted, start in product(("tokens", "keys"), (False, True), STARTS):
+            if start == "bipartite" and 2 * k < x.shape[1]:
+                continue
+            on, weights = x if clustered == "tokens" else keys, scores if weighted else None
+            if start not in NESTED or not column:
+                chosen[clustered, weighted, start] = *timed(lambda: begin(on, k, weights, start)), k
+            picks, drawing, most = chosen[clustered, weighted, start]
+            picks, drawing = picks[:, :k], drawing * k / most if start in DRAWN else 0.0
+            for emit, (row, count) in product(EMITS, enumerate(ITERATIONS)):
+                if (clustered == "keys" or emit == "medoid's mean") and count != 5:
                     continue
-                on, weights = x if clustered == "tokens" else keys, scores if weighted else None
-                if start not in NESTED or not column:
-                    chosen[clustered, weighted, start] = *timed(lambda: begin(on, k, weights, start)), k
-                picks, drawing, most = chosen[clustered, weighted, start]
-                picks, drawing = picks[:, :k], drawing * k / most if start in DRAWN else 0.0
-                for emit, (row, count) in product(EMITS, enumerate(ITERATIONS)):
-                    if clustered == "keys" and count not in (0, 5):
-                        continue
-                    table = sums.setdefault((clustered, weighted, start, emit), Sums(len(ITERATIONS)))
-                    centers, seconds = timed(lambda: cluster(emit, x, on, k, weights, start, picks, count))
-                    errors = table.add(row, column, x, scores, centers, drawing + seconds)
-                    if (clustered, emit, count) != ("tokens", "mean", 5):
-                        continue
-                    if start == "farthest":
-                        shown.setdefault("WK-Means" if weighted else "K-Means", []).append(errors[0].mean().item())
-                    if start in ("farthest", "bipartite") and rate in compared:
-                        compared[rate].setdefault((start, weighted), []).append(errors[weighted] / tome[weighted])
-        by_layer += [{"layer": number, "way": way, "error": [round(e, 4) for e in line]} for way, line in shown.items()]
-        say(f"layer {number} of {len(layers)} done")
-    names = ("clustered", "weighted", "start", "emit")
-    ways = [table.record(len(layers), **dict(zip(names, way))) for way, table in sums.items()]
-    against = []
-    for rate, found in compared.items():
-        for (start, weighted), ratios in found.items():
-            ratios = torch.cat(ratios)
-            line = {"rate": rate, "start": start, "weighted": weighted, "pairs": len(ratios)}
-            above = int((ratios > 1 + 1e-5).sum())
-            against.append(
-                {**line, "above": above, "mean": round(ratios.mean().item(), 3), "worst": round(ratios.max().item(), 3)}
-            )
-    return ways, by_layer, against
+                way = (clustered, "weighted" if weighted else "plain", start, emit)
+                errors = note(way, row, column, lambda: cluster(emit, x, on, k, weights, start, picks, count), drawing)
+                if (clustered, emit, count) == ("tokens", "mean", 5) and start in COMPARED:
+                    ratios[COMPARED.index(start), int(weighted), column] = errors[weighted] / others[TOME][weighted]
+    return found, ratios
+
+
+def numbers(table: torch.Tensor, digits: int) -> list:
+    return [[None if v != v else round(v, digits) for v in row] for row in table.tolist()]
+
+
+def records(layers: list[tuple[dict, torch.Tensor]]) -> dict[str, list[dict]]:
+    """The ways (mean over layers and images), a few of them by layer, and the library's against ToMe's."""
+    ways = []
+    for way in layers[0][0]:
+        error, weighted, seconds = torch.stack([found[way] for found, _ in layers]).double().mean(0)
+        half = numbers(seconds * 1e3, 3)
+        half = [row[RATES.index(0.5)] for row in half]
+        ways.append(
+            {"way": way, "error": numbers(error, 3), "weighted_error": numbers(weighted, 3), "ms_at_half": half}
+        )
+    by_layer = []
+    for number, (found, _) in enumerate(layers):
+        for way, row in SHOWN.items():
+            by_layer.append({"layer": number, "way": way, "error": numbers(found[way][0], 4)[row]})
+    ratios, against = torch.cat([r for _, r in layers], 3), []
+    for (i, start), weighted, (column, rate) in product(enumerate(COMPARED), (False, True), enumerate(RATES)):
+        pairs = ratios[i, int(weighted), column]
+        if not pairs.isnan().any():
+            line = {"start": start, "weighted": weighted, "rate": rate, "pairs": len(pairs)}
+            line |= {"above": int((pairs > 1 + 1e-5).sum()), "mean": round(pairs.mean().item(), 3)}
+            against.append({**line, "worst": round(pairs.max().item(), 3)})
+    return {"ways": ways, "layers": by_layer, "against ToMe": against}
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence reconstruction", description=__doc__)
-    parser.add_argument("--crops", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--crops", type=int, default=6)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     pixels = data.crops(args.crops, held_out=True)
-    layers = capture.layers(load_dinov2_small(), pixels)[: args.layers]
-    ways, by_layer, against = study(layers, lambda line: print(line, flush=True))
+    done = []
+    for number, layer in enumerate(capture.layers(load_dinov2_small(), pixels)):
+        done.append(data.cached(f"reconstruction-{args.crops}-{number}", lambda: study(layer)))
+        print(f"layer {number} of 12 done", flush=True)
     about = {"crops": len(pixels), "tokens": 256, "rates": RATES, "iterations": ITERATIONS}
-    print(data.save("reconstruction", about, {"ways": ways, "layers": by_layer, "against ToMe": against}))
+    print(data.save("reconstruction", about, records(done)))
     return 0

@@ -136,6 +136,19 @@ def lowpass() -> str:
     return markdown(["", *(f"{model}{what}" for model in models for what in (": holds in", ": range or mean"))], table)
 
 
+def positions() -> str:
+    rows = []
+    for row in data.load("positions")["records"]:
+        line = [row["pictures"], f"{row['position_weight']:g}", row["ratio"]]
+        for name in ("class", "patches"):
+            low, high = row[f"{name}_gain_95"]
+            gain = f"{row[f'{name}_gain']:+.4f} ({low:.4f} to {high:.4f})" if row["position_weight"] else ""
+            line += [f"{row[name]:.4f}", gain]
+        rows.append(line)
+    head = ["pictures", "position_weight", "kept at each of three blocks", "class token", "gain", "patches", "gain"]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "one-line": one_line,
@@ -145,6 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fashion-intervals": lambda: against_all("fashion"),
     "settings": settings,
     "lowpass": lowpass,
+    "positions": positions,
 }
 
 

@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .flops import Cost, ViTSpec, cost, gmacs, tokens_per_layer
 from .patching import apply_patch, patched_blocks, remove_patch, support_of
@@ -52,6 +52,7 @@ def patch(
     track_size: bool | None = None,
     num_prefix_tokens: int | None = None,
     protect: Iterable[int] | None = None,
+    positions: Tensor | None = None,
     blocks: str | Iterable[nn.Module] | None = None,
     example: Any = None,
     **pooling_options: Any,
@@ -105,10 +106,13 @@ def patch(
         num_prefix_tokens: tokens in front that are never pooled. Default: read from the model. A forward with no more
             tokens than that raises ``ValueError``.
         protect: indices of other tokens that are never pooled; negative ones count from the end.
+        positions: (n, P) coordinates of the tokens that may be pooled, for ``position_weight``. Default: row and
+            column in a square image.
         blocks: the block list, as a dotted path or as modules, for a model with several.
         example: inputs of the model, a tensor, tuple or dict, to try its blocks on where made-up ones do not do.
         **pooling_options: for the pooling module, e.g. ``weighted=True``, ``num_iters=5``, ``init=None``,
-            ``emit=None``, ``sort=True``, ``backend=None`` of ``TokenPooling``. Unknown names raise.
+            ``emit=None``, ``sort=True``, ``position_weight=0.0``, ``backend=None`` of ``TokenPooling``. Unknown names
+            raise.
 
     Cost: significance scores and keys are taken from the block's own attention product while it runs, so nothing is
     projected twice and fused attention stays; the score itself is one pass of ``functional.attention_received``
@@ -134,6 +138,7 @@ def patch(
         track_size=track_size,
         num_prefix_tokens=num_prefix_tokens,
         protect=protect,
+        positions=positions,
         example=example,
         pooling_options=pooling_options,
     )

@@ -14,6 +14,7 @@ from torch import nn
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from ..checks import check_bool, check_choice, check_int, check_ratio
 from ..modules import TokenPooling, TokenReduction
+from ..positions import check_positions
 from . import finding, pooled, probing
 from . import schedule as schedules
 from .pooled import PLACE, SUBMODULE, Place, Plan, PooledBlock
@@ -115,6 +116,7 @@ def prepare(
     track_size: bool | None,
     num_prefix_tokens: int | None,
     protect,
+    positions,
     example,
     pooling_options: dict,
 ) -> tuple[finding.BlockList, Plan, dict, dict]:
@@ -152,6 +154,7 @@ def prepare(
         position=position,
         cluster_on=cluster_on or ("keys" if pooling == "bipartite" else "tokens"),
         track_size=False,
+        positions=check_positions("patch", positions),
         schedule=counts,
     )
     make = pooling_factory(pooling, pooling_options)

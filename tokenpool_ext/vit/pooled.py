@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..baselines import BipartiteMatching, GridPooling
 from ..modules import TokenPooling, TokenReduction
+from ..positions import grid_positions
 from . import halves, recording
 from .tap import Tap, take_square
 
@@ -59,6 +60,7 @@ class Plan:
     position: str  # "block" or "attention"
     cluster_on: str
     track_size: bool
+    positions: Tensor | None = None  # (n, P) of the tokens that may be pooled; None: a square grid's
     schedule: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)  # arguments of `patch`, to patch again
     form: Form = None  # how the blocks take their tokens and side inputs, found by the probe
@@ -245,6 +247,7 @@ class Reducer:
         b, t, _ = tokens.shape
         scores = self.tap.scores(self.valid) if getattr(pooling, "needs_scores", True) else None
         features = self.tap.keys() if plan.cluster_on == "keys" else None
+        places = self.places(b, tokens.device) if getattr(pooling, "position_weight", 0) else None
         valid, sizes, order = self.valid, None, None
         if plan.track_size:
             sizes = (
@@ -255,12 +258,12 @@ class Reducer:
         whole = tokens
         if plan.num_protected > plan.prefix:  # bring the protected ones to the front
             order = self.front(b, t, tokens.device)
-            tokens, scores, features, valid, sizes = (
-                None if v is None else take(v, order) for v in (tokens, scores, features, valid, sizes)
+            tokens, scores, features, places, valid, sizes = (
+                None if v is None else take(v, order) for v in (tokens, scores, features, places, valid, sizes)
             )
         self.before = whole
         p = plan.num_protected
-        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, valid, sizes, p, self.ends)
+        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, places, valid, sizes, p, self.ends)
         recording.add(plan, self.index, clusters)
         labels = clusters.assignment
         if plan.outside == "full" and not isinstance(pooling, COVERING):  # dropped ones show as the one most like them
@@ -282,6 +285,18 @@ class Reducer:
         self.state = State(local, rep, sizes, drops)
         return pooled
 
+    def places(self, b: int, device: torch.device) -> Tensor:
+        """(B, T, P) coordinates of the tokens left; zeros of protected ones."""
+        plan, n = self.plan, self.n
+        free = n - plan.num_protected
+        given = grid_positions(free, device) if plan.positions is None else plan.positions.to(device)
+        if len(given) != free:
+            raise ValueError(f"patch: positions must be of the {free} tokens that may be pooled, got {len(given)}")
+        protected = set(plan.protected(n))
+        places = given.new_zeros(n, given.shape[1])
+        places[[i for i in range(n) if i not in protected]] = given
+        return places.expand(b, -1, -1) if self.state is None else places[self.state.index]
+
     def front(self, b: int, t: int, device: torch.device) -> Tensor:
         """(B, T) the order that has the protected tokens first."""
         protected = torch.zeros(self.n, dtype=torch.bool, device=device)
@@ -291,12 +306,12 @@ class Reducer:
         return (~protected).int().argsort(stable=True).expand(b, t)
 
 
-def reduce(pooling: nn.Module, tokens, scores, features, valid, sizes, p: int, ends=()):
+def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int, ends=()):
     """(pooled tokens, clusters, sizes) of a pooling module, whichever it is; of packed sequences each by itself."""
     if len(ends) > 1:
         parts, start, k = [], 0, 0
         for end in ends:
-            given = (None if v is None else v[:, start:end] for v in (tokens, scores, features, valid, sizes))
+            given = (None if v is None else v[:, start:end] for v in (tokens, scores, features, places, valid, sizes))
             out, clusters, part_sizes = reduce(pooling, *given, p)
             parts.append((out, torch.where(clusters.assignment < 0, -1, clusters.assignment + k), part_sizes))
             start, k = end, k + out.shape[1]
@@ -305,7 +320,8 @@ def reduce(pooling: nn.Module, tokens, scores, features, valid, sizes, p: int, e
         sizes = None if sizes is None else torch.cat([x for *_, x in parts], 1)
         return out, functional.Clusters(out, labels, mass, None, mass.sum(1)), sizes
     if isinstance(pooling, TokenReduction):
-        out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes)
+        more = {} if places is None else {"positions": places}
+        out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes, **more)
         return out[0], out[1], None if sizes is None else out[2]
     pooled = pooling(tokens, scores, features=features, mask=valid, sizes=sizes)
     new_sizes = None

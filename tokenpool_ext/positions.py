@@ -1,0 +1,76 @@
+"""Position-aware clustering: where the tokens are, as further features beside what they are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import check_floating
+from .ops import accumulate_dtype
+
+
+def with_positions(features: Tensor, positions: Tensor, weight: float, mask: Tensor | None = None) -> Tensor:
+    """Features with the coordinates appended, so scaled that they spread ``weight`` times as far as the features.
+
+    The spread of an image is the root of its tokens' mean squared distance to their mean.
+
+    Args:
+        features: (B, N, E), floating.
+        positions: (B, N, P) coordinates in any unit.
+        weight: 1 lets places count as much as features.
+        mask: (B, N) bool, True = real token: padding has no part in the spreads.
+
+    Returns:
+        (B, N, E + P) in features.dtype; no gradient through the scale nor the coordinates.
+    """
+    acc = accumulate_dtype(features.dtype)
+    real = torch.ones_like(positions[:, :, :1], dtype=torch.bool) if mask is None else mask[:, :, None]
+    places, _ = _in_spreads(positions.detach().to(acc), real)
+    _, spread = _in_spreads(features.detach().to(acc), real)
+    return torch.cat([features, (weight * spread * places).to(features.dtype)], dim=2)
+
+
+def _in_spreads(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, N, E) less the mean of the real tokens, in spreads, zeros elsewhere; and the spread (B, 1, 1)."""
+    count = real.sum(1, keepdim=True).clamp(min=1)
+    first = real.byte().argmax(1, keepdim=True)
+    x = torch.where(real, x - x.gather(1, first.expand(-1, -1, x.shape[2])), 0)  # equal rows become exact zeros
+    x = torch.where(real, x - (x / count).sum(1, keepdim=True), 0)
+    largest = x.abs().amax((1, 2), keepdim=True)
+    x = torch.where(largest > 0, x / largest, 0)  # so that no square overflows or vanishes
+    root = (x.square().sum((1, 2), keepdim=True) / count).sqrt()
+    return torch.where(root > 0, x / root, 0), largest * root
+
+
+def grid_positions(n: int, device: torch.device) -> Tensor:
+    """(n, 2) row and column of the tokens of a square image in raster order.
+
+    Raises:
+        ValueError: n is no square.
+    """
+    side = math.isqrt(n)
+    if side * side != n:
+        raise ValueError(f"position_weight: {n} tokens are no square grid; give their coordinates with positions=...")
+    index = torch.arange(n, device=device)
+    return torch.stack([index // side, index % side], 1).float()
+
+
+def check_position_weight(name: str, value) -> float:
+    """A finite float, at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: position_weight must be a float, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: position_weight must be finite and at least 0, got {value}")
+    return float(value)
+
+
+def check_positions(name: str, positions) -> Tensor | None:
+    """(n, P) coordinates, or None."""
+    if positions is None:
+        return None
+    check_floating(name, "positions", positions)
+    if positions.dim() != 2 or not positions.isfinite().all():
+        raise ValueError(f"{name}: positions must be finite coordinates (n, P), got shape {tuple(positions.shape)}")
+    return positions
