@@ -35,11 +35,11 @@ PORTABLE = ["-include", str(CSRC / "portable.h")]  # no more of glibc and libstd
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and os.path.exists(os.path.join(home, "bin", "nvcc")):
-            return os.path.join(home, "bin", "nvcc")
-    return shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if os.path.exists("/usr/local/cuda/bin/nvcc") else None)
+    """Path of nvcc: that of CUDA_HOME or CUDA_PATH where one is set, else on PATH or in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=os.path.join(home, "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def cuda_home() -> str | None:
@@ -70,7 +70,9 @@ def compiler() -> str | None:
 def cannot_build() -> str | None:
     """Why the CUDA library cannot be built here, or None."""
     if find_nvcc() is None:
-        return "nvcc was not found; install a CUDA toolkit and put nvcc on PATH, or set CUDA_HOME"
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        where = f" in {os.path.join(home, 'bin')}" if home else ""
+        return f"nvcc was not found{where}; install a CUDA toolkit and put nvcc on PATH, or set CUDA_HOME to its folder"
     version = toolkit_version()
     if version is not None and version < MINIMUM_TOOLKIT and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         return (
@@ -78,9 +80,7 @@ def cannot_build() -> str | None:
             'TORCH_CUDA_ARCH_LIST to what it knows, for example "8.0;9.0a"'
         )
     if torch_folder() is None:
-        return "torch is not installed: its headers are needed; pip install torch"
-    if not os.path.exists(os.path.join(torch_folder(), "include", "torch", "csrc", "stable", "library.h")):
-        return "this torch has no stable ABI headers; torch >= 2.11 is needed to build"
+        return "no torch whose stable ABI headers one can build with; pip install 'torch>=2.11'"
     if compiler() is None:
         return "no C++ compiler was found; install g++ or set CXX"
     if not (Path(cuda_home()) / "include" / "cuda_runtime_api.h").exists() and not list(
@@ -132,9 +132,11 @@ def cuda_extension_parameters(archs: str | None = None) -> dict[str, list[str]]:
             "-fPIC",
             "-fvisibility=hidden",
             "-Wall",
+            "-Wextra",
             *PORTABLE,
             "-DUSE_CUDA",
             f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+            *os.environ.get("CFLAGS", "").split(),  # setuptools adds them to the CPU kernels' flags
         ],
         "library_dirs": [os.path.join(torch_root, "lib"), *[str(path) for path in folders if path.exists()]],
         "libraries": ["torch_cpu", "torch_cuda", "cudart_static"],
@@ -143,14 +145,14 @@ def cuda_extension_parameters(archs: str | None = None) -> dict[str, list[str]]:
 
 def _tasks(p: dict[str, list[str]], build: Path) -> list[tuple]:
     """(command, object) of every compilation, the longest first."""
-    includes = [f"-I{path}" for path in p["include_dirs"]]
+    headers = ["-isystem", p["include_dirs"][0], *(f"-I{path}" for path in p["include_dirs"][1:])]  # torch's warn
     tasks = []
     for source in map(Path, p["kernels"]):
         output = build / (source.stem + ".cu.o")
         tasks.append(([find_nvcc(), *p["nvcc_flags"], "-c", str(source), "-o", str(output)], output))
     for source in map(Path, p["cxx_sources"]):
         output = build / (source.stem + ".o")
-        tasks.append(([compiler(), *p["cxx_flags"], *includes, "-c", str(source), "-o", str(output)], output))
+        tasks.append(([compiler(), *p["cxx_flags"], *headers, "-c", str(source), "-o", str(output)], output))
     return tasks
 
 

@@ -170,6 +170,13 @@ def test_no_kernel_spills_or_uses_a_stack_at_any_architecture(library):
         assert max(r["registers"] for r in records if r["kernel"] == kernel) <= 64  # 1024 threads
 
 
+def test_nothing_warns(library):
+    logs = [BUILD / f"{Path(source).stem}.log" for source in builder.cuda_extension_parameters()["cxx_sources"]]
+    logs += [BUILD / f"{name}.cu.log" for name in builder.KERNELS]
+    said = [line for log in logs for line in log.read_text().splitlines() if "warning" in line.lower()]
+    assert not said, said
+
+
 def test_library_needs_no_cuda_runtime_and_no_torch_cxx_symbols(library):
     dynamic = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True).stdout
     assert "libcudart" not in dynamic and "libtorch_cuda.so" in dynamic
