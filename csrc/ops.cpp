@@ -92,11 +92,11 @@ Tensor new_output(const Tensor& like, int64_t images, int64_t rows, int64_t feat
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(const char* op, bool medoids, const Tensor& tokens,
-                                                               const std::optional<Tensor>& weights,
-                                                               const std::optional<Tensor>& mask,
-                                                               const std::optional<Tensor>& counts, const Tensor& start,
-                                                               int64_t num_clusters, int64_t num_iters, bool sort) {
+using Clusters = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // centers, assignment, mass, medoids, inertia
+
+Clusters run_cluster(const char* op, bool medoids, const Tensor& tokens, const std::optional<Tensor>& weights,
+                     const std::optional<Tensor>& mask, const std::optional<Tensor>& counts, const Tensor& start,
+                     int64_t num_clusters, int64_t num_iters, bool sort) {
   STD_TORCH_CHECK(tokens.is_cpu() && tokens.dim() == 3, op, ": x must be a CPU tensor of shape (B, N, D)");
   const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), K = num_clusters;
   STD_TORCH_CHECK(K >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", K, " and ",
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(const char* op, b
   Tensor centers = new_output(x, B, K, D);
   Tensor assignment = new_tensor(x, {B, N}, ScalarType::Long);
   Tensor mass = new_tensor(x, {B, K}, acc);
-  Tensor medoid_index = medoids ? new_tensor(x, {B, K}, ScalarType::Long) : assignment;  // not returned
+  Tensor medoid_index = new_tensor(x, {B, K}, ScalarType::Long);
   Tensor inertia = new_tensor(x, {B}, acc);
 
   ClusterArgs a{};
@@ -145,24 +145,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_cluster(const char* op, b
   a.centers = centers.data_ptr();
   a.assignment = static_cast<int64_t*>(assignment.data_ptr());
   a.mass = mass.data_ptr();
-  a.medoid_index = medoids ? static_cast<int64_t*>(medoid_index.data_ptr()) : nullptr;
+  a.medoid_index = static_cast<int64_t*>(medoid_index.data_ptr());
   a.inertia = inertia.data_ptr();
   if (B > 0) kernels().cluster(a);
   return {centers, assignment, mass, medoid_index, inertia};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans_cpu(Tensor x, std::optional<Tensor> weights,
-                                                      std::optional<Tensor> mask, std::optional<Tensor> counts,
-                                                      Tensor init, int64_t num_clusters, int64_t num_iters, bool sort) {
-  auto [centers, assignment, mass, medoids, inertia] =
-      run_cluster("kmeans", false, x, weights, mask, counts, init, num_clusters, num_iters, sort);
-  return {centers, assignment, mass, inertia};
+Clusters kmeans_cpu(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask, std::optional<Tensor> counts,
+                    Tensor init, int64_t num_clusters, int64_t num_iters, bool sort) {
+  return run_cluster("kmeans", false, x, weights, mask, counts, init, num_clusters, num_iters, sort);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmedoids_cpu(Tensor x, std::optional<Tensor> weights,
-                                                                std::optional<Tensor> mask,
-                                                                std::optional<Tensor> counts, Tensor init,
-                                                                int64_t num_clusters, int64_t num_iters, bool sort) {
+Clusters kmedoids_cpu(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask, std::optional<Tensor> counts,
+                      Tensor init, int64_t num_clusters, int64_t num_iters, bool sort) {
   return run_cluster("kmedoids", true, x, weights, mask, counts, init, num_clusters, num_iters, sort);
 }
 
@@ -330,13 +325,11 @@ Tensor attention_received_cpu(Tensor queries, Tensor keys, double scale, std::op
 }  // namespace tokenpool
 
 STABLE_TORCH_LIBRARY(tokenpool_ext, m) {
-  m.def(
-      "kmeans(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
-      " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor inertia)");
-  m.def(
-      "kmedoids(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int "
-      "num_iters,"
-      " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor medoids, Tensor inertia)");
+  for (const char* name : {"kmeans", "kmedoids"})
+    m.def((name + std::string("(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt "
+                              "num_clusters, int num_iters, bool sort) -> (Tensor centers, Tensor assignment, Tensor "
+                              "mass, Tensor medoids, Tensor inertia)"))
+              .c_str());
   m.def("assign(Tensor x, Tensor centers, Tensor? mask) -> Tensor");
   m.def("pool(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor centers, Tensor mass)");
   m.def(

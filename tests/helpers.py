@@ -191,15 +191,12 @@ def assert_consistent(
     assert result.assignment.shape == (B, N) and result.assignment.dtype == torch.int64
     assert result.mass.shape == (B, K) and result.mass.dtype == tol.acc
     assert result.inertia.shape == (B,) and result.inertia.dtype == tol.acc
-    if algorithm == "kmedoids":
-        assert result.medoids.shape == (B, K) and result.medoids.dtype == torch.int64
-    else:
-        assert result.medoids is None
+    assert result.medoids.shape == (B, K) and result.medoids.dtype == torch.int64
     for t in result:
-        assert t is None or t.device.type == x.device.type
+        assert t.device.type == x.device.type
     X, centers, mass, inertia = f64(x), f64(result.centers), f64(result.mass), f64(result.inertia)
     labels = result.assignment.cpu().numpy()
-    medoids = None if result.medoids is None else result.medoids.cpu().numpy()
+    medoids = result.medoids.cpu().numpy()
     W = np.ones((B, N)) if weights is None else f64(weights)
     valid = np.ones((B, N), bool) if mask is None else mask.cpu().numpy()
     per_image = np.full(B, K) if counts is None else np.asarray(counts)
@@ -213,8 +210,7 @@ def assert_consistent(
         got = labels[b][real]
         assert ((got >= 0) & (got < max(k, 1))).all(), f"{where} labels outside [0, {k}): {got.min()}..{got.max()}"
         assert (centers[b, k:] == 0).all() and (mass[b, k:] == 0).all(), f"{where} padded clusters must be zero"
-        if medoids is not None:
-            assert (medoids[b, k:] == -1).all(), f"{where} padded medoids must be -1"
+        assert (medoids[b, k:] == -1).all(), f"{where} padded medoids must be -1"
         sizes = np.bincount(got, minlength=K)[:K] if len(real) else np.zeros(K, int)
         assert (sizes[:k] > 0).all(), f"{where} empty clusters {np.flatnonzero(sizes[:k] == 0)}"
         if not finite:
@@ -234,6 +230,15 @@ def assert_consistent(
                 err_msg=f"{where} mass of cluster {j}",
             )
             mu = weighted_mean(rows, w)
+            m = medoids[b, j]
+            assert m in members, f"{where} medoid {m} of cluster {j} is not one of its members"
+            if algorithm == "kmedoids" and w.sum() == 0:
+                assert m == members[0], f"{where} weightless cluster {j}: medoid must be its lowest member"
+            else:
+                d = ((rows - mu) ** 2).sum(-1)
+                assert d[list(members).index(m)] <= d.min() + 2 * slack, (
+                    f"{where} medoid {m} of cluster {j} is not the member nearest to its mean"
+                )
             if algorithm == "kmeans":
                 np.testing.assert_allclose(
                     centers[b, j],
@@ -244,17 +249,8 @@ def assert_consistent(
                 )
                 c = mu
             else:
-                m = medoids[b, j]
-                assert m in members, f"{where} medoid {m} of cluster {j} is not one of its members"
                 assert torch.equal(result.centers[b, j].cpu(), x[b, m].cpu()), f"{where} center {j} is not row {m}"
                 c = X[b, m]
-                if w.sum() == 0:
-                    assert m == members[0], f"{where} weightless cluster {j}: medoid must be its lowest member"
-                else:
-                    d = ((rows - mu) ** 2).sum(-1)
-                    assert d[list(members).index(m)] <= d.min() + 2 * slack, (
-                        f"{where} medoid {m} of cluster {j} is not the member nearest to its mean"
-                    )
             with np.errstate(over="ignore"):
                 total += _cost(w, ((rows - c) ** 2).sum(-1)).sum()
             used += w.sum()

@@ -146,6 +146,20 @@ def _central(x, w, members, mu):
     return members[d.index(min(d))]
 
 
+def representatives(x, labels, k, weights=None):
+    """(k,) of each cluster the member nearest to its mean, lowest index on a tie, in rational arithmetic; -1: none."""
+    labels = np.asarray(labels)
+    x, w = _numbers(x, True), _numbers(np.ones(len(x)) if weights is None else weights, True)
+    chosen = np.full(k, -1)
+    for j in range(k):
+        members = np.flatnonzero(labels == j)
+        if len(members):
+            mu = _mean(x[members], w[members])
+            d = [_distance(x[i], mu) for i in members]
+            chosen[j] = members[d.index(min(d))]
+    return chosen
+
+
 def best_medoid(x, w):
     """Brute force over all members (contract 3.2 as written, no identity): (losses, lowest index of the least)."""
     losses = np.array([(w * ((x - row) ** 2).sum(-1)).sum() for row in x])

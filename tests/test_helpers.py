@@ -28,7 +28,7 @@ class Result(NamedTuple):
     centers: torch.Tensor
     assignment: torch.Tensor
     mass: torch.Tensor
-    medoids: torch.Tensor | None
+    medoids: torch.Tensor
     inertia: torch.Tensor
 
 
@@ -36,12 +36,14 @@ def solved(x, K, init, algorithm="kmeans", **kwargs):
     """The oracle's answer for one image, as a batched result."""
     answer = oracle.cluster(x[0].double().numpy(), K, init=init[0].numpy(), algorithm=algorithm, **kwargs)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    medoids = None if answer.medoids is None else torch.from_numpy(answer.medoids)[None]
+    medoids = answer.medoids
+    if medoids is None:
+        medoids = oracle.representatives(x[0].double().numpy(), answer.assignment, len(answer.mass))
     return Result(
         torch.from_numpy(answer.centers)[None].to(x.dtype),
         torch.from_numpy(answer.assignment)[None],
         torch.from_numpy(answer.mass)[None].to(acc),
-        medoids,
+        torch.from_numpy(medoids)[None],
         torch.tensor([answer.inertia]).to(acc),
     )
 
@@ -92,16 +94,19 @@ def test_each_wrong_field_is_refused(case):
             assert_consistent(good._replace(**change), x, K)
 
 
-def test_wrong_medoid_and_padding_are_refused(case):
+@pytest.mark.parametrize("algorithm", ["kmeans", "kmedoids"])
+def test_wrong_medoid_and_padding_are_refused(case, algorithm):
     x, K, init = case
-    good = solved(x, K, init, "kmedoids")
+    good = solved(x, K, init, algorithm)
     members = (good.assignment[0] == good.assignment[0].mode().values).nonzero()[:, 0]
     j = int(good.assignment[0, members[0]])
     far = next(int(m) for m in members if m != good.medoids[0, j])
     medoids, centers = good.medoids.clone(), good.centers.clone()
-    medoids[0, j], centers[0, j] = far, x[0, far]
-    with pytest.raises(AssertionError):
-        assert_consistent(good._replace(medoids=medoids, centers=centers), x, K, algorithm="kmedoids")
+    medoids[0, j] = far
+    if algorithm == "kmedoids":
+        centers[0, j] = x[0, far]
+    with pytest.raises(AssertionError, match="nearest to its mean"):
+        assert_consistent(good._replace(medoids=medoids, centers=centers), x, K, algorithm=algorithm)
     mask = torch.ones(1, 40, dtype=torch.bool)
     mask[0, 7] = False
     with pytest.raises(AssertionError, match="padding"):

@@ -126,7 +126,3 @@ def test_assignment_and_centers_are_of_the_same_iteration(backend):
     got = tp.kmeans(x, 2, init=torch.tensor([[0, 1]], device=backend.device), num_iters=1, backend=backend.name)
     assert got.assignment.tolist() == [[0, 1, 1, 1]]
     torch.testing.assert_close(got.centers[0, :, 0].cpu(), torch.tensor([0.0, 25 / 3]))
-
-
-def test_medoids_is_none(backend):
-    assert tp.kmeans(tokens(1, 6, 2, device=backend.device), 2, backend=backend.name).medoids is None

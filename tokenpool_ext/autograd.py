@@ -57,8 +57,8 @@ class KMeans(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        centers, assignment, mass, inertia = output
-        ctx.mark_non_differentiable(assignment, mass, inertia)
+        centers, assignment, mass, medoids, inertia = output
+        ctx.mark_non_differentiable(assignment, mass, medoids, inertia)
         _save(ctx, inputs[0], inputs[1], inputs[2], centers, assignment, mass)
 
     @staticmethod
@@ -68,7 +68,7 @@ class KMeans(torch.autograd.Function):
 
     @staticmethod
     def tangents(ctx, _chain, x_tangent, weights_tangent, *_):
-        return _means_tangent(ctx, x_tangent, weights_tangent), None, None, None
+        return _means_tangent(ctx, x_tangent, weights_tangent), None, None, None, None
 
 
 @_ruled
@@ -183,7 +183,7 @@ class ClusterSums(torch.autograd.Function):
 
 
 def kmeans(chain, x, weights, *rest):
-    """The op `kmeans` with derivatives: (centers, assignment, mass, inertia)."""
+    """The op `kmeans` with derivatives: (centers, assignment, mass, medoids, inertia)."""
     if _traced():
         centers, *constant = _constant(chain, "kmeans", x, weights, *rest)
         return _attached(chain, x, weights, centers, constant[0]), *constant

@@ -15,7 +15,7 @@ from .functional import Clusters, pool, unpool
 from .matching import match
 from .modules import TokenReduction, cached, take_tokens
 from .ops import accumulate_dtype, falling
-from .reference import sort_clusters
+from .reference import nearest_members, sort_clusters
 
 __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
 
@@ -244,4 +244,4 @@ def _merge(module: TokenReduction, x, assignment, k, sizes, want_clusters):
             tokens.detach().to(acc), assignment
         )
         inertia = (ones * offset.square().sum(2)).sum(1)
-    return tokens, Clusters(tokens, assignment, mass, None, inertia)
+    return tokens, Clusters(tokens, assignment, mass, nearest_members(x, tokens, assignment), inertia)

@@ -40,7 +40,8 @@ class Clusters(NamedTuple):
                 K-Medoids: rows of x. Zeros where the cluster does not exist (per-image K, padding). Differentiable.
     assignment  (B, N) int64 in 0..K-1; -1 for padding.
     mass        (B, K) acc: summed weights of the members (their number, without weights).
-    medoids     (B, K) int64 token indices (-1 where the cluster does not exist) for K-Medoids; None for K-Means.
+    medoids     (B, K) int64 token indices, -1 where the cluster does not exist. K-Medoids: the rows that are centers.
+                K-Means: each cluster's representative, the member nearest to its mean (ties: the lowest index).
     inertia     (B,) acc: sum_i w_i ||x_i - c_{a_i}||^2 of this assignment and these centers (before they are rounded to
                 x.dtype). Saturates at the largest finite number.
     """
@@ -48,14 +49,13 @@ class Clusters(NamedTuple):
     centers: Tensor
     assignment: Tensor
     mass: Tensor
-    medoids: Tensor | None
+    medoids: Tensor
     inertia: Tensor
 
 
 def _collate(batch, *, collate_fn_map=None) -> Clusters:
     """A `DataLoader`'s batch of the clusters of single images."""
-    parts = ((None if part[0] is None else collate(part, collate_fn_map=collate_fn_map)) for part in zip(*batch))
-    return Clusters(*parts)
+    return Clusters(*(collate(part, collate_fn_map=collate_fn_map) for part in zip(*batch)))
 
 
 torch.serialization.add_safe_globals([Clusters])  # torch.load(weights_only=True), its default, reads saved ones
@@ -101,14 +101,14 @@ def kmeans(
         backend: "cuda", "triton", "cpu" or "reference"; None chooses (see `backends()` and `explain`).
 
     Returns:
-        `Clusters`; `medoids` is None.
+        `Clusters`; `medoids` holds the member nearest to each mean.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: `backend` cannot run this, with the reason.
 
     Gradients (the assignment is constant): dL/dx_i = w_i / W_{a_i} * dL/dc_{a_i} and
-    dL/dw_i = (x_i - c_{a_i}) . dL/dc_{a_i} / W_{a_i}. `assignment`, `mass` and `inertia` carry none.
+    dL/dw_i = (x_i - c_{a_i}) . dL/dc_{a_i} / W_{a_i}. `assignment`, `mass`, `medoids` and `inertia` carry none.
 
     Source: Marin et al., "Token Pooling in Vision Transformers" (arXiv 2110.03860), section 3: objective and Algorithm
     (K-Means, weighted K-Means).
@@ -289,8 +289,4 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     else:
         with no_autocast(x3):
             result = run(chain, name, *arguments)
-    centers, assignment, mass = result[:3]
-    medoids, inertia = (None, result[3]) if name == "kmeans" else result[3:]
-    if batched:
-        return Clusters(centers, assignment, mass, medoids, inertia)
-    return Clusters(centers[0], assignment[0], mass[0], None if medoids is None else medoids[0], inertia[0])
+    return Clusters(*(result if batched else (part[0] for part in result)))

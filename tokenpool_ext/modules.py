@@ -324,7 +324,7 @@ class TokenPooling(TokenReduction):
                 f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {value('keep_ratio'):g}; use another init"
             )
         if value("emit") == "medoid" and value("algorithm") == "kmeans":
-            raise ValueError(f"{name}: emit='medoid' needs algorithm='kmedoids', got 'kmeans'; K-Means has no medoids")
+            raise ValueError(f"{name}: emit='medoid' needs algorithm='kmedoids', got 'kmeans', which emits means")
 
     @property
     def needs_scores(self) -> bool:

@@ -98,8 +98,9 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     if init.dtype == torch.int64 and init.shape[1] == 0:
         apart = (norm[:, :, None] + norm[:, None, :] - 2 * centered @ centered.transpose(1, 2)).clamp(min=0)
         init = _farthest(apart, w, valid, k)
-    medoids = init.clamp(0, n - 1) if init.dtype == torch.int64 else None
-    centers = init.to(acc) - mean if medoids is None else _rows(centered, medoids)
+    from_tokens = init.dtype == torch.int64
+    medoids = init.clamp(0, n - 1) if from_tokens else None
+    centers = _rows(centered, medoids) if from_tokens else init.to(acc) - mean
 
     before = loss_before = done = None
     for _ in range(num_iters):
@@ -124,11 +125,11 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
         share, mass = _shares(member, w)
         centers = share.transpose(1, 2) @ centered
         if with_medoids:
-            offset = torch.where(member, 0.0, torch.inf) + _squared(centered, norm, centers)
+            offset = _squared(centered, norm, centers)
             pair = member.sum(1, keepdim=True) == 2  # of two, the heavier; of weightless ones, the first
-            offset = torch.where(member & pair, -w[:, :, None], offset)
-            offset = torch.where(member & ~(mass > 0)[:, None, :], 0.0, offset)
-            medoids = torch.where(member.any(1), _lowest(offset, 1), -1)
+            offset = torch.where(pair, -w[:, :, None], offset)
+            offset = torch.where((mass > 0)[:, None, :], offset, 0.0)
+            medoids = _nearest_member(member, offset)
             centers = _rows(centered, medoids)
 
     if sort:
@@ -137,18 +138,25 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
         rank = _before(first, torch.ones_like(active))
         order = (rank[:, None, :] == cluster[:, None]).to(torch.int64).argmax(2)
         assignment = torch.where(valid, rank.gather(1, assignment.clamp(min=0)), -1)
-        medoids = None if medoids is None else medoids.gather(1, order)
+        medoids = medoids.gather(1, order) if with_medoids else None
         member = _members(assignment, k)
         share, mass = _shares(member, w)
-    exists = member.any(1)
     if with_medoids:
-        rows = torch.where(exists[:, :, None], _rows(tokens, medoids), 0.0)
-        medoids = torch.where(exists, medoids, -1)
+        rows = torch.where(member.any(1)[:, :, None], _rows(tokens, medoids), 0.0)
     else:
         rows = share.transpose(1, 2) @ tokens
     error = (tokens - _rows(rows, assignment)).square().sum(2)
+    if not with_medoids:
+        differ = (member & (error > 0)[:, :, None]).any(1, keepdim=True)
+        pair = differ & (member.sum(1, keepdim=True) == 2)
+        medoids = _nearest_member(member, torch.where(pair, -w[:, :, None], error[:, :, None]))
     inertia = torch.where(valid, w * error, 0.0).sum(1)
     return rows.to(x.dtype), assignment, mass, medoids, inertia
+
+
+def _nearest_member(member: Tensor, offset: Tensor) -> Tensor:
+    """(B, K) of each cluster the member of the least offset, the first of equals; -1 where there is none."""
+    return torch.where(member.any(1), _lowest(torch.where(member, offset, torch.inf), 1), -1)
 
 
 def _squared(x: Tensor, norm: Tensor, centers: Tensor) -> Tensor:
@@ -156,10 +164,7 @@ def _squared(x: Tensor, norm: Tensor, centers: Tensor) -> Tensor:
 
 
 def kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
-    centers, assignment, mass, _, inertia = _cluster(
-        x, weights, mask, counts, init, num_clusters, num_iters, sort, False
-    )
-    return centers, assignment, mass, inertia
+    return _cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
 
 
 def kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):

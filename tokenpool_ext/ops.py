@@ -12,11 +12,11 @@ import torch
 
 _CLUSTER = (
     "(Tensor x, Tensor? weights, Tensor? mask, Tensor? counts, Tensor init, SymInt num_clusters, int num_iters,"
-    " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, "
+    " bool sort) -> (Tensor centers, Tensor assignment, Tensor mass, Tensor medoids, Tensor inertia)"
 )
 SCHEMAS = {
-    "kmeans": _CLUSTER + "Tensor inertia)",
-    "kmedoids": _CLUSTER + "Tensor medoids, Tensor inertia)",
+    "kmeans": _CLUSTER,
+    "kmedoids": _CLUSTER,
     "assign": "(Tensor x, Tensor centers, Tensor? mask) -> Tensor",
     "pool": "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_clusters) -> (Tensor centers, Tensor mass)",
     "pool_backward": "(Tensor grad_centers, Tensor x, Tensor centers, Tensor assignment, Tensor? weights, Tensor mass)"
@@ -40,20 +40,16 @@ def falling(values: torch.Tensor) -> torch.Tensor:
     return values.argsort(dim=1, descending=True, stable=True)
 
 
-def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
+def _cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     b, n, d = x.shape
     acc = accumulate_dtype(x.dtype)
     return (
         x.new_empty(b, num_clusters, d),
         x.new_empty(b, n, dtype=torch.int64),
         x.new_empty(b, num_clusters, dtype=acc),
+        x.new_empty(b, num_clusters, dtype=torch.int64),
         x.new_empty(b, dtype=acc),
     )
-
-
-def _kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):
-    centers, assignment, mass, inertia = _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort)
-    return centers, assignment, mass, torch.empty_like(mass, dtype=torch.int64), inertia
 
 
 def _assign(x, centers, mask):
@@ -82,8 +78,8 @@ def _attention_received(q, k, scale, lse):
 
 
 FAKES = {
-    "kmeans": _kmeans,
-    "kmedoids": _kmedoids,
+    "kmeans": _cluster,
+    "kmedoids": _cluster,
     "assign": _assign,
     "pool": _pool,
     "pool_backward": _pool_backward,

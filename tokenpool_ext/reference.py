@@ -198,25 +198,59 @@ def _medoids(assignment: Tensor, centers: Tensor, mass: Tensor, p: _Problem) -> 
     at sums w_2 d and w_1 d, so the heavier one wins: decided on the weights, for rounding would toss a coin on every
     tie.
     """
-    n = assignment.shape[1]
-    k = p.active.shape[1]
     distance = (p.centered - _gather_rows(centers, assignment)).square().sum(-1)
-    distance = torch.where(distance.isnan(), torch.inf, distance)
     index = assignment.clamp(min=0)
-    count = torch.zeros_like(mass).scatter_add(1, index, p.valid.to(mass.dtype))
-    distance = torch.where(count.gather(1, index) == 2, -p.weights, distance)
+    distance = torch.where(_count(assignment, p).gather(1, index) == 2, -p.weights, distance)
     distance = torch.where(mass.gather(1, index) > 0, distance, 0)
-    least = torch.full_like(mass, torch.inf).scatter_reduce(1, index, torch.where(p.valid, distance, torch.inf), "amin")
-    nearest = p.valid & (distance == least.gather(1, index))
-    token = torch.where(nearest, torch.arange(n, device=assignment.device), n)
-    medoids = torch.full((len(mass), k), n, device=assignment.device)
-    medoids = medoids.scatter_reduce(1, index, token, "amin")
-    return torch.where(medoids < n, medoids, -1)
+    return _least_member(distance, assignment, p)
+
+
+def _count(assignment: Tensor, p: _Problem) -> Tensor:
+    """(B, K) members."""
+    return p.active.new_zeros(p.active.shape, dtype=torch.int64).scatter_add(
+        1, assignment.clamp(min=0), p.valid.to(torch.int64)
+    )
+
+
+def _representatives(error: Tensor, assignment: Tensor, p: _Problem) -> Tensor:
+    """(B, K): of each cluster the member nearest to its mean, at the squared distances `error`, lowest index on a tie.
+
+    Two members that differ are as far apart from their mean as the other one is heavy: decided on the weights, for
+    rounding would break every tie.
+    """
+    index = assignment.clamp(min=0)
+    most = torch.zeros_like(p.active, dtype=error.dtype).scatter_reduce(
+        1, index, torch.where(p.valid, error.nan_to_num(0.0), 0), "amax"
+    )
+    pair = (_count(assignment, p) == 2) & (most > 0)
+    return _least_member(torch.where(pair.gather(1, index), -p.weights, error), assignment, p)
+
+
+def _least_member(cost: Tensor, assignment: Tensor, p: _Problem) -> Tensor:
+    """(B, K): of each cluster the member of the least cost (B, N), lowest index on a tie; -1 where there is none."""
+    b, n = assignment.shape
+    index = assignment.clamp(min=0)
+    cost = torch.where(p.valid & ~cost.isnan(), cost, torch.inf)
+    least = torch.full_like(p.active, torch.inf, dtype=cost.dtype).scatter_reduce(1, index, cost, "amin")
+    nearest = p.valid & (cost == least.gather(1, index))
+    token = torch.where(nearest, torch.arange(n, device=cost.device), n)
+    member = torch.full(p.active.shape, n, device=cost.device).scatter_reduce(1, index, token, "amin")
+    return torch.where(member < n, member, -1)
 
 
 def _gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows[b, index[b, i]]: (B, N, D), with row 0 where the index is -1."""
     return rows.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def nearest_members(x: Tensor, centers: Tensor, assignment: Tensor) -> Tensor:
+    """(B, K): of each cluster (B, N) the member nearest to its center (B, K, D), lowest index on a tie; -1 for a
+    cluster without members. For those who have an assignment of their own; B x K x N numbers are in memory."""
+    wide = wide_dtype(x)
+    distance = (x.detach().to(wide) - _gather_rows(centers.detach().to(wide), assignment)).square().sum(-1)
+    distance = distance.nan_to_num(torch.finfo(wide).max, torch.finfo(wide).max)
+    member = assignment[:, None, :] == torch.arange(centers.shape[1], device=x.device)[:, None]
+    return torch.where(member.any(2), torch.where(member, distance[:, None, :], torch.inf).argmin(2), -1)
 
 
 def sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -301,13 +335,10 @@ def kmeans(
     num_clusters: int,
     num_iters: int,
     sort: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted Lloyd iterations (paper section 3.2). Returns (centers, assignment, mass, inertia); see
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weighted Lloyd iterations (paper section 3.2). Returns (centers, assignment, mass, medoids, inertia); see
     functional.kmeans."""
-    centers, assignment, mass, _, inertia = _cluster(
-        x, weights, mask, counts, init, num_clusters, num_iters, sort, False
-    )
-    return centers, assignment, mass, inertia
+    return _cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
 
 
 def kmedoids(
@@ -378,7 +409,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     if sort:
         assignment, order = sort_clusters(assignment, k)
         mass, share = _membership(assignment, p.weights, k)
-        medoids = medoids.gather(1, order)
+        medoids = medoids.gather(1, order) if with_medoids else medoids
     if with_medoids:
         rows = torch.where(medoids[:, :, None] >= 0, _gather_rows(p.tokens, medoids), 0)
         centers = torch.where(medoids[:, :, None] >= 0, _gather_rows(x, medoids), 0)
@@ -386,6 +417,8 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
         rows = _means(p.tokens, assignment, share, k)  # of the tokens themselves: a lone member is its own mean
         centers = _rounded(rows * p.token_unscale[:, None, None], rows, x.dtype)
     error = (p.tokens - _gather_rows(rows, assignment)).square().sum(-1)
+    if not with_medoids:
+        medoids = _representatives(error, assignment, p)
     inertia = torch.where(p.valid & (p.weights != 0), p.weights * error, 0).sum(1)
     exponent = 2 * _exponent(p.token_unscale) + _exponent(p.weight_unscale)
     limit = 100 if wide == torch.float32 else 800

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice
-from .functional import kmeans, kmedoids, pool, unpool
+from .functional import kmeans, kmedoids, pool
 from .positions import check_position_weight, with_positions
 from .ragged import Images
 
@@ -95,7 +95,7 @@ def compress(
         backend=backend,
     )
     means, assignment = clusters.centers[:, :, : segments.x.shape[2]], clusters.assignment
-    order, medoids = _reading_order(_representatives(segments.x, means, assignment))
+    order, medoids = _reading_order(clusters.medoids)
     means = means.gather(1, order[..., None].expand_as(means))
     assignment = torch.where(assignment >= 0, order.argsort(1).gather(1, assignment.clamp(min=0)), -1)
     if places is not None:
@@ -190,20 +190,6 @@ def drop_placeholders(input_ids: Tensor, placeholder: int, counts: Sequence[int]
     at = (run - 1).clamp(min=0)
     keep = ~image | (within - first[at] < wanted[at])
     return input_ids[keep], keep
-
-
-@torch.no_grad()
-def _representatives(x: Tensor, centers: Tensor, assignment: Tensor) -> Tensor:
-    """(B, K) the member nearest to each mean (ties: the first); -1 where there is no cluster."""
-    distance = (x.float() - unpool(centers.float(), assignment)).square().sum(2).nan_to_num(torch.inf)
-    distance = torch.where(assignment >= 0, distance, torch.inf)
-    labels = assignment.clamp(min=0)
-    least = distance.new_full(centers.shape[:2], torch.inf).scatter_reduce(1, labels, distance, "amin")
-    n = x.shape[1]
-    index = torch.arange(n, device=x.device).expand_as(labels)
-    index = torch.where((assignment >= 0) & (distance <= least.gather(1, labels)), index, n)
-    first = index.new_full(centers.shape[:2], n).scatter_reduce(1, labels, index, "amin")
-    return torch.where(first < n, first, -1)
 
 
 def _reading_order(medoids: Tensor) -> tuple[Tensor, Tensor]:

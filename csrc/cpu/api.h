@@ -47,7 +47,7 @@ struct ClusterArgs {
   void* centers;          // [B, K, D] dtype
   int64_t* assignment;    // [B, N]
   void* mass;             // [B, K] acc
-  int64_t* medoid_index;  // [B, K] or null
+  int64_t* medoid_index;  // [B, K]; K-Means: the member nearest to each mean
   void* inertia;          // [B] acc
 };
 

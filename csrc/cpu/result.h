@@ -116,7 +116,7 @@ class Result : protected Image<In> {
     int64_t* assignment = a.assignment + image_ * a.tokens;
     C* mass = static_cast<C*>(a.mass) + image_ * K;
     In* centers = static_cast<In*>(a.centers) + image_ * K * D;
-    int64_t* medoids = a.medoid_index ? a.medoid_index + image_ * K : nullptr;
+    int64_t* medoids = a.medoid_index + image_ * K;
     const C most = std::numeric_limits<C>::max();
 
     int32_t* place = count_;  // cluster j is returned as place[j]
@@ -128,15 +128,15 @@ class Result : protected Image<In> {
     for (int64_t j = k_; j < K; ++j) {
       mass[j] = 0;
       std::fill(centers + j * D, centers + (j + 1) * D, In{});
-      if (medoids) medoids[j] = -1;
+      medoids[j] = -1;
     }
     split(a.parallel_for, worth(2 * n_ * D), k_, [&](int64_t begin, int64_t end) {
       Buffer<C> mean(D);
       for (int64_t j = begin; j < end; ++j) {
         const int64_t out = place[j];
         mass[out] = std::min(total_[j] / weight_scale_, most);
-        if (medoids) medoids[out] = token(medoid_[j]);
         error_[j] = write_center(j, mean, centers + out * D);
+        medoids[out] = token(medoid_[j]);
       }
     });
     double inertia = 0;
@@ -145,12 +145,14 @@ class Result : protected Image<In> {
     static_cast<C*>(a.inertia)[image_] = inertia > double(most) ? most : C(inertia);
   }
 
-  // Center j as it is returned -> the weighted squared distances of its members to it.
-  double write_center(int64_t j, C* mean, In* out) const {
+  // Center j as it is returned -> the weighted squared distances of its members to it; K-Means: its medoid, the member
+  // nearest to it, the lowest on a tie (of two that differ the heavier one: there rounding would break every tie).
+  double write_center(int64_t j, C* mean, In* out) {
     const int64_t D = a.features, first = member_[start_[j]];
     const bool alone = start_[j + 1] - start_[j] == 1, settled = settled_ && !changed_[j];
     if (alone || a.medoids) {
-      const In* x = row(a.medoids ? medoid_[j] : first);
+      if (!a.medoids) medoid_[j] = int32_t(first);
+      const In* x = row(medoid_[j]);
       std::copy(x, x + D, out);
       if (alone) {  // a NaN of the token or its weight stays NaN
         const C weight = weight_ ? weight_[first] : C(1);
@@ -163,12 +165,24 @@ class Result : protected Image<In> {
       if (scale_ != C(1)) keep_finite(mean, out, D);
     }
     double error = 0;
+    int32_t nearest = int32_t(first);
+    C least = std::numeric_limits<C>::infinity(), most = 0;
     for (int64_t m = start_[j]; m < start_[j + 1]; ++m) {
-      const int64_t i = member_[m];
+      const int32_t i = member_[m];
       const C weight = weight_ ? weight_[i] : C(1);
-      if (weight == C(0)) continue;
-      error += double(weight) * double(settled ? best_[i] : squared_difference(row(i), mean));
+      if (weight == C(0) && a.medoids) continue;
+      const C distance = settled ? best_[i] : squared_difference(row(i), mean);
+      if (weight != C(0)) error += double(weight) * double(distance);
+      nearest = distance < least ? i : nearest;
+      least = distance < least ? distance : least;
+      most = distance > most ? distance : most;
     }
+    if (a.medoids) return error;
+    if (start_[j + 1] - start_[j] == 2 && most > 0) {
+      const int32_t second = member_[start_[j] + 1];
+      nearest = weight_ && weight_[second] > weight_[first] ? second : int32_t(first);
+    }
+    medoid_[j] = nearest;
     return error;
   }
 

@@ -126,10 +126,11 @@ struct ResidentArgs {
   IterationArgs run;
   Tokens x;
   const int64_t* counts;
-  void* centers;   // (B, K, D) dtype of x
-  float* mass;     // (B, K)
-  float* inertia;  // (B,)
-  int chunk;       // features staged at once
+  void* centers;     // (B, K, D) dtype of x
+  float* mass;       // (B, K)
+  float* inertia;    // (B,)
+  int64_t* nearest;  // (B, K) K-Means: the member nearest to each mean; or null
+  int chunk;         // features staged at once
   int use_scale;
 };
 
@@ -267,6 +268,8 @@ struct MeansArgs {
   float* inertia_parts;     // (B, K) or null, scaled units
   int* arrived;             // (B,) zeros; with inertia_parts
   float* inertia;           // (B,) written by the last cluster of each image; with inertia_parts
+  int64_t* nearest;         // (B, K) the member nearest to each mean; or null
+  float* apart;             // (B, N) squared distances from the means, in scaled units; with nearest
   MeansMode mode;
 };
 

@@ -22,15 +22,19 @@ __global__ void __launch_bounds__(128, 5) means_kernel(MeansArgs a) {
     const Shares shares(weights, members, a.segment_length[work]);
     T* out = static_cast<T*>(a.centers) + work * features;
     float error = 0.0f;
+    int chosen = -1;
     if (shares.length == 0) {
       for (int f = lane_index(); f < features; f += kWarp) out[f] = from_float<T>(0.0f);
     } else {
       const int medoid = a.mode == MeansMode::kMedoid ? static_cast<int>(a.medoids[work]) : 0;
       const ImageStats* stats = a.stats == nullptr ? nullptr : a.stats + b;
-      error = emit_center(image, members, shares, a.mode, medoid, stats, weights, features, out);
+      float* apart = a.nearest == nullptr ? nullptr : a.apart + b * n;
+      error = emit_center(image, members, shares, a.mode, medoid, stats, weights, features, apart, out);
+      if (apart != nullptr) chosen = nearest_member(members, shares, features, apart);
     }
     bool last = false;
     if (lane_index() == 0) {
+      if (a.nearest != nullptr) a.nearest[work] = chosen;
       if (a.mass != nullptr) a.mass[work] = shares.length == 0 ? 0.0f : shares.mass;
       if (a.inertia_parts != nullptr) {
         a.inertia_parts[work] = error;

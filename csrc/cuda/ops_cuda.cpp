@@ -177,7 +177,7 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   const Tensor centers = new_tensor(x, {b, k, d});
   const Tensor assignment = new_tensor(x, {b, n}, ScalarType::Long);
   const Tensor mass = new_tensor(x, {b, k}, ScalarType::Float);
-  const Tensor medoids = with_medoids ? new_tensor(x, {b, k}, ScalarType::Long) : assignment;  // not returned
+  const Tensor medoids = new_tensor(x, {b, k}, ScalarType::Long);
   const Tensor inertia = new_tensor(x, {b}, ScalarType::Float);
   if (b == 0 || n == 0)
     return {filled(centers, 0), assignment, filled(mass, 0), filled(medoids, -1), filled(inertia, 0)};
@@ -205,18 +205,16 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   call.assignment = data<int64_t>(assignment);
   call.mass = data<float>(mass);
   call.medoids = with_medoids ? data<int64_t>(medoids) : nullptr;
+  call.nearest = with_medoids ? nullptr : data<int64_t>(medoids);
   call.inertia = data<float>(inertia);
   const Tensor memory = workspace(x, plan.workspace_bytes);
   check_launch(run_clustering(plan, problem, call, memory.data_ptr(), device.stream), op);
   return {centers, assignment, mass, medoids, inertia};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kmeans(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask,
-                                                  std::optional<Tensor> counts, Tensor init, int64_t num_clusters,
-                                                  int64_t num_iters, bool sort) {
-  auto [centers, assignment, mass, medoids, inertia] =
-      run_cluster("kmeans", false, x, weights, mask, counts, init, num_clusters, num_iters, sort);
-  return {centers, assignment, mass, inertia};
+Clusters kmeans(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask, std::optional<Tensor> counts,
+                Tensor init, int64_t num_clusters, int64_t num_iters, bool sort) {
+  return run_cluster("kmeans", false, x, weights, mask, counts, init, num_clusters, num_iters, sort);
 }
 
 Clusters kmedoids(Tensor x, std::optional<Tensor> weights, std::optional<Tensor> mask, std::optional<Tensor> counts,

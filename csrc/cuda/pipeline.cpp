@@ -77,7 +77,8 @@ int launch_results(const ClusterCall& call, const Workspace& w, void* stream) {
                         w.stats,         call.medoids,
                         call.centers,    call.mass,
                         w.inertia_parts, w.arrived,
-                        call.inertia,    call.medoids != nullptr ? MeansMode::kMedoid : MeansMode::kMean};
+                        call.inertia,    call.nearest,
+                        w.apart,         call.medoids != nullptr ? MeansMode::kMedoid : MeansMode::kMean};
   return launch_means(call.dtype, means, per_cluster(call.shape, stream));
 }
 
@@ -109,9 +110,15 @@ int run_resident(const CudaPlan& plan, const ClusterCall& call, const Workspace&
     TOKENPOOL_TRY(launch_stats(call, w, stream));
     TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
   }
-  const ResidentArgs args{
-      iterations_of(plan, call, w), call.x, call.counts, call.centers, call.mass, call.inertia, plan.chunk,
-      use_scale(call.dtype)};
+  const ResidentArgs args{iterations_of(plan, call, w),
+                          call.x,
+                          call.counts,
+                          call.centers,
+                          call.mass,
+                          call.inertia,
+                          call.nearest,
+                          plan.chunk,
+                          use_scale(call.dtype)};
   return launch_resident(call.dtype, args, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream});
 }
 
@@ -211,6 +218,7 @@ ClusterCall slice(const ClusterCall& call, int64_t first, int64_t images) {
   part.assignment += first * n;
   part.mass += first * k;
   if (call.medoids != nullptr) part.medoids += first * k;
+  if (call.nearest != nullptr) part.nearest += first * k;
   part.inertia += first;
   return part;
 }

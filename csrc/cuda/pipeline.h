@@ -24,6 +24,7 @@ struct ClusterCall {
   int64_t* assignment;  // (B, N)
   float* mass;          // (B, K)
   int64_t* medoids;     // (B, K), or null for K-Means
+  int64_t* nearest;     // (B, K) K-Means: the member nearest to each mean; null for K-Medoids
   float* inertia;       // (B,)
 };
 

@@ -105,18 +105,22 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
       const int row = used ? s.rank[j] : j;
       T* out = static_cast<T*>(a.centers) + (b * k + row) * features;
       float error = 0.0f, mass = 0.0f;
+      int chosen = -1;
       if (used) {
         const int* members = s.order + s.start[j];
         const Shares shares(weights, members, s.start[j + 1] - s.start[j]);
         mass = shares.mass;
-        error =
-            emit_center(image, members, shares, mode, p.with_medoids ? s.medoid[j] : 0, &stats, weights, features, out);
+        float* apart = p.with_medoids ? nullptr : s.cost;
+        error = emit_center(image, members, shares, mode, p.with_medoids ? s.medoid[j] : 0, &stats, weights, features,
+                            apart, out);
+        if (apart != nullptr) chosen = nearest_member(members, shares, features, apart);
       } else {
 #pragma unroll 1
         for (int f = lane_index(); f < features; f += kWarp) out[f] = from_float<T>(0.0f);
       }
       if (lane_index() == 0) {
         a.mass[b * k + row] = mass;
+        if (a.nearest != nullptr) a.nearest[b * k + row] = chosen;
         if (a.run.medoids != nullptr) a.run.medoids[b * k + row] = used ? s.medoid[j] : -1;
         s.part[row] = error;
       }

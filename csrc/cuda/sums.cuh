@@ -102,13 +102,15 @@ __device__ inline float squared_distance(const float (&v)[kCenterChunks][4], con
 
 // Writes one row of the centers, aligned as rows of features are. Returns sum_i w_i ||(x_i - c) * scale||^2 over the
 // members, w in units of stats.weight_scale, to every lane (0 without stats). medoid: token to copy in kMedoid mode.
+// apart, with stats: where it goes, token by token, how far the members are, squared and scaled; or null.
 template <typename T>
 __device__ inline float emit_center(const Image<T>& image, const int* members, const Shares& shares, MeansMode mode,
                                     int medoid, const ImageStats* stats, const float* image_weights, int features,
-                                    T* out) {
+                                    float* apart, T* out) {
   Sum error;
 #pragma unroll 1
-  for (int f = 4 * lane_index(); f < features; f += 4 * kWarp * kCenterChunks) {
+  for (int base = 0; base < features; base += 4 * kWarp * kCenterChunks) {
+    const int f = base + 4 * lane_index();
     float center[kCenterChunks][4] = {};
     if (mode == MeansMode::kMedoid) {
       load_chunks(image, medoid, f, features, center);
@@ -163,9 +165,27 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
       const float squares = stats->scale == 1.0f ? squared_distance<false>(v, center, 1.0f)
                                                  : squared_distance<true>(v, center, stats->scale);
       error.add(w * squares);
+      if (apart == nullptr) continue;
+      const float sum = warp_sum(squares);
+      if (lane_index() == 0) apart[token] = base == 0 ? sum : apart[token] + sum;
     }
   }
   return stats == nullptr ? 0.0f : warp_sum(error.value);
+}
+
+// The member nearest to its mean, the lowest on a tie; of two that differ the heavier one, as rounding would break
+// every tie of theirs. apart: by emit_center of this warp. The same for every lane.
+__device__ inline int nearest_member(const int* members, const Shares& shares, int features, const float* apart) {
+  if (features == 0 || shares.length < 2) return members[0];
+  __syncwarp();
+  Candidate nearest{infinity(), 0};  // by place among the members
+#pragma unroll 1
+  for (int m = lane_index(); m < shares.length; m += kWarp) nearest = smaller(nearest, Candidate{apart[members[m]], m});
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) nearest = smaller(nearest, shuffle_xor(nearest, offset));
+  if (shares.length == 2 && (apart[members[0]] > 0.0f || apart[members[1]] > 0.0f))
+    return members[shares.weight(members[1]) > shares.weight(members[0]) ? 1 : 0];
+  return members[nearest.index];
 }
 
 // Sum of part(j) over all clusters by one warp, in a fixed order; every lane gets it.

@@ -48,6 +48,7 @@ struct Workspace {
   int* bucket = nullptr;
   int* rank = nullptr;
   float* inertia_parts = nullptr;
+  float* apart = nullptr;
   int* arrived = nullptr;
   int* key = nullptr;
   int* pick_key = nullptr;
@@ -87,6 +88,7 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
     w.segment_start = carver.take<int>(images * k);
     w.segment_length = carver.take<int>(images * k);
     w.inertia_parts = carver.take<float>(images * k);
+    if (!p.with_medoids) w.apart = carver.take<float>(images * n);
     w.arrived = carver.take<int>(images);
   }
   if (spread) w.gram = carver.take<float>(images * static_cast<int64_t>(packed_words(p.tokens)));

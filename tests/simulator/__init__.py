@@ -154,10 +154,7 @@ class Simulator:
         return centers, assignment, mass, chosen, inertia
 
     def kmeans(self, x, weights, mask, counts, init, num_clusters, num_iters, sort):
-        centers, assignment, mass, _, inertia = self._cluster(
-            x, weights, mask, counts, init, num_clusters, num_iters, sort, False
-        )
-        return centers, assignment, mass, inertia
+        return self._cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
 
     def kmedoids(self, x, weights, mask, counts, init, num_clusters, num_iters, sort):
         return self._cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, True)

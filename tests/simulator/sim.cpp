@@ -145,6 +145,7 @@ int sim_cluster(const int64_t* n, const void* const* p) {
   call.assignment = out<int64_t>(p[7]);
   call.mass = out<float>(p[8]);
   call.medoids = problem.with_medoids ? out<int64_t>(p[9]) : nullptr;
+  call.nearest = problem.with_medoids ? nullptr : out<int64_t>(p[9]);
   call.inertia = out<float>(p[10]);
   const auto memory = garbage(workspace_bytes(plan, problem, plan.images_per_pass));
   return run_clustering(plan, problem, call, memory.get(), nullptr) == 0 ? static_cast<int>(plan.path) : -1;

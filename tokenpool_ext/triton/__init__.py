@@ -162,9 +162,7 @@ def _kmeans(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     _check_cluster("kmeans", x, weights, mask, counts, init, num_clusters, num_iters)
     from .clustering import cluster
 
-    found = cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
-    centers, assignment, mass, _, inertia = found
-    return centers, assignment, mass, inertia
+    return cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort, False)
 
 
 def _kmedoids(x, weights, mask, counts, init, num_clusters, num_iters, sort):

@@ -392,7 +392,7 @@ class Chunk:
         x, (B, N, D), K = self.x, self.x.shape, self.K
         centers = x.new_empty((B, K, D))
         mass, part = (x.new_empty((B, K), dtype=torch.float32) for _ in range(2))
-        medoid = x.new_empty((B, K) if self.medoids else (1,), dtype=torch.int64)
+        medoid = x.new_empty((B, K), dtype=torch.int64)
         inertia = x.new_empty(B, dtype=torch.float32)
         configs = heuristics.finish_configs(D)
         launch(
@@ -420,6 +420,7 @@ class Chunk:
                     mass_out=mass,
                     medoid_out=medoid,
                     part=part,
+                    apart=self.cost,
                     N=N,
                     D=D,
                     K=K,

@@ -25,6 +25,7 @@ def finish_kernel(
     mass_out,
     medoid_out,
     part,
+    apart,
     N,
     D,
     K,
@@ -42,7 +43,8 @@ def finish_kernel(
 ):
     """One program per (image, cluster).  Outputs, all contiguous: centers_out (B, K, D) x.dtype; label_out int64
     (B, N), already -1 for padding; mass_out float32 (B, K); medoid_out int64 (B, K); part float32 (B, K): the
-    cluster's share of the inertia, in scaled units.  Reads every member's row (from L2 the second time).
+    cluster's share of the inertia, in scaled units.  K-Means: medoid_out is the member nearest to the mean; apart
+    float32 (B, N) is room for the members' squared distances.  Reads every member's row (from L2 the second time).
 
     A mean is the first member that counts plus the mean difference from it, so equal members come back bit for bit.
     """
@@ -132,8 +134,40 @@ def finish_kernel(
             w = tl.load(wn + b * N + token, mask=live, other=0.0)
             rows = load_rows(x, center, s, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
             gap = tl.where(live[:, None] & inside[None, :], rows - m[None, :] - mean[None, :], 0.0)
-            loss += tl.sum(tl.sum(gap * gap, axis=1) * w, axis=0)
+            squares = tl.sum(gap * gap, axis=1)
+            loss += tl.sum(squares * w, axis=0)
+            if not MEDOIDS:
+                before = tl.load(apart + b * N + token, mask=e < size * (d0 // BD), other=0.0)
+                tl.store(apart + b * N + token, before + squares, mask=live)
+        if not MEDOIDS:
+            tl.debug_barrier()  # of the distances: the next tile adds to them, then they are compared
     tl.store(part + pid, loss)
+    if not MEDOIDS:
+        # The nearest member, the first of equals; of two that differ the heavier one, for rounding would break every
+        # tie of theirs.
+        least = float("inf")
+        most = 0.0
+        nearest = tl.load(lst + first, mask=size > 0, other=-1)
+        heaviest = tl.load(wn + b * N + nearest, mask=size > 0, other=0.0)
+        heavier = nearest
+        for e0 in range(0, size, BLOCK):
+            e = e0 + offs
+            token = tl.load(lst + first + e, mask=e < size, other=2147483647)
+            far = tl.load(apart + b * N + token, mask=e < size * tl.minimum(D, 1), other=0.0)
+            w = tl.load(wn + b * N + token, mask=e < size, other=-1.0)
+            far = tl.where((e < size) & (far == far), far, float("inf"))
+            lowest = tl.min(far, axis=0)
+            if lowest < least:
+                nearest = tl.min(tl.where(far == lowest, token, 2147483647), axis=0)
+                least = lowest
+            most = tl.maximum(most, tl.max(tl.where(e < size, far, 0.0), axis=0))
+            heavy = tl.max(w, axis=0)
+            if heavy > heaviest:
+                heavier = tl.min(tl.where(w == heavy, token, 2147483647), axis=0)
+                heaviest = heavy
+        if size == 2:
+            nearest = tl.where(most > 0, heavier, nearest)
+        tl.store(medoid_out + out, nearest.to(tl.int64))
 
 
 @kernel

@@ -283,7 +283,7 @@ def plan(
     planes = 2 if half else 1
     images = chunk_images(B, N, K, which)
     # clustering.Chunk: numbers an image, a token, a cluster; centers; the partial statistics.
-    common = 6 * 4 + N * (6 * 4 + 8) + K * (8 * 4 + D * itemsize) + (4 + 8) * K * medoids
+    common = 6 * 4 + N * (6 * 4 + 8) + K * (8 * 4 + 8 + D * itemsize) + 4 * K * medoids
     shared = 3 * 4 * K if which == "gram" else 0  # lists of one token, the same for all images
     common += (0 if half else 4 * D) + (3 * 4 * D * -(-N // STATS_CHUNK) if scaled else 0)
     if which == "gram":

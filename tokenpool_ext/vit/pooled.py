@@ -28,6 +28,7 @@ from .. import functional
 from ..baselines import BipartiteMatching, GridPooling
 from ..modules import TokenPooling, TokenReduction
 from ..positions import grid_positions
+from ..reference import nearest_members
 from . import halves, recording
 from .tap import Tap, take_square
 
@@ -271,7 +272,7 @@ class Reducer:
             labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
         lead = torch.arange(p, device=labels.device).expand(b, p)
         local = torch.cat([lead, torch.where(labels < 0, -1, labels + p)], dim=1) if p else labels
-        rep = representatives(tokens, pooled, clusters, local, p)
+        rep = representatives(clusters, local, p)
         if order is not None:
             rep = order.gather(1, rep)
             local = local.gather(1, order.argsort(dim=1))
@@ -313,22 +314,29 @@ def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p
         for end in ends:
             given = (None if v is None else v[:, start:end] for v in (tokens, scores, features, places, valid, sizes))
             out, clusters, part_sizes = reduce(pooling, *given, p)
-            parts.append((out, torch.where(clusters.assignment < 0, -1, clusters.assignment + k), part_sizes))
+            labels = torch.where(clusters.assignment < 0, -1, clusters.assignment + k)
+            medoids = torch.where(clusters.medoids < 0, -1, clusters.medoids + start)
+            parts.append((out, labels, medoids, part_sizes))
             start, k = end, k + out.shape[1]
-        out, labels = torch.cat([x for x, *_ in parts], 1), torch.cat([x for _, x, _ in parts], 1)
+        out, labels, medoids = (torch.cat(x, 1) for x in list(zip(*parts))[:3])
         mass = out.new_ones(out.shape[:2])
         sizes = None if sizes is None else torch.cat([x for *_, x in parts], 1)
-        return out, functional.Clusters(out, labels, mass, None, mass.sum(1)), sizes
+        return out, functional.Clusters(out, labels, mass, medoids, mass.sum(1)), sizes
     if isinstance(pooling, TokenReduction):
         more = {} if places is None else {"positions": places}
         out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes, **more)
-        return out[0], out[1], None if sizes is None else out[2]
+        clusters = out[1]
+        if clusters.medoids is None:  # of a reduction that is not ours
+            medoids = nearest_members(tokens[:, p:], out[0][:, p:], clusters.assignment)
+            clusters = clusters._replace(medoids=medoids)
+        return out[0], clusters, None if sizes is None else out[2]
     pooled = pooling(tokens, scores, features=features, mask=valid, sizes=sizes)
     new_sizes = None
     if isinstance(pooled, tuple):
         pooled, new_sizes = pooled[0], pooled[-1]
     labels = nearest(tokens[:, p:], pooled[:, p:])  # it tells no clusters
-    return pooled, functional.Clusters(pooled[:, p:], labels, None, None, None), new_sizes
+    medoids = nearest_members(tokens[:, p:], pooled[:, p:], labels)
+    return pooled, functional.Clusters(pooled[:, p:], labels, None, medoids, None), new_sizes
 
 
 def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
@@ -337,20 +345,12 @@ def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
     return (centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)).argmin(dim=2)
 
 
-def representatives(tokens: Tensor, pooled: Tensor, clusters, local: Tensor, p: int) -> Tensor:
-    """(B, K) the member nearest to each pooled token; for an empty cluster a token that is in none."""
-    b, t = local.shape
-    k = pooled.shape[1]
-    medoids = getattr(clusters, "medoids", None)
-    if medoids is not None:
-        lead = torch.arange(p, device=medoids.device).expand(b, p)
-        return torch.cat([lead, medoids + p], dim=1) if p else medoids
-    with torch.no_grad():
-        own = functional.unpool(pooled.detach(), local)
-        distance = (tokens.detach() - own).float().square().sum(dim=2)  # (B, T)
-        member = local[:, None, :] == torch.arange(k, device=local.device)[:, None]
-        outsider = torch.where(local < 0, 1e38, torch.inf)
-        return torch.where(member, distance[:, None, :], outsider[:, None, :]).argmin(dim=2)
+def representatives(clusters: functional.Clusters, local: Tensor, p: int) -> Tensor:
+    """(B, K) of each pooled token the member nearest to it; for an empty cluster a token that is in none."""
+    medoids = clusters.medoids
+    outsider = (local < 0).int().argmax(dim=1, keepdim=True)
+    lead = torch.arange(p, device=medoids.device).expand(len(medoids), p)
+    return torch.cat([lead, torch.where(medoids < 0, outsider, medoids + p)], dim=1)
 
 
 def reduces(pooling: nn.Module, t: int, plan: Plan) -> bool:
