@@ -30,7 +30,8 @@ WORDS = (120, 400)  # of a long description that counts as a document
 
 
 def descriptions(path: str, count: int, seed: int, skip: int) -> list[tuple[str, str, str]]:
-    """(package, short, long) of `count` packages behind `skip` others. Of packages whose long or short texts begin alike, the first."""
+    """(package, short, long) of `count` packages behind `skip` others, drawn with `seed`. Of packages whose long or
+    short texts begin alike, the first."""
     found, seen = [], set()
     for entry in Path(path).read_text(encoding="utf-8").split("\n\n"):
         lines = entry.split("\n")
