@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PARALLEL ?= -n 2 --dist loadfile
 SLOW := $(addprefix tests/test_,cuda_simulator.py triton_interpret.py triton_compile.py)
 
-.PHONY: build demo test test-gpu-kernels test-all fuzz sanitize aarch64 lint bench clean
+.PHONY: build demo test test-gpu-kernels test-all fuzz sanitize lint bench clean
 
 build: $(VENV)/built
 
@@ -50,19 +50,17 @@ fuzz: $(VENV)/built $(VENV)/test
 sanitize: $(VENV)/test
 	tests/sanitize.sh $(PY)
 
-# The CPU kernels on an emulated arm64 processor: apt-get install g++-aarch64-linux-gnu qemu-user.
-aarch64:
-	tests/aarch64.sh
-
 # Versions are pinned: a formatter's next release must not change what passes.
 $(VENV)/lint:
 	$(PYTHON) -m venv $(VENV)/tools
-	$(VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5
+	$(VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 	touch $@
 
-lint: $(VENV)/lint
+# mypy reads torch's types from the environment the package is built in.
+lint: $(VENV)/lint $(VENV)/torch
 	$(VENV)/tools/bin/ruff check
 	$(VENV)/tools/bin/ruff format --check
+	$(VENV)/tools/bin/mypy --python-executable $(PY)
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/tools/bin/clang-format --dry-run --Werror
 
 bench: $(VENV)/built $(VENV)/test

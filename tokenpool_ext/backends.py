@@ -15,6 +15,8 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,9 @@ class Backend:
     None.
     """
 
-    def __init__(self, name: str, ops, absent: Callable, refuses: Callable):
+    def __init__(
+        self, name: str, ops: Any, absent: Callable[[], str | None], refuses: Callable[[str, Tensor], str | None]
+    ) -> None:
         self.name = name
         self.ops = ops
         self.absent = absent
@@ -119,6 +123,7 @@ def select(op: str, x: Tensor, name: str | None = None) -> tuple[Backend, ...]:
 
 def _willing(op: str, x: Tensor) -> tuple[Backend, ...]:
     device = x.device.type
+    order: tuple[str, ...]
     if device == "cpu":
         if REGISTRY["cpu"].why_not(op, x) is None:
             return (REGISTRY["cpu"],)
@@ -142,7 +147,7 @@ _warned: set[tuple[str, str]] = set()
 _NOTHING = contextlib.nullcontext()
 
 
-def no_autocast(x: Tensor):
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which the dtype of the inputs rules, also under autocast."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return _NOTHING
@@ -152,7 +157,7 @@ def no_autocast(x: Tensor):
     return torch.autocast(kind, enabled=False)
 
 
-def run(chain: tuple[Backend, ...], op: str, *args):
+def run(chain: tuple[Backend, ...], op: str, *args: Any) -> Any:
     """Run `op` on the first backend of `chain` whose kernel works, warning once for each that does not."""
     last = len(chain) - 1
     for place, backend in enumerate(chain):
@@ -181,5 +186,5 @@ def _say_what_it_is(error: RuntimeError, backend: Backend) -> None:
         raise torch.OutOfMemoryError(text) from None
     if backend.name == "cpu" and "TOKENPOOL_EXT_CPU_" in text:
         raise ValueError(text) from None
-    if backend.name == "cpu" and "tokenpool_ext: interrupted" in text:
+    if backend.name == "cpu" and loader.extension is not None and "tokenpool_ext: interrupted" in text:
         raise loader.extension.take_interruption() or error from None

@@ -52,7 +52,9 @@ class _Selection(TokenReduction):
 
 
 class _ScoredSelection(_Selection):
-    needs_scores = True
+    @property
+    def needs_scores(self) -> bool:
+        return True
 
     def _scores(self, scores: Tensor | None) -> Tensor:
         if scores is None:
@@ -142,7 +144,8 @@ class GridPooling(TokenReduction):
         name = type(self).__name__
         if not isinstance(value, (tuple, list)) or len(value) != 2:
             raise TypeError(f"{name}: grid_size must be (h, w), got {value!r}")
-        return tuple(check_int(name, "grid_size", side, 1) for side in value)
+        height, width = (check_int(name, "grid_size", side, 1) for side in value)
+        return height, width
 
     def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
         b, n, _ = x.shape

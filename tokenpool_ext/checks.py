@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,11 @@ LARGEST = 2**31 - 1  # of what the kernels count in int32
 # ---- numbers, flags and names ----------------------------------------------------------------------------------------
 
 
-def check_int(name: str, argument: str, value, least: int, most: int | None = None, *, kind="an int", hint=""):
-    """An integer of any library (no bool) from `least` to `most`, as an int or, where sizes are symbols, a SymInt.
+def check_int(
+    name: str, argument: str, value: Any, least: int, most: int | None = None, *, kind: str = "an int", hint: str = ""
+) -> int:
+    """An integer of any library (no bool) from `least` to `most`, as an int; where sizes are
+    symbols, as a SymInt (which is typed as one).
 
     most: None for the largest int32, in which kernels count; a symbol is not compared with that (it would be a guard).
     """
@@ -39,30 +43,31 @@ def check_int(name: str, argument: str, value, least: int, most: int | None = No
     if above or value < least:
         limit = "2^31 - 1" if most is None else f"N = {most}" if argument in ("num_clusters", "K") else most
         raise ValueError(f"{name}: {argument} must be from {least} to {limit}, got {value}{hint if above else ''}")
-    return value
+    return value  # type: ignore[return-value]  # a SymInt does all that an int does
 
 
-def check_ratio(name: str, argument: str, value) -> float:
+def check_ratio(name: str, argument: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
-    if not 0 < value <= 1:
+    number: Any = value  # not a float yet: an int may be too large for one
+    if not 0 < number <= 1:
         raise ValueError(f"{name}: {argument} must be in (0, 1], got {value}")
     return float(value)
 
 
-def check_bool(name: str, argument: str, value) -> bool:
+def check_bool(name: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
     return value
 
 
-def check_choice(name: str, argument: str, value, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, argument: str, value: Any, choices: tuple[str | None, ...]) -> Any:
     if value not in choices:
         raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
-def check_backend(name: str, backend) -> str | None:
+def check_backend(name: str, backend: object) -> str | None:
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"{name}: backend must be a str or None, got {type(backend).__name__}")
     if backend is not None:
@@ -73,7 +78,7 @@ def check_backend(name: str, backend) -> str | None:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
+def check_num_clusters(name: str, num_clusters: object, x3: Tensor, batched: bool) -> tuple[int, Tensor | None]:
     """(K, counts): the number of clusters in the output, and the per-image numbers or None."""
     b, n, _ = x3.shape
     if not isinstance(num_clusters, Tensor):
@@ -101,7 +106,7 @@ def check_num_clusters(name: str, num_clusters, x3: Tensor, batched: bool):
     return high, counts
 
 
-def check_tensor(name: str, argument: str, value) -> None:
+def check_tensor(name: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -115,7 +120,7 @@ def check_tensor(name: str, argument: str, value) -> None:
         raise TypeError(f"{name}: {argument} must be a plain tensor, got a quantised one; call .dequantize() first")
 
 
-def check_floating(name: str, argument: str, value) -> None:
+def check_floating(name: str, argument: str, value: Any) -> None:
     check_tensor(name, argument, value)
     if value.dtype not in FLOATING:
         raise TypeError(
@@ -152,7 +157,7 @@ def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)  # asking torch first takes two microseconds
 
 
-def check_mask(name: str, mask, x3: Tensor, batched: bool) -> Tensor | None:
+def check_mask(name: str, mask: Tensor | None, x3: Tensor, batched: bool) -> Tensor | None:
     if mask is None:
         return None
     check_tensor(name, "mask", mask)
@@ -161,7 +166,9 @@ def check_mask(name: str, mask, x3: Tensor, batched: bool) -> Tensor | None:
     return _per_token(name, "mask", mask, x3, batched)
 
 
-def check_weights(name: str, weights, x3: Tensor, batched: bool, mask: Tensor | None = None) -> Tensor | None:
+def check_weights(
+    name: str, weights: Tensor | None, x3: Tensor, batched: bool, mask: Tensor | None = None
+) -> Tensor | None:
     if weights is None:
         return None
     check_tensor(name, "weights", weights)
@@ -206,7 +213,7 @@ def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Ten
             )
 
 
-def check_assignment(name: str, assignment, values: Tensor, batched: bool, same_length: bool = True) -> Tensor:
+def check_assignment(name: str, assignment: Tensor, values: Tensor, batched: bool, same_length: bool = True) -> Tensor:
     check_tensor(name, "assignment", assignment)
     if assignment.dtype not in INTEGER:
         raise TypeError(f"{name}: assignment must hold integers, got {assignment.dtype}")
@@ -226,7 +233,7 @@ def check_assignment(name: str, assignment, values: Tensor, batched: bool, same_
     return _converted(assignment, torch.int64)
 
 
-def check_labels(name: str, assignment: Tensor, num_clusters) -> None:
+def check_labels(name: str, assignment: Tensor, num_clusters: int) -> None:
     """Labels beyond the clusters are an error where values may be looked at; elsewhere they count as -1."""
     if values.visible(assignment) and assignment.numel():
         low, high = values.extremes(assignment)
@@ -237,7 +244,15 @@ def check_labels(name: str, assignment: Tensor, num_clusters) -> None:
             )
 
 
-def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batched: bool) -> str | Tensor:
+def check_init(
+    name: str,
+    init: str | Tensor | None,
+    x3: Tensor,
+    k: int,
+    mask: Tensor | None,
+    counts: Tensor | None,
+    batched: bool,
+) -> str | Tensor:
     """The name of a strategy, (B, K) int64 token indices, or (B, K, D) centers in acc."""
     b, n, d = x3.shape
     if init is None:
@@ -265,7 +280,7 @@ def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batch
     check_tensor(name, "init", init)
     check_device(name, "init", init, x3)
     if init.dtype in INTEGER:
-        expected = (b, k) if batched else (k,)
+        expected: tuple[int, ...] = (b, k) if batched else (k,)
         if init.shape != expected:
             label = "(B, K)" if batched else "(K,)"
             raise ValueError(
@@ -296,7 +311,7 @@ def check_init(name: str, init, x3: Tensor, k: int, weights, mask, counts, batch
     return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
 
 
-def check_centers(name: str, centers, x3: Tensor, batched: bool) -> Tensor:
+def check_centers(name: str, centers: Tensor, x3: Tensor, batched: bool) -> Tensor:
     """(B, K, D) centers in acc, for tokens x3."""
     check_floating(name, "centers", centers)
     label = "(B, K, D)" if batched else "(K, D)"
@@ -321,7 +336,7 @@ def check_finite_centers(name: str, start: Tensor, counts: Tensor | None) -> Non
         )
 
 
-def check_generator(name: str, generator, x3: Tensor) -> None:
+def check_generator(name: str, generator: torch.Generator | None, x3: Tensor) -> None:
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
@@ -333,7 +348,7 @@ def check_generator(name: str, generator, x3: Tensor) -> None:
         )
 
 
-def check_attention(q, k, scale, lse) -> tuple[float, Tensor | None]:
+def check_attention(q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None) -> tuple[float, Tensor | None]:
     """Check the arguments of `attention_received`; returns (scale, lse in acc)."""
     name = "attention_received"
     check_floating(name, "q", q)
@@ -352,7 +367,7 @@ def check_attention(q, k, scale, lse) -> tuple[float, Tensor | None]:
         scale = max(q.shape[3], 1) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    elif not torch.compiler.is_compiling() and not abs(scale) <= LARGEST_FLOAT:
+    elif not torch.compiler.is_compiling() and not -LARGEST_FLOAT <= scale <= LARGEST_FLOAT:
         raise ValueError(f"{name}: scale must be a finite float, got {scale}")
     if lse is not None:
         check_tensor(name, "lse", lse)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,12 @@ def table(costs: dict[str, Cost]) -> str:
     return "\n".join(lines)
 
 
-def gmacs(model: nn.Module, *inputs, **keywords) -> float:
+def gmacs(model: nn.Module, *inputs: Any, **keywords: Any) -> float:
     """Giga multiply-accumulates of one forward; arguments as :func:`cost`. DeiT-S at 224 pixels: 4.6."""
     return cost(model, *inputs, **keywords).gmacs
 
 
-def cost(model: nn.Module, *inputs, **keywords) -> Cost:
+def cost(model: nn.Module, *inputs: Any, **keywords: Any) -> Cost:
     """MACs of ``model(*inputs, **keywords)``, by component.
 
     The forward is run, without gradients and in eval mode (modes are restored): any model whose operators PyTorch sees,
@@ -104,8 +105,8 @@ def cost(model: nn.Module, *inputs, **keywords) -> Cost:
         raise TypeError(f"cost: model must be an nn.Module, got {type(model).__name__}")
     if not inputs and not keywords:
         inputs, keywords = (), example_input(model)
-        if None in keywords:
-            inputs = (keywords.pop(None),)
+        if IMAGE in keywords:
+            inputs = (keywords.pop(IMAGE),)
     training = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator for a whole nn.TransformerEncoderLayer
@@ -121,8 +122,11 @@ def cost(model: nn.Module, *inputs, **keywords) -> Cost:
     return _by_component(counter.events)
 
 
-def example_input(model: nn.Module) -> dict:
-    """Keywords of a forward with one input of the model's own size; an image stands under None (positional).
+IMAGE = ""  # the name under which `example_input` gives what is positional
+
+
+def example_input(model: nn.Module) -> dict[str, Tensor]:
+    """Keywords of a forward with one input of the model's own size; an image stands under IMAGE (positional).
 
     Raises:
         ValueError: the model does not tell its size.
@@ -140,8 +144,8 @@ def example_input(model: nn.Module) -> dict:
     if side is not None:
         height, width = (side, side) if isinstance(side, int) else side
         channels = getattr(config, "num_channels", None) or getattr(model, "in_chans", None) or 3
-        return {None: torch.zeros(1, channels, height, width, device=device, dtype=dtype)}
-    if hasattr(config, "vocab_size") and hasattr(config, "max_position_embeddings"):
+        return {IMAGE: torch.zeros(1, channels, height, width, device=device, dtype=dtype)}
+    if config is not None and hasattr(config, "vocab_size") and hasattr(config, "max_position_embeddings"):
         length = min(config.max_position_embeddings, 512)
         return {"input_ids": torch.zeros(1, length, dtype=torch.int64, device=device)}
     raise ValueError(
@@ -152,30 +156,30 @@ def example_input(model: nn.Module) -> dict:
 # --------------------------------------------------------------------------------------------------------- counting
 
 
-def _sdpa(query, key, value, *args, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-def _clustering(arguments: dict) -> int:
+def _clustering(arguments: dict[str, Any]) -> int:
     b, n, d = arguments["x"].shape
     k, start = arguments["num_clusters"], arguments["init"]
     passes = arguments["num_iters"] + (isinstance(start, Tensor) and start.numel() == 0)  # an empty start: farthest
-    return b * d * n * min(n, passes * k)
+    return int(b * d * n * min(n, passes * k))
 
 
-def _medoids(arguments: dict) -> int:
+def _medoids(arguments: dict[str, Any]) -> int:
     b, n, d = arguments["x"].shape
-    return b * n * n * d
+    return int(b * n * n * d)
 
 
-def _received(arguments: dict) -> int:
+def _received(arguments: dict[str, Any]) -> int:
     b, h, queries, d = arguments["q"].shape
     passes = 2 if arguments["lse"] is None else 1
-    return passes * b * h * queries * arguments["k"].shape[2] * d
+    return int(passes * b * h * queries * arguments["k"].shape[2] * d)
 
 
 # operator of this package -> (component, MACs of its arguments by name)
-OWN = {
+OWN: dict[str, tuple[str, Callable[[dict[str, Any]], int]]] = {
     "tokenpool_ext::kmeans": ("clustering", _clustering),
     "tokenpool_ext::kmedoids": ("clustering", _medoids),
     "tokenpool_ext::attention_received": ("scores", _received),
@@ -201,7 +205,7 @@ class _Counter(TorchDispatchMode):
         self.stack: list[nn.Module] = []
 
     @contextmanager
-    def watching(self):
+    def watching(self) -> Iterator[None]:
         """Count what runs inside. (``__enter__`` alone is also called for every operator that is taken apart.)"""
         hooks = [
             register_module_forward_pre_hook(lambda module, args: self.stack.append(module)),
@@ -217,7 +221,7 @@ class _Counter(TorchDispatchMode):
     def _leave(self) -> None:
         self.stack.pop()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         name = func._schema.name
@@ -259,9 +263,9 @@ def _by_component(events: Iterable[_Event]) -> Cost:
     for at, event in enumerate(events):
         kind = event.kind
         if kind == "layer":
-            kind = _layer(event, host_of, direct, len(attentions))
             shape = tuple(type(module) for module in event.stack)
-            if kind is None:
+            kind = _layer(event, host_of, direct, len(attentions)) or ""
+            if not kind:
                 kind = "embedding" if at < first else "mlp" if at < last or shape in shapes else "head"
             if kind == "mlp":
                 shapes.add(shape)
@@ -269,7 +273,7 @@ def _by_component(events: Iterable[_Event]) -> Cost:
     return Cost(**sums)
 
 
-def _layer(event: _Event, host_of: dict, direct: set, attentions: int) -> str | None:
+def _layer(event: _Event, host_of: dict[nn.Module, int], direct: set[nn.Module], attentions: int) -> str | None:
     """ "projections", "mlp", or None for a layer outside the blocks."""
     shared = [module for module in event.stack if module in host_of]
     if not shared:
@@ -286,7 +290,7 @@ def _layer(event: _Event, host_of: dict, direct: set, attentions: int) -> str | 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """``python -m tokenpool_ext cost``: whole and pooled, side by side."""
     parser = argparse.ArgumentParser(
         prog="python -m tokenpool_ext cost", description="MACs of one input by component, whole and pooled."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def explain(
     if compute_capability is not None:
         return _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, compute_capability, "")
     acc = accumulate_dtype(dtype)
-    probe = _Probe(device, dtype)
+    probe: Any = _Probe(device, dtype)
     chosen = select(algorithm, probe)[0]
     name = chosen.name
     better = list(REGISTRY)[: list(REGISTRY).index(name)]
@@ -101,7 +102,7 @@ def explain(
     item = dtype.itemsize
     moved = B * (N * D + K * D) * item + B * N * 8
     problem = f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on {device}"
-    common = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
+    common: dict[str, Any] = dict(problem=problem, backend=name, bytes=moved, refusals=refusals)
     if name == "cpu":
         if loader.extension is None:
             raise RuntimeError(f"explain: plans for the CPU need the compiled extension: {loader.ops_reason}")
@@ -161,7 +162,20 @@ def explain(
     )
 
 
-def _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, capability, refusals, multiprocessors=0) -> Plan:
+def _plan_cuda(
+    B: int,
+    N: int,
+    K: int,
+    D: int,
+    dtype: torch.dtype,
+    num_iters: int,
+    medoids: bool,
+    given: bool,
+    farthest: bool,
+    capability: tuple[int, int],
+    refusals: str,
+    multiprocessors: int = 0,
+) -> Plan:
     if loader.extension is None:
         raise ValueError(f"explain: plans for CUDA need the compiled extension: {loader.ops_reason}")
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}.get(dtype)
@@ -195,7 +209,7 @@ def _forced(variable: str, paths: tuple[str, ...]) -> str | None:
     return path
 
 
-def _problem(B, N, K, D, num_iters, dtype, medoids) -> str:
+def _problem(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype, medoids: bool) -> str:
     iterations = f"{num_iters} iterations" + (" of K-Medoids" if medoids else "")
     return f"{B} x {N} tokens x {D} features -> {K} clusters, {iterations}, {str(dtype).split('.')[-1]}"
 

@@ -6,7 +6,8 @@ float64 tokens ("acc" below).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Clusters(NamedTuple):
     inertia: Tensor
 
 
-def _collate(batch, *, collate_fn_map=None) -> Clusters:
+def _collate(batch: Any, *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Clusters:
     """A `DataLoader`'s batch of the clusters of single images."""
     return Clusters(*(collate(part, collate_fn_map=collate_fn_map) for part in zip(*batch)))
 
@@ -171,7 +172,7 @@ def assign(x: Tensor, centers: Tensor, *, mask: Tensor | None = None, backend: s
     mask = check_mask(name, mask, x3, batched)
     chain = select(name, x3, backend)
     with torch.no_grad(), no_autocast(x3):
-        labels = run(chain, name, x3.detach(), centers, mask)
+        labels: Tensor = run(chain, name, x3.detach(), centers, mask)
     return labels if batched else labels[0]
 
 
@@ -261,10 +262,23 @@ def attention_received(
     scale, lse = check_attention(q, k, scale, lse)
     chain = select("attention_received", q, backend)
     with torch.no_grad(), no_autocast(q):
-        return run(chain, "attention_received", q.detach(), k.detach(), scale, lse)
+        received: Tensor = run(chain, "attention_received", q.detach(), k.detach(), scale, lse)
+    return received
 
 
-def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, generator, check_finite, backend) -> Clusters:
+def _cluster(
+    name: str,
+    x: Tensor,
+    num_clusters: int | Tensor,
+    weights: Tensor | None,
+    init: str | Tensor | None,
+    num_iters: int,
+    mask: Tensor | None,
+    sort: bool,
+    generator: torch.Generator | None,
+    check_finite: bool,
+    backend: str | None,
+) -> Clusters:
     check_floating(name, "x", x)
     batched = check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
     x3 = x if batched else x[None]
@@ -278,7 +292,7 @@ def _cluster(name, x, num_clusters, weights, init, num_iters, mask, sort, genera
     if check_finite:
         check_finite_tokens(name, x3, weights, mask)
     chain = select(name, x3, backend)
-    start = check_init(name, init, x3, k, weights, mask, counts, batched)
+    start = check_init(name, init, x3, k, mask, counts, batched)
     if isinstance(start, str):
         start = starts.make(start, x3, k, weights, mask, counts, generator, as_indices=name == "kmedoids")
     if check_finite:

@@ -31,7 +31,8 @@ def match(
     """
     b, n, width = metric.shape
     k = num_clusters
-    tokens, order, num_valid = metric.to(accumulate_dtype(metric.dtype)), None, n
+    tokens, order = metric.to(accumulate_dtype(metric.dtype)), None
+    num_valid: int | Tensor = n
     if mask is not None:
         order = falling(mask.to(torch.uint8))  # real tokens first
         num_valid = mask.sum(1, keepdim=True)
@@ -48,9 +49,9 @@ def match(
         hopeless |= ~((index[:, 0::2] < num_valid)[:, :, None] & (index[:, 1::2] < num_valid)[:, None, :])
     best, partner = similarity.masked_fill(hopeless, -torch.inf).max(2)
 
-    merges = n - k
+    merges: int | Tensor = n - k
     if mask is not None or counts is not None:
-        real = index.new_full((b, 1), n) if mask is None else num_valid
+        real = index.new_full((b, 1), n) if mask is None else mask.sum(1, keepdim=True)
         merges = torch.minimum((real - (k if counts is None else counts[:, None])).clamp(min=0), real // 2)
     by_similarity = falling(best)
     merged = torch.empty_like(partner).scatter(1, by_similarity, index[:, : best.shape[1]]) < merges
@@ -58,7 +59,7 @@ def match(
     is_target = (index < num_valid).scatter(1, index[:, 0::2], ~merged & (index[:, 0::2] < num_valid))
     labels = (is_target.cumsum(1) - 1).gather(1, target)
     targets = falling(is_target.to(torch.uint8))[:, :k]
-    if order is not None:
+    if mask is not None and order is not None:
         labels, targets = torch.empty_like(labels).scatter(1, order, labels), order.gather(1, targets)
         labels = torch.where(mask, labels, -1)
     return torch.where(labels < k, labels, -1), targets

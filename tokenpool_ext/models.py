@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,8 @@ def build(name: str, device: str = "cpu") -> nn.Module:
         try:
             import timm
 
-            return timm.create_model(name, pretrained=False).eval()
+            model: nn.Module = timm.create_model(name, pretrained=False)
+            return model.eval()
         except (ImportError, RuntimeError) as error:
             raise ValueError(
                 f"--model: expected one of {', '.join(PLAIN_VITS)}, FILE.py:FUNCTION or the name of a timm model, got"
@@ -54,7 +56,7 @@ def _plain(side: int, width: int, depth: int, heads: int) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ValueError(f"--model: transformers is needed for {', '.join(PLAIN_VITS)} ({error})") from None
-    config = transformers.ViTConfig(
+    config: Any = transformers.ViTConfig(  # type: ignore[call-arg]  # its base class takes num_labels as a keyword
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=heads,
@@ -70,6 +72,7 @@ def _from_file(path: str, function: str) -> nn.Module:
     if not Path(path).is_file():
         raise ValueError(f"--model: no such file: {path}")
     spec = importlib.util.spec_from_file_location("tokenpool_ext_model", path)
+    assert spec is not None and spec.loader is not None, f"{path} is a Python file"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):

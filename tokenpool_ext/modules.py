@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,12 @@ class TokenReduction(nn.Module):
         backend: passed to the functions of ``tokenpool_ext.functional``; None chooses.
     """
 
-    needs_scores = False
     position_weight = 0.0
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether scores make a difference."""
+        return False
 
     def __init__(
         self,
@@ -173,12 +178,13 @@ class TokenReduction(nn.Module):
             tokens = torch.cat([x[:, :prefix], pooled], dim=1) if prefix else pooled
             new_sizes = None
             if sizes is not None:
+                assert patch_sizes is not None and clusters is not None, "both were asked for"
                 new_sizes = _cluster_sums(patch_sizes, clusters.assignment, k)
                 if sizes.shape[1] == x.shape[1] and prefix:
                     new_sizes = torch.cat([sizes[:, :prefix], new_sizes], dim=1)
         if not want:
             return tokens
-        out = (tokens,)
+        out: tuple[Any, ...] = (tokens,)
         if self.return_clusters:
             out += (clusters,)
         if sizes is not None:
@@ -318,7 +324,7 @@ class TokenPooling(TokenReduction):
     def _check_together(self, **new) -> None:
         """What one attribute says about another, with ``new`` in place of what is set."""
         name = type(self).__name__
-        value = {**self.__dict__, **new}.get
+        value: Any = {**self.__dict__, **new}.get
         if value("init") == "bipartite" and value("keep_ratio") is not None and value("keep_ratio") < 0.5:
             raise ValueError(
                 f"{name}: init='bipartite' needs keep_ratio >= 0.5, got {value('keep_ratio'):g}; use another init"

@@ -7,8 +7,10 @@ import ctypes
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 
 _TEXT_BYTES = 512
-_PYTHON = ("Py_IsInitialized", "PyGILState_Ensure", "PyGILState_Release", "PyErr_CheckSignals", "PyErr_Fetch")
-_PYTHON += ("PyErr_Restore",)  # in the order of csrc/introspection.cpp
+_PYTHON = [  # in the order of csrc/introspection.cpp
+    *("Py_IsInitialized", "PyGILState_Ensure", "PyGILState_Release", "PyErr_CheckSignals", "PyErr_Fetch"),
+    "PyErr_Restore",
+]
 
 
 class Native:

@@ -7,6 +7,8 @@ Every backend has one function per op with these arguments. `torch.ops.tokenpool
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -77,7 +79,7 @@ def _attention_received(q, k, scale, lse):
     return q.new_empty(k.shape[0], k.shape[2], dtype=accumulate_dtype(q.dtype))
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "kmeans": _cluster,
     "kmedoids": _cluster,
     "assign": _assign,

@@ -3,6 +3,9 @@ or windows of videos), and results back in the form of the input."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -13,8 +16,18 @@ from .checks import FLOATING, INTEGER, check_int
 class Images:
     """Every form of input as a list of (n, D) images, and how results go back."""
 
-    def __init__(self, name, tokens, num_tokens, grid, scores, mask, window) -> None:
-        self.name, self.rows = name, None
+    def __init__(
+        self,
+        name: str,
+        tokens: Tensor | Sequence[Tensor],
+        num_tokens: int | Tensor | Sequence[int],
+        grid: Any,
+        scores: Tensor | Sequence[Tensor] | None,
+        mask: Tensor | None,
+        window: int | None,
+    ) -> None:
+        self.name = name
+        self.rows: list[Tensor] | None = None
         self.form = "list"
         if isinstance(tokens, Tensor):
             if tokens.dim() not in (2, 3):
@@ -39,7 +52,7 @@ class Images:
         self.lengths = [len(x) for x in self.tokens]
         self.counts = self._counts(num_tokens)
 
-    def per_image(self, argument: str, value, dims: int) -> list[Tensor] | None:
+    def per_image(self, argument: str, value: Tensor | Sequence[Tensor] | None, dims: int) -> list[Tensor] | None:
         if value is None:
             return None
         if isinstance(value, Tensor):
@@ -54,7 +67,7 @@ class Images:
                 raise ValueError(f"{self.name}: {argument} of image {i} must have shape {shape}, got {got}")
         return list(value)
 
-    def _grids(self, grid, window) -> list[tuple[int, ...]] | None:
+    def _grids(self, grid: Any, window: int | None) -> list[tuple[int, ...]] | None:
         if grid is None:
             if window is not None:
                 raise ValueError(f"{self.name}: temporal_window needs grid=(T, H, W), got None")
@@ -78,7 +91,7 @@ class Images:
                 raise ValueError(f"{self.name}: temporal_window needs grid=(T, H, W), got {grids[0]}")
         return [tuple(int(side) for side in sides) for sides in grids]
 
-    def _mask(self, mask) -> None:
+    def _mask(self, mask: Tensor) -> None:
         if self.form != "batch" or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"{self.name}: mask must be a (B, N) bool tensor beside (B, N, D) tokens")
         if mask.shape != (len(self.tokens), self.width):
@@ -87,17 +100,20 @@ class Images:
             )
         if self.window is not None:
             raise ValueError(f"{self.name}: mask must be None beside temporal_window; pass a list of videos")
-        self.rows = [m.nonzero()[:, 0] for m in mask]
-        self.tokens = [x[rows] for x, rows in zip(self.tokens, self.rows)]
+        real = [m.nonzero()[:, 0] for m in mask]
+        self.tokens = [x[rows] for x, rows in zip(self.tokens, real)]
         if self.scores is not None:
-            self.scores = [s[rows] for s, rows in zip(self.scores, self.rows)]
+            self.scores = [s[rows] for s, rows in zip(self.scores, real)]
+        self.rows = real
 
-    def _counts(self, num_tokens) -> list[int]:
+    def _counts(self, num_tokens: int | Tensor | Sequence[int]) -> list[int]:
         if isinstance(num_tokens, Tensor):
             if num_tokens.dtype not in INTEGER:
                 raise TypeError(f"{self.name}: num_tokens must hold integers, got {num_tokens.dtype}")
             num_tokens = num_tokens.tolist()
-        counts = list(num_tokens) if isinstance(num_tokens, (list, tuple)) else [num_tokens] * len(self.tokens)
+        counts: list[Any] = (
+            list(num_tokens) if isinstance(num_tokens, (list, tuple)) else [num_tokens] * len(self.tokens)
+        )
         if len(counts) != len(self.tokens):
             raise ValueError(f"{self.name}: num_tokens must be an int or {len(self.tokens)}, got {len(counts)}")
         for i, (k, x) in enumerate(zip(counts, self.tokens)):
@@ -108,12 +124,12 @@ class Images:
                 )
         return [int(k) for k in counts]
 
-    def coordinates(self, positions) -> list[Tensor] | None:
+    def coordinates(self, positions: Tensor | Sequence[Tensor] | None) -> list[Tensor] | None:
         """float32 coordinates of every token of every image, from `positions` or the grid."""
         if positions is not None:
             if self.rows is not None and isinstance(positions, Tensor):
                 positions = [p[rows] for p, rows in zip(positions, self.rows)]
-            return [p.float() for p in self.per_image("positions", positions, 2)]
+            return [p.float() for p in self.per_image("positions", positions, 2) or ()]
         if self.grids is None:
             return None
         cells = [torch.cartesian_prod(*(torch.arange(side) for side in sides)).float() for sides in self.grids]
@@ -123,7 +139,7 @@ class Images:
     def segments(self) -> Segments:
         lengths, counts = [], []
         for i, (n, k) in enumerate(zip(self.lengths, self.counts)):
-            if self.window is None:
+            if self.window is None or self.grids is None:
                 parts, shares = [n], [k]
             else:
                 frames, height, width = self.grids[i]
@@ -139,13 +155,13 @@ class Images:
             counts.append(shares)
         return Segments(self, lengths, counts)
 
-    def give_back(self, values: list[Tensor], fill=0):
+    def give_back(self, values: list[Tensor], fill: float = 0) -> Any:
         """(k, ...) an image, in the form of the input."""
         if self.form == "list":
             return values
         return values[0] if self.form == "one" else pad_sequence(values, batch_first=True, padding_value=fill)
 
-    def give_back_tokens(self, values: list[Tensor], fill=-1):
+    def give_back_tokens(self, values: list[Tensor], fill: float = -1) -> Any:
         """(n,) an image: beside its tokens."""
         if self.rows is None:
             return self.give_back(values, fill)

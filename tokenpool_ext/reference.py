@@ -291,7 +291,7 @@ def spread(
     for step in range(k):
         gain = torch.where(unusable < 0, unusable, (w * distance).nan_to_num(0.0))
         pick = gain.argmax(1, keepdim=True)
-        if sample:
+        if draws is not None:
             cumulative = gain.clamp(min=0).cumsum(1)
             drawn = torch.searchsorted(cumulative, draws[step] * cumulative[:, -1:], right=True).clamp(max=n - 1)
             pick = torch.where(gain.gather(1, drawn) > 0, drawn, pick)

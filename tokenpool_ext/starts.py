@@ -58,6 +58,8 @@ def _without_ops(
     b, n, _ = x.shape
     if mask is not None or b == 0:
         return None
+    if loader.extension is None:
+        return None
     if name == "strided" and counts is None and values.plain(x):
         start = x.new_empty(b, num_clusters, dtype=torch.int64)
         loader.extension.fill_strided(start.data_ptr(), b, n, num_clusters)

@@ -48,7 +48,6 @@ def plain(t: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and t.is_cpu
         and type(t) in (Tensor, torch.nn.Parameter)
-        and loader.extension is not None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and not torch.jit.is_tracing()
@@ -62,7 +61,7 @@ def plain(t: Tensor) -> bool:
 
 def any_negative(t: Tensor, mask: Tensor | None = None) -> bool:
     """Is a value of a visible float32 or float64 tensor below 0, where the mask is True?"""
-    if mask is None and t.is_contiguous() and plain(t):
+    if mask is None and loader.extension is not None and t.is_contiguous() and plain(t):
         return loader.extension.any_negative(t.data_ptr(), t.numel(), t.element_size())
     negative = t < 0
     return bool((negative if mask is None else negative & mask).any())
@@ -70,7 +69,7 @@ def any_negative(t: Tensor, mask: Tensor | None = None) -> bool:
 
 def extremes(t: Tensor) -> tuple[int, int]:
     """The least and the largest value of a visible int64 tensor that is not empty."""
-    if t.is_contiguous() and plain(t):
+    if loader.extension is not None and t.is_contiguous() and plain(t):
         return loader.extension.extremes(t.data_ptr(), t.numel())
     low, high = t.aminmax()
     return int(low), int(high)

@@ -98,7 +98,7 @@ def compress(
     order, medoids = _reading_order(clusters.medoids)
     means = means.gather(1, order[..., None].expand_as(means))
     assignment = torch.where(assignment >= 0, order.argsort(1).gather(1, assignment.clamp(min=0)), -1)
-    if places is not None:
+    if padded is not None:
         if position_of == "mean":
             placed = pool(padded, assignment, means.shape[1], backend=backend)
         else:

@@ -7,13 +7,17 @@ PyTorch only; images are ``PIL.Image`` in and out, square or not. Nothing is pri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 INK, PAPER, GREY = (24, 26, 30), (255, 255, 255), (108, 114, 124)
 
 
-def _pillow():
+Picture = Any  # a PIL.Image.Image: Pillow is imported only when something is drawn
+
+
+def _pillow() -> tuple[Any, Any, Any]:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
@@ -39,34 +43,34 @@ def compose(*assignments: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def _check(image, labels: torch.Tensor) -> tuple[int, int]:
+def _check(labels: torch.Tensor) -> tuple[int, int]:
     labels = _on_cpu(labels)
     if labels.dim() != 2 or labels.numel() == 0 or labels.is_floating_point():
         raise ValueError(
             f"labels: expected a (rows, cols) integer tensor, got shape {tuple(labels.shape)}, "
             f"{labels.dtype}; for a (N,) assignment use labels.view(rows, cols)"
         )
-    return tuple(labels.shape)
+    return labels.shape[0], labels.shape[1]
 
 
-def _on_cpu(labels) -> torch.Tensor:
+def _on_cpu(labels: Any) -> torch.Tensor:
     return labels.cpu() if isinstance(labels, torch.Tensor) else torch.as_tensor(labels, device="cpu")
 
 
-def _array(image) -> torch.Tensor:
+def _array(image: Picture) -> torch.Tensor:
     image = image.convert("RGB")
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.size[1], image.size[0], 3)
 
 
-def _image(pixels: torch.Tensor):
+def _image(pixels: torch.Tensor) -> Picture:
     Image, _, _ = _pillow()
     pixels = pixels.clamp(0, 255).round().to(torch.uint8).contiguous()
     return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist()))
 
 
-def mean_colours(image, labels: torch.Tensor) -> torch.Tensor:
+def mean_colours(image: Picture, labels: torch.Tensor) -> torch.Tensor:
     """Mean colour of each patch's cluster: ``(rows, cols, 3)`` float32, 0 to 255; dropped patches are NaN."""
-    rows, cols = _check(image, labels)
+    rows, cols = _check(labels)
     patches = torch.nn.functional.adaptive_avg_pool2d(_array(image).float().permute(2, 0, 1), (rows, cols))
     patches, flat = patches.flatten(1).t(), _on_cpu(labels).flatten()
     keep = flat >= 0
@@ -94,16 +98,16 @@ def edges(labels: torch.Tensor, cell: int, width: int) -> torch.Tensor:
 
 
 def draw_clusters(
-    image,
+    image: Picture,
     labels: torch.Tensor,
     *,
     size: int = 448,
     fill: float = 1.0,
-    outline="auto",
+    outline: str | Sequence[float] | None = "auto",
     line: int | None = None,
     line_opacity: float = 0.85,
     dropped: float = 0.18,
-):
+) -> Picture:
     """One photo with its clusters over it.
 
     Args:
@@ -118,7 +122,7 @@ def draw_clusters(
     Returns a ``PIL.Image`` (RGB).
     """
     Image, _, _ = _pillow()
-    rows, cols = _check(image, labels)
+    rows, cols = _check(labels)
     labels = _on_cpu(labels).long()
     cell = max(1, round(size / cols))
     line = max(1, round(cell / 12)) if line is None else line
@@ -141,14 +145,14 @@ def _ink(pixels: torch.Tensor, line: int) -> torch.Tensor:
     return torch.where((light > 212).unsqueeze(-1), pixels.new_tensor([96.0, 100.0, 108.0]), pixels.new_tensor(255.0))
 
 
-def draw_grid(image, rows: int, cols: int, *, size: int = 448, opacity: float = 0.2):
+def draw_grid(image: Picture, rows: int, cols: int, *, size: int = 448, opacity: float = 0.2) -> Picture:
     """The photo with every patch outlined: what the model sees before pooling (one token a patch)."""
     every = torch.arange(rows * cols, device="cpu").view(rows, cols)
     return draw_clusters(image, every, size=size, fill=0.0, line=1, line_opacity=opacity)
 
 
 def sheet(
-    rows: Sequence[Sequence],
+    rows: Sequence[Sequence[Picture]],
     columns: Sequence[tuple[str, str]],
     *,
     title: str = "",
@@ -156,7 +160,7 @@ def sheet(
     group: int = 0,
     gap: int = 12,
     margin: int = 20,
-):
+) -> Picture:
     """Arrange images in a labelled grid.
 
     ``rows``: rows of ``PIL.Image`` of one size, ``None`` for a hole; ``columns``: a (heading, small print) pair for
@@ -170,7 +174,7 @@ def sheet(
     height = max(i.size[1] for row in rows for i in row if i is not None)
     unit = max(20, width // 16)
 
-    def font(scale: float):
+    def font(scale: float) -> Any:
         try:
             return ImageFont.load_default(size=round(unit * scale))
         except TypeError:  # Pillow before 10.1 has one bitmap size

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -105,7 +106,7 @@ def pooling_modules(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]
     return [(i, m) for i, m in found if m is not None]
 
 
-def features(model: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def features(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Final CLS token and mean of the other tokens, both (B, D), after the last LayerNorm."""
     out = model.forward_features(pixels) if hasattr(model, "forward_features") else model(pixels).last_hidden_state
     return out[:, 0], out[:, 1:].mean(dim=1)
@@ -141,7 +142,10 @@ class Watch:
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.model, self.calls, self.lengths, self.left, self._hooks = model, {}, {}, 0, []
+        self.model, self.left = model, 0
+        self.calls: dict[int, tuple[Any, ...]] = {}
+        self.lengths: dict[int, int] = {}
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> Watch:
         for index, module in pooling_modules(self.model):
@@ -246,7 +250,8 @@ def throughput(
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
     header = ("method", "tokens after pooling", "GMACs", "images/s", "speed-up", "rec. error", "cos CLS", "cos mean")
-    lines, budget = [header], None
+    budget: float | None = None
+    lines: list[tuple[str, ...] | None] = [header]
     for row in rows:
         if budget is not None and row.budget != budget:
             lines.append(None)

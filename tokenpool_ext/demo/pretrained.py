@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -333,6 +334,6 @@ def build_dinov2(
     return transformers.Dinov2Model(config).eval()
 
 
-def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+def blocks_of(model: Any) -> list[torch.nn.Module]:
     """The transformer blocks of a model of either framework, in order."""
     return list(model.encoder.layer if hasattr(model, "encoder") else model.blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from .photos import load_photos, random_crops, to_pixels
 from .pretrained import HEADS, WHEEL_SHA256, Say, blocks_of, cache_dir, load_dinov2_small, save_atomically
 
 
-def _query_key(block: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+def _query_key(block: Any) -> tuple[torch.nn.Module, ...]:
     """The Linear modules that make q and k in a block of transformers 5, 4 or timm."""
     attention = getattr(block, "attention", None)
     if attention is None:
@@ -54,7 +55,8 @@ def tokens_of(
     tokens, scores = [], []
     try:
         for start in range(0, len(pixels), batch):
-            seen.clear(), qk.clear()
+            seen.clear()
+            qk.clear()
             model(pixels[start : start + batch])
             tokens.append(seen[0][:, 1:].clone())
             scores.append(_attention_received(qk, heads)[:, 1:].clone())

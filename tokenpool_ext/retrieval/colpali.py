@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 try:
     from colpali_engine.compression.token_pooling.base_token_pooling import BaseTokenPooler
@@ -22,7 +25,9 @@ class KMeansTokenPooler(BaseTokenPooler):
     torch's threads.
     """
 
-    def _pool_embeddings_impl(self, embeddings, num_workers=None, pool_factor: float = 1, **options):
+    def _pool_embeddings_impl(
+        self, embeddings: Any, num_workers: int | None = None, pool_factor: float = 1, **options: Any
+    ) -> tuple[list[Tensor], list[dict[int, tuple[Tensor]]]]:
         pooler = TokenPooler(pool_factor, **options)
         pooled, assignment = pooler(list(embeddings), return_assignment=True)
         return pooled, [

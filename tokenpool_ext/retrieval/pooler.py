@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class TokenPooler:
         cu_seqlens: Tensor | None = None,
         return_assignment: bool = False,
         progress: bool = False,
-    ):
+    ) -> Any:
         """Pool documents given as a list, padded, or packed; they come back in the same form, dtype and device.
 
         Args:
@@ -130,8 +131,8 @@ class TokenPooler:
         for name, value in (("return_assignment", return_assignment), ("progress", progress)):
             check_bool("TokenPooler", name, value)
         if not isinstance(documents, Tensor):
-            for name, value in (("mask", mask), ("cu_seqlens", cu_seqlens)):
-                if value is not None:
+            for name, given in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+                if given is not None:
                     raise ValueError(f"TokenPooler: {name} must be None beside a list of documents, got one")
             pooled, assignment = self._pool(check_documents(documents), return_assignment, progress)
             return (pooled, assignment) if return_assignment else pooled
@@ -141,7 +142,7 @@ class TokenPooler:
             lengths = _packed_lengths(documents, cu_seqlens)
             pooled, assignment = self._pool(list(documents.split(lengths)), return_assignment, progress)
             counts = torch.tensor([0] + [len(p) for p in pooled], device=cu_seqlens.device)
-            result = torch.cat(pooled) if pooled else documents[:0], counts.cumsum(0)
+            result: tuple[Tensor, ...] = (torch.cat(pooled) if pooled else documents[:0], counts.cumsum(0))
             if return_assignment:
                 result += (torch.cat(assignment) if assignment else documents.new_zeros(0, dtype=torch.int64),)
             return result
@@ -164,11 +165,11 @@ class TokenPooler:
 
     # ----------------------------------------------------------------------------------------------------------
 
-    def _pool(self, documents: list[Tensor], want_assignment: bool, progress: bool):
-        pooled: list = [None] * len(documents)
-        assignment: list = [None] * len(documents)
+    def _pool(self, documents: list[Tensor], want_assignment: bool, progress: bool) -> tuple[list[Any], list[Any]]:
+        pooled: list[Any] = [None] * len(documents)
+        assignment: list[Any] = [None] * len(documents)
         searched = self.max_error is not None or self.distance_threshold is not None
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
         for i, x in enumerate(documents):
             free = len(x) - self.protected_tokens
             if free < 2 or not searched and self.most_vectors(len(x)) == len(x):  # nothing to merge
@@ -190,7 +191,7 @@ class TokenPooler:
             bar.close()
         return pooled, assignment
 
-    def _pool_batch(self, documents: list[Tensor], length: int, want_assignment: bool):
+    def _pool_batch(self, documents: list[Tensor], length: int, want_assignment: bool) -> tuple[list[Any], list[Any]]:
         """Documents of one dtype and device, whose free tokens are padded to `length`."""
         first, p = documents[0], self.protected_tokens
         x = pad_sequence([x.to(accumulate_dtype(x.dtype)) for x in documents], batch_first=True)
@@ -249,6 +250,7 @@ class TokenPooler:
         centers, assignment, inertia = self._cluster(x, mask, counts)
         if self.max_error is not None:
             return inertia <= self.max_error * x.square().sum((1, 2))
+        assert self.distance_threshold is not None, "one of the two is searched for"
         standing = unpool(normalize(centers, dim=-1), assignment)
         distance = 1 - (normalize(x, dim=-1) * standing).sum(-1)
         return ((distance <= self.distance_threshold) | ~mask).all(1)
@@ -269,12 +271,13 @@ def padded_length(n: int) -> int:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def _check_number(name: str, value, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"TokenPooler: {name} must be a number, got {type(value).__name__}")
-    if not (low <= value <= high and math.isfinite(value)):
+    number: Any = value
+    if not (low <= number <= high and math.isfinite(number)):
         limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ValueError(f"TokenPooler: {name} must be {limits}, got {value}")
 
@@ -344,7 +347,7 @@ def _packed_lengths(x: Tensor, cu_seqlens: Tensor) -> list[int]:
     return lengths
 
 
-def _progress_bar(total: int, done: int):
+def _progress_bar(total: int, done: int) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:

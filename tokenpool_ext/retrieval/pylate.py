@@ -8,6 +8,7 @@ model.encode(documents, pool_factor=3, protected_tokens=1, is_query=False)
 from __future__ import annotations
 
 import types
+from typing import Any
 
 from torch import Tensor
 
@@ -15,16 +16,17 @@ from .pooler import TokenPooler
 
 
 def pool_embeddings_kmeans(
-    self, documents_embeddings: list[Tensor], pool_factor: float = 1, protected_tokens: int = 1
+    self: Any, documents_embeddings: list[Tensor], pool_factor: float = 1, protected_tokens: int = 1
 ) -> list[Tensor]:
     """What PyLate calls `pool_embeddings_hierarchical`: the same arguments, counts and order (protected tokens first).
 
     Results are unit norm and stay on the device of the embeddings.
     """
-    return TokenPooler(pool_factor, protected_tokens=protected_tokens)(documents_embeddings)
+    pooled: list[Tensor] = TokenPooler(pool_factor, protected_tokens=protected_tokens)(documents_embeddings)
+    return pooled
 
 
-def use_kmeans(model):
+def use_kmeans(model: Any) -> Any:
     """Let this model's `encode(..., pool_factor=...)` cluster by K-Means; returns the model."""
     if not hasattr(model, "pool_embeddings_hierarchical"):
         raise TypeError(

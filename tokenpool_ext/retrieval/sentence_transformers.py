@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 try:
@@ -73,10 +75,13 @@ class KMeansTokenPooling(BaseTokenPooling):
         features["token_embeddings"], features["attention_mask"] = embeddings, mask
         return features
 
-    def pool(self, embeddings, *, task=None, attention_mask=None, padding_side="right"):
+    def pool(
+        self, embeddings: Any, *, task: str | None = None, attention_mask: Any = None, padding_side: str = "right"
+    ) -> Any:
         if isinstance(embeddings, list) and self.applies_to(task):
             return self.pooler(embeddings)  # all at once
         return super().pool(embeddings, task=task, attention_mask=attention_mask, padding_side=padding_side)
 
-    def pool_one(self, embedding: Tensor, **kwargs) -> Tensor:
-        return self.pooler([embedding])[0]
+    def pool_one(self, embedding: Tensor, **kwargs: Any) -> Tensor:
+        pooled: list[Tensor] = self.pooler([embedding])
+        return pooled[0]

@@ -271,8 +271,9 @@ def warmup(
     """
     for shape in shapes:
         for dtype in dtypes:
+            N, K, D = tuple(shape)[-3:]
             calls = _warmup_calls(
-                *tuple(shape)[-3:], dtype, num_iters, device, weighted, farthest, masked, counts, centers, backward
+                N, K, D, dtype, num_iters, device, weighted, farthest, masked, counts, centers, backward
             )
             for call in calls:
                 call()

@@ -462,7 +462,10 @@ def _chunks(x, weights, mask, counts, init, K: int, sort: bool, medoids: bool, w
     results = []
     for b in range(0, B, step):
         images = slice(b, min(B, b + step))
-        chunk = Chunk(*(None if t is None else t[images] for t in (x, weights, mask, counts, init)), K, medoids)
+        x_, weights_, mask_, counts_, init_ = (
+            None if t is None else t[images] for t in (x, weights, mask, counts, init)
+        )
+        chunk = Chunk(x_, weights_, mask_, counts_, init_, K, medoids)
         chunk.prepare()
         if which == "gram":
             chunk.gram_iterate(num_iters)

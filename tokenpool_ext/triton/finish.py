@@ -99,7 +99,7 @@ def finish_kernel(
             m = tl.load(center + b * D + offs_d, mask=inside, other=0.0)
         if MEDOIDS:
             row = tl.load(
-                x + medoid.to(tl.int64) * x_n + offs_d.to(tl.int64) * x_d,
+                x + medoid.to(tl.int64) * x_n + offs_d.to(tl.int64) * x_d,  # type: ignore[attr-defined]  # on the GPU
                 mask=offs_d < tl.where(size > 0, D, 0),
                 other=0.0,
             )

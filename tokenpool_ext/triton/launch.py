@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,9 +48,10 @@ def inject_fault(hook: Callable[[str, Config], None]):
         yield
     finally:
         _fault = before
-        for memory, old in zip((_first_working, _unusable), known):
-            memory.clear()
-            memory.update(old)
+        memory: Any
+    for memory, old in zip((_first_working, _unusable), known):
+        memory.clear()
+        memory.update(old)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .flops import Cost, ViTSpec, cost, gmacs, tokens_per_layer
-from .patching import apply_patch, patched_blocks, remove_patch, support_of
+from .patching import Support, apply_patch, patched_blocks, remove_patch, support_of
 from .recording import Record, record
 
 __all__ = [
@@ -144,7 +144,7 @@ def patch(
     )
 
 
-def supported(model: nn.Module | None = None, **arguments: Any):
+def supported(model: nn.Module | None = None, **arguments: Any) -> Support | list[str]:
     """Whether :func:`patch` takes ``model`` with these arguments: true or false, with the reason. Changes nothing.
 
         >>> tokenpool_ext.supported(model)

@@ -80,7 +80,7 @@ def find_blocks(model: nn.Module, blocks: Any = None, caller: str = "patch") -> 
 def given_blocks(model: nn.Module, blocks: Any, caller: str) -> BlockList:
     if isinstance(blocks, str):
         try:
-            listed = model.get_submodule(blocks)
+            listed: Any = model.get_submodule(blocks)
         except AttributeError:
             raise ValueError(f"{caller}: blocks={blocks!r} is no module of {type(model).__name__}") from None
         path = blocks
@@ -234,7 +234,7 @@ def examples(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
     """Made-up inputs of a batch of two that ``owner`` may take, likely ones first."""
     config = getattr(owner, "config", None)
     parameter = next(owner.parameters())
-    like = dict(device=parameter.device, dtype=parameter.dtype)
+    like: dict[str, Any] = dict(device=parameter.device, dtype=parameter.dtype)
     generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:

@@ -196,7 +196,8 @@ def _inputs(model, schedule, image_size):
 
 def _kept(left: int, entry) -> int:
     if isinstance(entry, nn.Module):
-        return entry.tokens_kept(left)
+        kept: int = entry.tokens_kept(left)  # type: ignore[operator]
+        return kept
     return schedules.kept(left, entry)
 
 

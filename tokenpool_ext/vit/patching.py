@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -32,7 +32,9 @@ RESERVED = ("num_tokens", "keep_ratio", "num_prefix_tokens", "return_clusters", 
 DEFAULT_RATIO = 0.7
 
 
-def apply_patch(model: nn.Module, *, schedule: dict, budget: float | None = None, **arguments) -> nn.Module:
+def apply_patch(
+    model: nn.Module, *, schedule: dict[str, Any], budget: float | None = None, **arguments: Any
+) -> nn.Module:
     """See ``tokenpool_ext.patch``. Everything is checked before anything is changed."""
     if budget is not None:
         schedule = {**schedule, "keep_ratio": ratio_for(model, budget, schedule, arguments)}
@@ -43,7 +45,7 @@ def apply_patch(model: nn.Module, *, schedule: dict, budget: float | None = None
     return model
 
 
-def ratio_for(model: nn.Module, budget: float, schedule: dict, arguments: dict) -> float:
+def ratio_for(model: nn.Module, budget: float, schedule: dict[str, Any], arguments: dict[str, Any]) -> float:
     """The largest ratio kept, in steps of 1/128, at which a forward takes at most ``budget`` of the unpooled MACs."""
     from ..cost import cost
 
@@ -91,7 +93,7 @@ class Support(NamedTuple):
         return self.ok
 
 
-def support_of(model: nn.Module | None, arguments: dict):
+def support_of(model: nn.Module | None, arguments: dict[str, Any]) -> Support | list[str]:
     """See ``tokenpool_ext.supported``."""
     if model is None:
         listed = (Path(__file__).parent / "supported.txt").read_text().splitlines()
@@ -107,19 +109,19 @@ def support_of(model: nn.Module | None, arguments: dict):
 def prepare(
     model: nn.Module,
     *,
-    blocks,
-    schedule: dict,
-    pooling,
+    blocks: Any,
+    schedule: dict[str, Any],
+    pooling: str | Callable[..., nn.Module],
     position: str,
     outside: str | None,
     cluster_on: str | None,
     track_size: bool | None,
     num_prefix_tokens: int | None,
-    protect,
-    positions,
-    example,
-    pooling_options: dict,
-) -> tuple[finding.BlockList, Plan, dict, dict]:
+    protect: Iterable[int] | int | None,
+    positions: Any,
+    example: Any,
+    pooling_options: dict[str, Any],
+) -> tuple[finding.BlockList, Plan, dict[int, Any], dict[int, nn.Module]]:
     """(blocks, plan, parts of the touched blocks, pooling modules); changes nothing.
 
     Raises:
@@ -128,11 +130,12 @@ def prepare(
     found = finding.find_blocks(model, blocks)
     depth = len(found.blocks)
     counts = make_schedule(depth, **schedule)
-    for name, value, choices in (
+    allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
         ("position", position, ("block", "attention")),
         ("outside", outside, ("full", "short", None)),
         ("cluster_on", cluster_on, ("tokens", "keys", None)),
-    ):
+    )
+    for name, value, choices in allowed:
         check_choice("patch", name, value, choices)
     if track_size is not None:
         check_bool("patch", "track_size", track_size)
@@ -172,7 +175,7 @@ def prepare(
     return found, plan, parts, modules
 
 
-def make_pooling(make: Callable, value: int | float, plan: Plan, block: nn.Module) -> nn.Module:
+def make_pooling(make: Callable[..., nn.Module], value: int | float, plan: Plan, block: nn.Module) -> nn.Module:
     amount = {"num_tokens": value} if isinstance(value, int) else {"keep_ratio": value}
     module = make(**amount, num_prefix_tokens=plan.num_protected)
     if not isinstance(module, nn.Module):
@@ -207,7 +210,7 @@ def patched_blocks(model: nn.Module) -> dict[int, nn.Module]:
     return {index: module for index, module in pools if module is not None}
 
 
-def protected_indices(protect) -> tuple[int, ...]:
+def protected_indices(protect: Iterable[int] | int | None) -> tuple[int, ...]:
     if protect is None:
         return ()
     try:
@@ -218,7 +221,9 @@ def protected_indices(protect) -> tuple[int, ...]:
         ) from None
 
 
-def make_schedule(depth: int, num_tokens=None, keep_ratio=None, r=None, layers=None) -> schedules.Schedule:
+def make_schedule(
+    depth: int, num_tokens: Any = None, keep_ratio: Any = None, r: Any = None, layers: Any = None
+) -> schedules.Schedule:
     given = {"num_tokens": num_tokens, "keep_ratio": keep_ratio, "r": r}
     if sum(value is not None for value in given.values()) > 1:
         told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -238,7 +243,11 @@ def make_schedule(depth: int, num_tokens=None, keep_ratio=None, r=None, layers=N
         raise ValueError("patch: layers goes with keep_ratio; with num_tokens write {block: count}")
     if hasattr(num_tokens, "items"):
         return schedules.normalise(depth, num_tokens)
-    if isinstance(num_tokens, Iterable) and getattr(num_tokens, "ndim", 1) and not isinstance(num_tokens, (str, bytes)):
+    if (
+        isinstance(num_tokens, Iterable)
+        and getattr(num_tokens, "ndim", True)
+        and not isinstance(num_tokens, (str, bytes))
+    ):
         num_tokens = list(num_tokens)
         if len(num_tokens) != depth:
             raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
@@ -250,7 +259,7 @@ def make_schedule(depth: int, num_tokens=None, keep_ratio=None, r=None, layers=N
     )
 
 
-def pooling_factory(pooling, options: dict) -> Callable[..., nn.Module]:
+def pooling_factory(pooling: Any, options: dict[str, Any]) -> Callable[..., nn.Module]:
     """``pooling`` with the user's options, which are checked against what the constructor takes."""
     if isinstance(pooling, str):
         check_choice("patch", "pooling", pooling, tuple(POOLINGS))

@@ -43,7 +43,7 @@ class State(NamedTuple):
     """Where the tokens of one forward are. B images, N tokens before any pooling, K now."""
 
     labels: Tensor  # (B, N) int64: the current token each original one is in; -1 if dropped
-    index: Tensor  # (B, K) int64: the original token each current one stands for: the member nearest to the mean
+    index: Tensor  # type: ignore[assignment]  # (B, K) int64: the original token each current one stands for, a member
     sizes: Tensor | None  # (B, K) float: how many original tokens it stands for
     drops: bool  # whether a label can be -1
 
@@ -64,7 +64,7 @@ class Plan:
     positions: Tensor | None = None  # (n, P) of the tokens that may be pooled; None: a square grid's
     schedule: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)  # arguments of `patch`, to patch again
-    form: Form = None  # how the blocks take their tokens and side inputs, found by the probe
+    form: Form = field(default=None)  # type: ignore[assignment]  # how the blocks take tokens and side inputs: the probe
 
     @property
     def num_protected(self) -> int:
@@ -132,7 +132,7 @@ def base_class(cls: type) -> type:
 
 
 def _blank(base: type) -> nn.Module:
-    cls = pooled_class(base)
+    cls: Any = pooled_class(base)
     return cls.__new__(cls)
 
 
@@ -249,18 +249,21 @@ class Reducer:
         scores = self.tap.scores(self.valid) if getattr(pooling, "needs_scores", True) else None
         features = self.tap.keys() if plan.cluster_on == "keys" else None
         places = self.places(b, tokens.device) if getattr(pooling, "position_weight", 0) else None
-        valid, sizes, order = self.valid, None, None
+        valid = self.valid
+        order: Tensor | None = None
+        sizes: Tensor | None = None
         if plan.track_size:
             sizes = (
                 torch.ones(b, t, device=tokens.device, dtype=torch.float32)
                 if state is None or state.sizes is None
                 else state.sizes
             )
-        whole = tokens
+        whole: Any = tokens
         if plan.num_protected > plan.prefix:  # bring the protected ones to the front
             order = self.front(b, t, tokens.device)
-            tokens, scores, features, places, valid, sizes = (
-                None if v is None else take(v, order) for v in (tokens, scores, features, places, valid, sizes)
+            tokens = take(tokens, order)
+            scores, features, places, valid, sizes = (
+                None if v is None else take(v, order) for v in (scores, features, places, valid, sizes)
             )
         self.before = whole
         p = plan.num_protected
@@ -307,13 +310,13 @@ class Reducer:
         return (~protected).int().argsort(stable=True).expand(b, t)
 
 
-def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int, ends=()):
+def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int, ends=()) -> Any:
     """(pooled tokens, clusters, sizes) of a pooling module, whichever it is; of packed sequences each by itself."""
     if len(ends) > 1:
         parts, start, k = [], 0, 0
         for end in ends:
-            given = (None if v is None else v[:, start:end] for v in (tokens, scores, features, places, valid, sizes))
-            out, clusters, part_sizes = reduce(pooling, *given, p)
+            s, f, c, v, z = (None if t is None else t[:, start:end] for t in (scores, features, places, valid, sizes))
+            out, clusters, part_sizes = reduce(pooling, tokens[:, start:end], s, f, c, v, z, p)
             labels = torch.where(clusters.assignment < 0, -1, clusters.assignment + k)
             medoids = torch.where(clusters.medoids < 0, -1, clusters.medoids + start)
             parts.append((out, labels, medoids, part_sizes))
@@ -336,7 +339,8 @@ def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p
         pooled, new_sizes = pooled[0], pooled[-1]
     labels = nearest(tokens[:, p:], pooled[:, p:])  # it tells no clusters
     medoids = nearest_members(tokens[:, p:], pooled[:, p:], labels)
-    return pooled, functional.Clusters(pooled[:, p:], labels, None, medoids, None), new_sizes
+    unknown: Any = None
+    return pooled, functional.Clusters(pooled[:, p:], labels, unknown, medoids, unknown), new_sizes
 
 
 def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
@@ -438,7 +442,7 @@ def in_backward() -> bool:
 # --- what comes in ----------------------------------------------------------------------------------------------------
 
 
-def find_tokens(args: tuple, kwargs: dict) -> tuple[int | str, Tensor]:
+def find_tokens(args: tuple, kwargs: dict) -> tuple[int | str, Any]:
     """Where among a block's arguments its tokens are."""
     if args and isinstance(args[0], (Tensor, torch.fx.Proxy)):
         return 0, args[0]
@@ -490,7 +494,7 @@ def named(block: nn.Module, args: tuple, kwargs: dict) -> list[tuple[int | str, 
 _PARAMETERS: dict[type, tuple[str, ...]] = {}
 
 
-def parameter_names(cls: type) -> tuple[str, ...]:
+def parameter_names(cls: Any) -> tuple[str, ...]:
     if cls not in _PARAMETERS:
         _PARAMETERS[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
     return _PARAMETERS[cls]
@@ -530,14 +534,17 @@ def valid_tokens(block: nn.Module, args: tuple, kwargs: dict, x: Tensor, state: 
 def follow_all(block, plan: Plan, args: tuple, kwargs: dict, at, x: Tensor, state: State):
     """The arguments beside the tokens, cut to the tokens left; and pairs of each cut and what it was cut from."""
     back: list[tuple[Any, Any]] = []
-    n, args, kwargs = state.labels.shape[1], list(args), dict(kwargs)
-    for place, name, value in named(block, tuple(args), kwargs):
+    n, cut_args, cut_kwargs = state.labels.shape[1], list(args), dict(kwargs)
+    for place, name, value in named(block, args, kwargs):
         if place == at or value is None or isinstance(value, (bool, int, float, str)):
             continue
         cut = follow(value, name, plan, n, state.index, back)
         if cut is not value:
-            (args if isinstance(place, int) else kwargs)[place] = cut
-    return tuple(args), kwargs, back
+            if isinstance(place, int):
+                cut_args[place] = cut
+            else:
+                cut_kwargs[place] = cut
+    return tuple(cut_args), cut_kwargs, back
 
 
 def follow(value: Any, name: str, plan: Plan, n: int, index: Tensor, back: list) -> Any:

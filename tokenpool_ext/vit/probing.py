@@ -31,7 +31,7 @@ class Stop(Exception):
 
 
 @contextlib.contextmanager
-def quiet(module: nn.Module) -> Iterator[None]:
+def quiet(module: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, the random state kept, no hooks but those that make weights, nothing sharded."""
     state = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
     devices = {p.device for p in module.parameters()}
@@ -142,19 +142,20 @@ def alone_is_enough(block: nn.Module) -> bool:
 
 
 def required(block: nn.Module) -> list[str]:
-    parameters = list(inspect.signature(pooled.base_class(type(block)).forward).parameters.values())[2:]
+    base: Any = pooled.base_class(type(block))
+    parameters = list(inspect.signature(base.forward).parameters.values())[2:]
     return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def pooled_free(block: nn.Module):
     """The block's own class's forward."""
-    base = pooled.base_class(type(block))
+    base: Any = pooled.base_class(type(block))
     return lambda *args, **kwargs: base.forward(block, *args, **kwargs)
 
 
 def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dict[int, tuple[tuple, dict]]:
     """What the touched blocks get in a forward of the model on the example, or on inputs that it seems to take."""
-    model = blocks.owners[-1] if blocks.owners else None
+    model: Any = blocks.owners[-1] if blocks.owners else None
     if example is not None:
         trials = [(model, as_call(example))]
     else:
@@ -323,8 +324,8 @@ def layout_of(block: nn.Module, args: tuple, kwargs: dict, at, x: Tensor, y: Ten
         moved.select(dim, 0).copy_(x.select(dim, 0).flip(-1) + 1)
         a, k = pooled.put(args, kwargs, at, moved)
         other = first_of(pooled_free(block)(*a, **k))
-        rest = [t.narrow(dim, 1, t.shape[dim] - 1) for t in (other, y)]
-        return torch.allclose(*rest, rtol=1e-3, atol=1e-4)
+        one, two = (t.narrow(dim, 1, t.shape[dim] - 1) for t in (other, y))
+        return torch.allclose(one, two, rtol=1e-3, atol=1e-4)
 
     if x.shape[0] == 1 or alone(0):
         return "batch first"

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import Clusters
+
+if TYPE_CHECKING:
+    from .pooled import Plan
 
 __all__ = ["Record", "record"]
 
@@ -24,7 +28,7 @@ class Record:
         num_prefix_tokens: P, tokens in front that were never pooled.
     """
 
-    def __init__(self, plan, blocks: list[int]) -> None:
+    def __init__(self, plan: Plan, blocks: list[int]) -> None:
         self.num_prefix_tokens: int = plan.num_protected
         self._plan, self._blocks = plan, blocks
         self._layers: list[tuple[int, Clusters]] = []
@@ -82,7 +86,8 @@ class Record:
             self._layers = []
 
     def _add(self, index: int, clusters: Clusters) -> None:
-        self._layers.append((index, Clusters(*(t.detach() if isinstance(t, Tensor) else t for t in clusters))))
+        parts: Any = (t.detach() if isinstance(t, Tensor) else t for t in clusters)
+        self._layers.append((index, Clusters(*parts)))
 
 
 _ACTIVE: ContextVar[tuple[Record, ...]] = ContextVar("tokenpool_ext.vit.record", default=())
@@ -135,7 +140,7 @@ def record(model: nn.Module) -> Iterator[Record]:
         _ACTIVE.reset(token)
 
 
-def active(plan) -> tuple[Record, ...]:
+def active(plan: Plan) -> tuple[Record, ...]:
     """The records that want to know of this forward."""
     if torch.compiler.is_compiling():
         return ()
@@ -145,12 +150,12 @@ def active(plan) -> tuple[Record, ...]:
     return tuple(r for r in records if r._plan is plan)
 
 
-def entered(plan, index: int, x: Tensor) -> None:
+def entered(plan: Plan, index: int, x: Tensor) -> None:
     """Tell the records which tokens a pooling block gets."""
     for r in active(plan):
         r._enter(index, x)
 
 
-def add(plan, index: int, clusters: Clusters) -> None:
+def add(plan: Plan, index: int, clusters: Clusters) -> None:
     for r in active(plan):
         r._add(index, clusters)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 from ..modules import as_fraction, kept_by_count, kept_by_ratio
 
@@ -37,10 +38,7 @@ def geometric(depth: int, num_patches: int, last: int, layers: Iterable[int] | N
     block, as in its Fig. 1a, is the same in kind.
     """
     _check_depth(depth)
-    for name, value in (("num_patches", num_patches), ("last", last)):
-        if _integer(value) is None:
-            raise TypeError(f"schedule: {name} must be an int, got {type(value).__name__}")
-    num_patches, last = _integer(num_patches), _integer(last)
+    num_patches, last = (_required(name, value) for name, value in (("num_patches", num_patches), ("last", last)))
     if not 1 <= last <= num_patches:
         raise ValueError(f"schedule: last must be from 1 to num_patches = {num_patches}, got {last}")
     layers = sorted(range(depth) if layers is None else block_indices(layers))
@@ -52,9 +50,9 @@ def geometric(depth: int, num_patches: int, last: int, layers: Iterable[int] | N
 
 def explicit(counts: Sequence[int]) -> Schedule:
     """One count per block, the paper's ``K``; blocks that repeat the count before them do not pool."""
-    counts = [_entry(layer, count) for layer, count in enumerate(counts)]
-    schedule = {layer: count for layer, count in enumerate(counts) if layer == 0 or count != counts[layer - 1]}
-    return normalise(len(counts), schedule)
+    entries = [_entry(layer, count) for layer, count in enumerate(counts)]
+    schedule = {layer: count for layer, count in enumerate(entries) if layer == 0 or count != entries[layer - 1]}
+    return normalise(len(entries), schedule)
 
 
 def normalise(depth: int, schedule: Mapping[int, int | float]) -> Schedule:
@@ -132,13 +130,21 @@ def block_indices(layers: Iterable[int]) -> list[int]:
         listed = None
     if listed is None:
         raise TypeError(f"schedule: layers must be block indices like [3, 6, 9], got {layers!r}")
-    for layer in listed:
-        if _integer(layer) is None:
-            raise TypeError(f"schedule: layers must be block indices (ints), got {layer!r} among them")
-    return [_integer(layer) for layer in listed]
+    found = [index for layer in listed if (index := _integer(layer)) is not None]
+    if len(found) < len(listed):
+        other = next(layer for layer in listed if _integer(layer) is None)
+        raise TypeError(f"schedule: layers must be block indices (ints), got {other!r} among them")
+    return found
 
 
-def _integer(value) -> int | None:
+def _required(name: str, value: object) -> int:
+    found = _integer(value)
+    if found is None:
+        raise TypeError(f"schedule: {name} must be an int, got {type(value).__name__}")
+    return found
+
+
+def _integer(value: Any) -> int | None:
     """Anything that is an integer, as an int; None otherwise (bools are none)."""
     if isinstance(value, bool):
         return None
@@ -148,7 +154,7 @@ def _integer(value) -> int | None:
         return None
 
 
-def _entry(layer, value) -> int | float:
+def _entry(layer: int | str, value: Any) -> int | float:
     count = _integer(value)
     if count is not None:
         return count

@@ -105,7 +105,7 @@ class Tap(TorchFunctionMode):
         return out
 
     def _softmax(self, func, args: tuple, kwargs: dict) -> Tensor:
-        x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        x: Any = args[0] if args else kwargs.get("input", kwargs.get("self"))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         square = isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-1] == x.shape[-2] == self.length
         if not square or dim not in (-1, x.dim() - 1) or x.shape[0] % self.batch:
