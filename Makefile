@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PARALLEL ?= -n 2 --dist loadfile
 SLOW := $(addprefix tests/test_,cuda_simulator.py triton_interpret.py triton_compile.py)
 
-.PHONY: build demo test test-gpu-kernels test-all fuzz sanitize lint bench clean
+.PHONY: build demo test test-gpu-kernels test-all fuzz sanitize aarch64 lint bench clean
 
 build: $(VENV)/built
 
@@ -49,6 +49,10 @@ fuzz: $(VENV)/built $(VENV)/test
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/test
 	tests/sanitize.sh $(PY)
+
+# The CPU kernels on an emulated arm64 processor: apt-get install g++-aarch64-linux-gnu qemu-user.
+aarch64:
+	tests/aarch64.sh
 
 # Versions are pinned: a formatter's next release must not change what passes.
 $(VENV)/lint:

@@ -29,8 +29,9 @@ FACTORS = (2, 3, 4, 6)
 WORDS = (120, 400)  # of a long description that counts as a document
 
 
-def descriptions(path: str, count: int, seed: int) -> list[tuple[str, str, str]]:
-    """(package, short, long) of `count` packages. Of packages whose long or short texts begin alike, the first."""
+def descriptions(path: str, count: int, seed: int, skip: int) -> list[tuple[str, str, str]]:
+    """(package, short, long) of `count` packages behind `skip` others, drawn with `seed`. Of packages whose long or
+    short texts begin alike, the first."""
     found, seen = [], set()
     for entry in Path(path).read_text(encoding="utf-8").split("\n\n"):
         lines = entry.split("\n")
@@ -44,7 +45,7 @@ def descriptions(path: str, count: int, seed: int) -> list[tuple[str, str, str]]
             found.append((lines[0][len("Package: ") :], short, text))
         seen |= keys
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [found[i] for i in order[:count]]
+    return [found[i] for i in order[skip : skip + count]]
 
 
 @torch.no_grad()
@@ -68,10 +69,10 @@ def encode(texts: list[str], say, batch: int = 16) -> list[torch.Tensor]:
     return result
 
 
-def encoded(path: str, count: int, seed: int, say) -> tuple[list, list]:
-    cached = CACHE / f"minilm-debian-{count}-{seed}.pt"
+def encoded(path: str, count: int, seed: int, skip: int, say) -> tuple[list, list]:
+    cached = CACHE / f"minilm-debian-{count}-{seed}-{skip}.pt"
     if not cached.exists():
-        pairs = descriptions(path, count, seed)
+        pairs = descriptions(path, count, seed, skip)
         stored = {"queries": encode([p[1] for p in pairs], say), "documents": encode([p[2] for p in pairs], say)}
         CACHE.mkdir(exist_ok=True)
         torch.save(stored, cached)
@@ -86,6 +87,12 @@ def ours(documents, factor):
     from tokenpool_ext.retrieval import TokenPooler
 
     return TokenPooler(factor)(documents)
+
+
+def lloyd(documents, factor):
+    from tokenpool_ext.retrieval import TokenPooler
+
+    return TokenPooler(factor, refine=0)(documents)
 
 
 def spherical(documents, factor):
@@ -131,7 +138,14 @@ def random(documents, factor):
     return [x[torch.randperm(len(x), generator=generator)[: max(len(x) // factor, 1)]] for x in documents]
 
 
-METHODS = {"K-Means": ours, "spherical": spherical, "K-Medoids": medoids, "Ward": ward, "random": random}
+METHODS = {
+    "K-Means": ours,
+    "Lloyd alone": lloyd,
+    "spherical": spherical,
+    "K-Medoids": medoids,
+    "Ward": ward,
+    "random": random,
+}
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -173,11 +187,12 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--queries", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", type=int, default=0, help="documents passed over: those that settings were chosen on")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--factors", default=",".join(map(str, FACTORS)))
     parser.add_argument("--json")
     options = parser.parse_args()
-    queries, documents = encoded(options.descriptions, options.documents, options.seed, print)
+    queries, documents = encoded(options.descriptions, options.documents, options.seed, options.skip, print)
     queries = queries[: options.queries]
     lengths = torch.tensor([len(x) for x in documents]).double()
     print(f"{len(documents)} documents of {lengths.mean():.0f} tokens, {len(queries)} queries")

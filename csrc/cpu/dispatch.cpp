@@ -10,23 +10,17 @@ namespace tokenpool {
 std::atomic<bool (*)()> interrupt_check{nullptr};
 
 namespace {
-bool runs_avx2() {
 #if defined(__x86_64__)
+bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
 }
 
 bool runs_avx512() {
-#if defined(__x86_64__)
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
 }
+#endif
 
 const Kernels* choose(const std::string& asked) {
 #if defined(__x86_64__)
