@@ -125,7 +125,7 @@ def cost(model: nn.Module, *inputs: Any, **keywords: Any) -> Cost:
 IMAGE = ""  # the name under which `example_input` gives what is positional
 
 
-def example_input(model: nn.Module) -> dict[str, Tensor]:
+def example_input(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, Tensor]:
     """Keywords of a forward with one input of the model's own size; an image stands under IMAGE (positional).
 
     Raises:
@@ -134,7 +134,7 @@ def example_input(model: nn.Module) -> dict[str, Tensor]:
     parameter = next(model.parameters(), torch.empty(0))
     device, dtype = parameter.device, parameter.dtype
     config = getattr(model, "config", None)
-    side = None
+    side: Any = image_size
     for owner, name in (
         (config, "image_size"),
         (getattr(model, "patch_embed", None), "img_size"),

@@ -127,8 +127,8 @@ def relative_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def costs(rows: list[Variant]) -> None:
-    """Fill the GMACs of every row, from the structure of its model."""
-    from ..vit import gmacs
+    """Fill the GMACs of every row, counted in one forward of its model."""
+    from ..cost import gmacs
 
     for variant in (v for v in rows if not v.row.failed):
         variant.row.gmacs = gmacs(variant.model)
