@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 PARALLEL ?= -n 2 --dist loadfile
 SLOW := $(addprefix tests/test_,cuda_simulator.py triton_interpret.py triton_compile.py)
 
-.PHONY: build demo test test-gpu-kernels test-all fuzz sanitize aarch64 lint bench clean
+.PHONY: build demo test test-gpu-kernels test-all fuzz sanitize aarch64 lint docs bench clean
 
 build: $(VENV)/built
 
@@ -66,6 +66,14 @@ lint: $(VENV)/lint $(VENV)/torch
 	$(VENV)/tools/bin/ruff format --check
 	$(VENV)/tools/bin/mypy --python-executable $(PY)
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/tools/bin/clang-format --dry-run --Werror
+
+# The documents and the API reference, into build/docs; a docstring that cannot be read is an error.
+$(VENV)/docs: $(VENV)/lint
+	$(VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/tools/bin/mkdocs build --quiet --strict
 
 bench: $(VENV)/built $(VENV)/test
 	$(PY) -m bench --quick

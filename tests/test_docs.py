@@ -26,6 +26,13 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{target} does not exist"
 
 
+def test_the_api_reference_names_every_public_name():
+    import tokenpool_ext
+
+    words = set(re.findall(r"\w+", (ROOT / "docs" / "api.md").read_text()))
+    assert not set(tokenpool_ext.__all__) - {"__version__"} - words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_named_files_exist(page):
     named = re.findall(r"`((?:csrc|tokenpool_ext|tests|bench|docs|examples)/[\w./-]*\w\.\w+)`", page.read_text())

@@ -186,8 +186,7 @@ def pool(
     Args:
         x: (B, N, D) or (N, D), floating.
         assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored. Others raise on a CPU, and are ignored on a GPU
-        and
-            where ops are recorded (torch.compile, export), where values are not looked at.
+            and where ops are recorded (torch.compile, export), where values are not looked at.
         num_clusters: K >= 1.
         weights: (B, N) or (N,), >= 0; None: all ones. A cluster whose weights add up to zero gets its plain mean.
 

@@ -234,15 +234,15 @@ class TokenPooling(TokenReduction):
     Minimises ``sum_i w_i min_j ||x_i - c_j||^2`` with w the significance scores. K is the same for every image.
     Gradients flow through the means (or the medoids' rows), the assignment is constant.
 
+    num_tokens, keep_ratio, num_prefix_tokens, return_clusters and backend are those of :class:`TokenReduction`.
+
     Args:
-        num_tokens, keep_ratio, num_prefix_tokens, return_clusters, backend: see :class:`TokenReduction`.
         algorithm: ``"kmeans"`` or ``"kmedoids"``.
         weighted: use ``scores`` as weights (the paper's WK-Means, WK-Medoids). False ignores them.
         num_iters: upper bound on iterations; the paper: converges "usually within 5".
         init: how to start, see :func:`~tokenpool_ext.kmeans`; a name, or None for its default, "farthest".
         emit: what stands for a cluster: ``"mean"`` (weighted), or ``"medoid"``, a token of the input; the default is
-        the
-            medoid for K-Medoids and the mean for K-Means. ``"medoid"`` needs ``algorithm="kmedoids"``.
+            the medoid for K-Medoids and the mean for K-Means. ``"medoid"`` needs ``algorithm="kmedoids"``.
         sort: order the pooled tokens by their cluster's first token (keeps the spatial order).
         position_weight: cluster on the coordinates ``positions`` too: how far they spread, in spreads of the features
             (see ``positions.py``). 0: on the features alone.

@@ -65,7 +65,8 @@ def compress(
             token nearest to it (a cell of the grid, as M-RoPE wants).
         position_weight: cluster on the coordinates too: how far they spread, in spreads of the tokens. 0: on the tokens
             alone.
-        num_iters, backend: as in `kmeans`.
+        num_iters: as in `kmeans`.
+        backend: as in `kmeans`.
 
     Returns:
         `Compressed`: tokens, positions, sizes, assignment. Rows are ordered by the index of the token nearest to each

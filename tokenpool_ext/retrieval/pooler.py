@@ -120,10 +120,10 @@ class TokenPooler:
             progress: show a progress bar (needs tqdm).
 
         Returns:
-            list: a list of (K_i, D) tensors. Padded: (B, K, D), zeros behind each document's vectors, and their (B, K)
-            mask. Packed: (total K, D) and int64 (B + 1,) cu_seqlens. Vectors are in the order of their cluster's first
-            token. With `return_assignment`, one more: int64 rows of the document's output, as a list of (n_i,), as
-            (B, N) with -1 for padding, or as (total,).
+            Of a list a list of (K_i, D) tensors. Of a padded tensor (B, K, D), zeros behind each document's vectors,
+                and their (B, K) mask. Of a packed one (total K, D) and int64 (B + 1,) cu_seqlens. Vectors are in the
+                order of their cluster's first token. With `return_assignment`, one more: int64 rows of the document's
+                output, as a list of (n_i,), as (B, N) with -1 for padding, or as (total,).
 
         Raises:
             TypeError, ValueError: naming the argument, and the document by its index.

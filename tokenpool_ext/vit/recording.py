@@ -103,8 +103,7 @@ def record(model: nn.Module) -> Iterator[Record]:
         >>> tokenpool_ext.unpool(tokens[:, r.num_prefix_tokens :], r.assignment)            # (B, n, D)
 
     Nothing is kept on the model: what is recorded belongs to this context, and to the thread (or asynchronous task)
-    that
-    entered it. Forwards compute what they compute without it. Recomputation by gradient checkpointing is not recorded.
+    that entered it. Forwards compute what they compute without it. Recomputation by gradient checkpointing is not recorded.
 
     Args:
         model: a model given to :func:`patch`, not compiled.
@@ -114,8 +113,7 @@ def record(model: nn.Module) -> Iterator[Record]:
 
     Raises:
         TypeError: ``model`` is not a module, or a pooling module of its blocks is not a ``TokenReduction`` and so has
-        no
-            clusters to tell (the class is named).
+            no clusters to tell (the class is named).
         ValueError: ``model`` is not patched, or compiled by ``torch.compile``.
     """
     from .patching import patched_blocks, patches
