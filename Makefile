@@ -69,7 +69,7 @@ lint: $(VENV)/lint $(VENV)/torch
 
 # The documents and the API reference, into build/docs; a docstring that cannot be read is an error.
 $(VENV)/docs: $(VENV)/lint
-	$(VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check mkdocs-material "mkdocstrings[python]"
+	$(VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
 	touch $@
 
 docs: $(VENV)/docs

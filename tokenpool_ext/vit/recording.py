@@ -103,7 +103,8 @@ def record(model: nn.Module) -> Iterator[Record]:
         >>> tokenpool_ext.unpool(tokens[:, r.num_prefix_tokens :], r.assignment)            # (B, n, D)
 
     Nothing is kept on the model: what is recorded belongs to this context, and to the thread (or asynchronous task)
-    that entered it. Forwards compute what they compute without it. Recomputation by gradient checkpointing is not recorded.
+    that entered it. Forwards compute what they compute without it. Recomputation by gradient checkpointing is not
+    recorded.
 
     Args:
         model: a model given to :func:`patch`, not compiled.
