@@ -1,4 +1,4 @@
-"""The layers Token Pooling is compared with, behind the same ``forward`` (see ``modules.TokenReduction``).
+"""The layers Token Pooling is compared with, behind the same ``forward`` (see ``reduction.TokenReduction``).
 
 Selections keep K tokens as they are and drop the others: score pruning (PoWER-BERT), importance sampling, random.
 Mergers average: a regular grid (position only), and ToMe's bipartite matching. With ``return_clusters=True`` a
@@ -7,14 +7,16 @@ selection assigns -1 to the tokens it dropped; they count nothing in ``Clusters.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .checks import check_bool, check_int
 from .functional import Clusters, pool, unpool
 from .matching import match
-from .modules import TokenReduction, cached, take_tokens
 from .ops import accumulate_dtype, falling
+from .reduction import TokenReduction, cached, take_tokens
 from .reference import nearest_members, sort_clusters
 
 __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
@@ -27,7 +29,16 @@ class _Selection(TokenReduction):
         """(B, n) float: larger is kept first; ties go to the lower index."""
         raise NotImplementedError
 
-    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+    def reduce(
+        self,
+        x: Tensor,
+        k: int,
+        scores: Tensor | None,
+        features: Tensor | None,
+        mask: Tensor | None,
+        sizes: Tensor | None,
+        want_clusters: bool,
+    ) -> tuple[Tensor, Clusters | None]:
         priority = self.priority(x, scores)
         if mask is not None:
             priority = torch.where(mask, priority, -torch.inf)
@@ -71,7 +82,7 @@ class ScorePruning(_ScoredSelection):
     Source: Goyal et al., "PoWER-BERT" (arXiv 2001.08950), section 3 (hard extraction); a baseline of Token Pooling.
     """
 
-    def priority(self, x, scores):
+    def priority(self, x: Tensor, scores: Tensor | None) -> Tensor:
         return self._scores(scores)
 
 
@@ -80,7 +91,7 @@ class _Seeded:
 
     seed: int | None
 
-    def _check_seed(self, value) -> int | None:
+    def _check_seed(self, value: Any) -> int | None:
         return None if value is None else check_int(type(self).__name__, "seed", value, 0, 2**63 - 1)
 
     def _uniform(self, x: Tensor) -> Tensor:
@@ -103,11 +114,11 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
     not be read, so the name is taken at its word.
     """
 
-    def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
+    def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common: Any) -> None:
         super().__init__(num_tokens, **common)
         self.seed = seed
 
-    def priority(self, x, scores):
+    def priority(self, x: Tensor, scores: Tensor | None) -> Tensor:
         exponential = -torch.log1p(-self._uniform(x))
         return self._scores(scores).log() - exponential.clamp(min=torch.finfo(exponential.dtype).tiny).log()
 
@@ -115,11 +126,11 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
 class RandomSelection(_Seeded, _Selection):
     """Keep K tokens drawn uniformly at random. ``seed`` as in :class:`ImportanceSampling`."""
 
-    def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common) -> None:
+    def __init__(self, num_tokens: int | None = None, *, seed: int | None = None, **common: Any) -> None:
         super().__init__(num_tokens, **common)
         self.seed = seed
 
-    def priority(self, x, scores):
+    def priority(self, x: Tensor, scores: Tensor | None) -> Tensor:
         return self._uniform(x)
 
 
@@ -134,11 +145,13 @@ class GridPooling(TokenReduction):
         grid_size: (h, w) of the image's patches. None: a square.
     """
 
-    def __init__(self, num_tokens: int | None = None, *, grid_size: tuple[int, int] | None = None, **common) -> None:
+    def __init__(
+        self, num_tokens: int | None = None, *, grid_size: tuple[int, int] | None = None, **common: Any
+    ) -> None:
         super().__init__(num_tokens, **common)
         self.grid_size = grid_size
 
-    def _check_grid_size(self, value) -> tuple[int, int] | None:
+    def _check_grid_size(self, value: Any) -> tuple[int, int] | None:
         if value is None:
             return None
         name = type(self).__name__
@@ -147,7 +160,16 @@ class GridPooling(TokenReduction):
         height, width = (check_int(name, "grid_size", side, 1) for side in value)
         return height, width
 
-    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+    def reduce(
+        self,
+        x: Tensor,
+        k: int,
+        scores: Tensor | None,
+        features: Tensor | None,
+        mask: Tensor | None,
+        sizes: Tensor | None,
+        want_clusters: bool,
+    ) -> tuple[Tensor, Clusters | None]:
         b, n, _ = x.shape
         cells = grid_cells(n, k, *(self.grid_size or (1, 1)))
         assignment = torch.tensor(cells, device=x.device).expand(b, n)
@@ -199,14 +221,23 @@ class BipartiteMatching(TokenReduction):
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461), section 3, written from the paper.
     """
 
-    def __init__(self, num_tokens: int | None = None, *, sort: bool = True, **common) -> None:
+    def __init__(self, num_tokens: int | None = None, *, sort: bool = True, **common: Any) -> None:
         super().__init__(num_tokens, **common)
         self.sort = sort
 
-    def _check_sort(self, value) -> bool:
+    def _check_sort(self, value: Any) -> bool:
         return check_bool(type(self).__name__, "sort", value)
 
-    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+    def reduce(
+        self,
+        x: Tensor,
+        k: int,
+        scores: Tensor | None,
+        features: Tensor | None,
+        mask: Tensor | None,
+        sizes: Tensor | None,
+        want_clusters: bool,
+    ) -> tuple[Tensor, Clusters | None]:
         if mask is not None:
             raise ValueError(
                 "BipartiteMatching: mask must be None, got a tensor; the matching has no notion of padding"
@@ -226,13 +257,16 @@ class BipartiteMatching(TokenReduction):
                     metric = pool(metric, labels, kept, weights=weights, backend=self.backend)
                     weights = ones.new_zeros(ones.shape[0], kept).scatter_add(1, labels, ones)
             n = kept
+        assert assignment is not None, "k < n: at least one round"
         return _merge(self, x, assignment, k, sizes, want_clusters)
 
     def _options(self) -> list[str]:
         return [] if self.sort else ["sort=False"]
 
 
-def _merge(module: TokenReduction, x, assignment, k, sizes, want_clusters):
+def _merge(
+    module: TokenReduction, x: Tensor, assignment: Tensor, k: int, sizes: Tensor | None, want_clusters: bool
+) -> tuple[Tensor, Clusters | None]:
     """Size-weighted means of an assignment, and its Clusters when wanted."""
     tokens = pool(x, assignment, k, weights=sizes, backend=module.backend)
     if not want_clusters:
@@ -241,10 +275,6 @@ def _merge(module: TokenReduction, x, assignment, k, sizes, want_clusters):
     ones = x.new_ones(x.shape[:2], dtype=acc) if sizes is None else sizes.detach().to(acc)
     ones = torch.where(assignment >= 0, ones, 0)
     mass = ones.new_zeros(x.shape[0], k).scatter_add(1, assignment.clamp(min=0), ones)
-    inertia = mass.new_zeros(x.shape[0])
-    if module.return_clusters:
-        offset = torch.where((assignment >= 0)[:, :, None], x.detach().to(acc), 0) - unpool(
-            tokens.detach().to(acc), assignment
-        )
-        inertia = (ones * offset.square().sum(2)).sum(1)
+    real = torch.where((assignment >= 0)[:, :, None], x.detach().to(acc), 0)
+    inertia = (ones * (real - unpool(tokens.detach().to(acc), assignment)).square().sum(2)).sum(1)
     return tokens, Clusters(tokens, assignment, mass, nearest_members(x, tokens, assignment), inertia)

@@ -27,7 +27,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from .modules import TokenReduction
+from .reduction import TokenReduction
 
 __all__ = ["Cost", "cost", "gmacs"]
 

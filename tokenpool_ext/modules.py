@@ -1,231 +1,23 @@
 """``nn.Module`` layers that replace the N patch tokens of an image by K tokens.
 
 :class:`TokenPooling` is the layer of Marin et al., "Token Pooling in Vision Transformers" (arXiv 2110.03860), section
-3:
-it has no parameters and no buffers, so it adds nothing to a checkpoint, and it keeps nothing between forwards.
-:class:`TokenReduction` holds what every such layer shares; the baselines of ``baselines.py`` build on it.
-
-Shapes: B images, N tokens an image of which the first P are prefix tokens (class, distillation, registers), n = N - P
-patch tokens, D features a token, K patch tokens kept.
+3: it has no parameters and no buffers, so it adds nothing to a checkpoint, and it keeps nothing between forwards.
+``reduction.py`` holds what every such layer shares; the layers it is compared with are in ``baselines.py``.
 """
 
 from __future__ import annotations
 
-import functools
-from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checks import check_backend, check_bool, check_choice, check_floating, check_int, check_ratio, check_tensor
+from .checks import check_bool, check_choice, check_int
 from .functional import Clusters, kmeans, kmedoids, pool
-from .ops import accumulate_dtype
-from .positions import check_position_weight, with_positions
+from .positions import check_position_weight
+from .reduction import Reduced, TokenReduction, take_tokens
 from .starts import STRATEGIES
 
-__all__ = ["TokenPooling", "TokenReduction"]
-
-
-class TokenReduction(nn.Module):
-    """Base of all layers here: how many tokens to keep, the prefix, sizes, and one ``forward``.
-
-    A subclass implements :meth:`reduce`. ``needs_scores`` tells a model adapter whether ``scores`` make a difference.
-
-    Args:
-        num_tokens: K, the number of *patch* tokens kept (prefix tokens come on top); -r: all but r, but at least half.
-        keep_ratio: instead of ``num_tokens``: K = keep_ratio * n, 0 < keep_ratio <= 1, rounded to the nearest (halves
-            down), at least 1.
-        num_prefix_tokens: P, tokens in front that pass through unchanged.
-        return_clusters: whether ``forward`` also returns :class:`~tokenpool_ext.Clusters`.
-        backend: passed to the functions of ``tokenpool_ext.functional``; None chooses.
-    """
-
-    position_weight = 0.0
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether scores make a difference."""
-        return False
-
-    def __init__(
-        self,
-        num_tokens: int | None = None,
-        *,
-        keep_ratio: float | None = None,
-        num_prefix_tokens: int = 1,
-        return_clusters: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        if (num_tokens is None) == (keep_ratio is None):
-            raise ValueError(
-                f"{type(self).__name__}: give exactly one of num_tokens and keep_ratio, got num_tokens={num_tokens!r},"
-                f" keep_ratio={keep_ratio!r}"
-            )
-        if keep_ratio is None:
-            self.num_tokens = num_tokens
-        else:
-            self.keep_ratio = keep_ratio
-        self.num_prefix_tokens = num_prefix_tokens
-        self.return_clusters = return_clusters
-        self.backend = backend
-
-    def __setattr__(self, attribute: str, value) -> None:
-        """Every assignment, also one after construction, is checked by ``_check_<attribute>`` where there is one."""
-        check = getattr(self, f"_check_{attribute}", None)
-        super().__setattr__(attribute, value if check is None else check(value))
-        other = {"num_tokens": "keep_ratio", "keep_ratio": "num_tokens"}.get(attribute)
-        if other is not None:  # two rules for one number: the one set last holds
-            self.__dict__[other] = None
-
-    def _check_num_tokens(self, value) -> int:
-        if value is None:
-            raise ValueError(f"{type(self).__name__}: num_tokens must be an int, got None; set keep_ratio instead")
-        value = check_int(type(self).__name__, "num_tokens", value, -(2**31))
-        return value or check_int(type(self).__name__, "num_tokens", value, 1)
-
-    def _check_keep_ratio(self, value) -> float:
-        if value is None:
-            raise ValueError(f"{type(self).__name__}: keep_ratio must be a float, got None; set num_tokens instead")
-        return check_ratio(type(self).__name__, "keep_ratio", value)
-
-    def _check_num_prefix_tokens(self, value) -> int:
-        return check_int(type(self).__name__, "num_prefix_tokens", value, 0)
-
-    def _check_return_clusters(self, value) -> bool:
-        return check_bool(type(self).__name__, "return_clusters", value)
-
-    def _check_backend(self, value) -> str | None:
-        return check_backend(type(self).__name__, value)
-
-    def tokens_kept(self, num_patches: int) -> int:
-        """K for an image of ``num_patches`` patch tokens (never more than it has)."""
-        if self.num_tokens is not None:
-            return kept_by_count(num_patches, self.num_tokens)
-        return kept_by_ratio(num_patches, *as_fraction(self.keep_ratio))
-
-    def reduce(
-        self,
-        x: Tensor,
-        k: int,
-        scores: Tensor | None,
-        features: Tensor | None,
-        mask: Tensor | None,
-        sizes: Tensor | None,
-        want_clusters: bool,
-    ) -> tuple[Tensor, Clusters | None]:
-        """Patch tokens (B, n, D) to (B, k, D), k < n; and the clusters when wanted. All arguments: patch tokens
-        only."""
-        raise NotImplementedError(f"{type(self).__name__} must implement reduce(...)")
-
-    def forward(
-        self,
-        x: Tensor,
-        scores: Tensor | None = None,
-        *,
-        features: Tensor | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        sizes: Tensor | None = None,
-    ):
-        """Pool the patch tokens of ``x``; prefix tokens stay in front, unchanged.
-
-        Args:
-            x: (B, N, D) tokens, floating.
-            scores: (B, N) or (B, n) significance of the tokens, >= 0 (see ``functional.attention_received``).
-                None: every token counts the same.
-            features: (B, N, E) or (B, n, E): decide on this tensor (attention keys, say) and pool ``x``. None: ``x``.
-            positions: (B, N, P) or (B, n, P): coordinates of the tokens, for ``position_weight``.
-            mask: (B, N) or (B, n) bool, True = real token. Padding is never pooled. Where an image has fewer real
-                patch tokens than K, its last tokens are zeros (their ``mass`` is 0).
-            sizes: (B, N) or (B, n): how many image patches each token stands for. Without scores they are the weights.
-
-        Returns:
-            The pooled tokens (B, P + K, D) in x.dtype. ``x`` itself, the same object, when it has no more than K patch
-            tokens. With ``return_clusters=True``: ``(tokens, clusters)``, where ``clusters.assignment`` is (B, n), over
-            the patch tokens. When ``sizes`` is given, the new sizes (B, P + K) or (B, K) come last in the tuple.
-        """
-        name = type(self).__name__
-        check_floating(name, "x", x)
-        if x.dim() != 3:
-            raise ValueError(f"{name}: x must have shape (B, N, D), got {tuple(x.shape)}; add a batch with x[None]")
-        prefix = self.num_prefix_tokens
-        n = x.shape[1] - prefix
-        if n < 0:
-            raise ValueError(
-                f"{name}: x must have at least num_prefix_tokens = {prefix} tokens, got {x.shape[1]};"
-                " lower num_prefix_tokens"
-            )
-        scores = self._patches("scores", scores, x, 2)
-        features = self._patches("features", features, x, 3)
-        positions = self._patches("positions", positions, x, 3)
-        mask = self._patches("mask", mask, x, 2)
-        patch_sizes = self._patches("sizes", sizes, x, 2)
-        k = self.tokens_kept(n)
-        want = self.return_clusters or sizes is not None
-        if k >= n:
-            tokens, clusters, new_sizes = x, None, sizes
-            if self.return_clusters:
-                clusters = _identity(x[:, prefix:], scores, mask)
-        else:
-            if self.position_weight:
-                if positions is None:
-                    raise ValueError(f"{name}: position_weight={self.position_weight:g} needs positions, got None")
-                features = x[:, prefix:] if features is None else features
-                features = with_positions(features, positions, self.position_weight, mask)
-            pooled, clusters = self.reduce(x[:, prefix:] if prefix else x, k, scores, features, mask, patch_sizes, want)
-            tokens = torch.cat([x[:, :prefix], pooled], dim=1) if prefix else pooled
-            new_sizes = None
-            if sizes is not None:
-                assert patch_sizes is not None and clusters is not None, "both were asked for"
-                new_sizes = _cluster_sums(patch_sizes, clusters.assignment, k)
-                if sizes.shape[1] == x.shape[1] and prefix:
-                    new_sizes = torch.cat([sizes[:, :prefix], new_sizes], dim=1)
-        if not want:
-            return tokens
-        out: tuple[Any, ...] = (tokens,)
-        if self.return_clusters:
-            out += (clusters,)
-        if sizes is not None:
-            out += (new_sizes,)
-        return out
-
-    def extra_repr(self) -> str:
-        kept = f"num_tokens={self.num_tokens}" if self.num_tokens is not None else f"keep_ratio={self.keep_ratio:g}"
-        parts = [kept, *self._options(), f"num_prefix_tokens={self.num_prefix_tokens}"]
-        if self.backend is not None:
-            parts.append(f"backend={self.backend!r}")
-        return ", ".join(parts)
-
-    def _options(self) -> list[str]:
-        return []
-
-    def _patches(self, argument: str, value: Tensor | None, x: Tensor, dims: int) -> Tensor | None:
-        """The part of a per-token tensor that belongs to the patch tokens; it may or may not include the prefix."""
-        if value is None:
-            return None
-        name = type(self).__name__
-        check_tensor(name, argument, value)
-        if argument == "features":
-            check_floating(name, argument, value)
-        elif value.is_complex():
-            raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")
-        b, total = x.shape[:2]
-        n = total - self.num_prefix_tokens
-        if value.dim() != dims or value.shape[0] != b or value.shape[1] not in (total, n):
-            tail = ", E" if dims == 3 else ""
-            raise ValueError(
-                f"{name}: {argument} must have shape ({b}, {total}{tail}), all tokens, or ({b}, {n}{tail}), "
-                "patch tokens"
-                f" only, for x of shape {tuple(x.shape)}, got {tuple(value.shape)}"
-            )
-        if argument == "mask" and value.dtype != torch.bool:
-            raise TypeError(f"{name}: mask must be bool (True = real token), got {value.dtype}; write mask != 0")
-        if value.shape[1] != total or not self.num_prefix_tokens:
-            return value
-        value = value[:, self.num_prefix_tokens :]
-        return value.contiguous() if dims == 2 else value  # a number a token: copied here once, not at each look
+__all__ = ["Reduced", "TokenPooling", "TokenReduction"]
 
 
 class TokenPooling(TokenReduction):
@@ -281,18 +73,18 @@ class TokenPooling(TokenReduction):
         self.sort = sort
         self.position_weight = position_weight
 
-    def _check_algorithm(self, value) -> str:
-        check_choice(type(self).__name__, "algorithm", value, ("kmeans", "kmedoids"))
-        self._check_together(algorithm=value)
-        return value
+    def _check_algorithm(self, value: Any) -> str:
+        algorithm: str = check_choice(type(self).__name__, "algorithm", value, ("kmeans", "kmedoids"))
+        self._check_together(algorithm=algorithm)
+        return algorithm
 
-    def _check_weighted(self, value) -> bool:
+    def _check_weighted(self, value: Any) -> bool:
         return check_bool(type(self).__name__, "weighted", value)
 
-    def _check_num_iters(self, value) -> int:
+    def _check_num_iters(self, value: Any) -> int:
         return check_int(type(self).__name__, "num_iters", value, 1)
 
-    def _check_init(self, value) -> str | None:
+    def _check_init(self, value: Any) -> str | None:
         name = type(self).__name__
         if value is not None and not isinstance(value, str):
             raise TypeError(
@@ -304,24 +96,25 @@ class TokenPooling(TokenReduction):
         self._check_together(init=value)
         return value
 
-    def _check_keep_ratio(self, value) -> float:
-        value = super()._check_keep_ratio(value)
-        self._check_together(keep_ratio=value)
-        return value
+    def _check_keep_ratio(self, value: Any) -> float:
+        ratio = super()._check_keep_ratio(value)
+        self._check_together(keep_ratio=ratio)
+        return ratio
 
-    def _check_emit(self, value) -> str | None:
-        if value is not None:
-            check_choice(type(self).__name__, "emit", value, ("mean", "medoid"))
-        self._check_together(emit=value)
-        return value
+    def _check_emit(self, value: Any) -> str | None:
+        emit: str | None = (
+            check_choice(type(self).__name__, "emit", value, ("mean", "medoid")) if value is not None else None
+        )
+        self._check_together(emit=emit)
+        return emit
 
-    def _check_sort(self, value) -> bool:
+    def _check_sort(self, value: Any) -> bool:
         return check_bool(type(self).__name__, "sort", value)
 
-    def _check_position_weight(self, value) -> float:
+    def _check_position_weight(self, value: Any) -> float:
         return check_position_weight(type(self).__name__, value)
 
-    def _check_together(self, **new) -> None:
+    def _check_together(self, **new: Any) -> None:
         """What one attribute says about another, with ``new`` in place of what is set."""
         name = type(self).__name__
         value: Any = {**self.__dict__, **new}.get
@@ -336,7 +129,16 @@ class TokenPooling(TokenReduction):
     def needs_scores(self) -> bool:
         return self.weighted
 
-    def reduce(self, x, k, scores, features, mask, sizes, want_clusters):
+    def reduce(
+        self,
+        x: Tensor,
+        k: int,
+        scores: Tensor | None,
+        features: Tensor | None,
+        mask: Tensor | None,
+        sizes: Tensor | None,
+        want_clusters: bool,
+    ) -> tuple[Tensor, Clusters | None]:
         scores = scores if self.weighted else None
         weights = sizes if scores is None else scores
         cluster = kmeans if self.algorithm == "kmeans" else kmedoids
@@ -376,57 +178,3 @@ class TokenPooling(TokenReduction):
         if self.position_weight:
             options.append(f"position_weight={self.position_weight:g}")
         return options
-
-
-def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, K) of ``x`` (B, N, D); zeros where the index is -1."""
-    rows = x.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
-    return torch.where(index[:, :, None] >= 0, rows, 0)
-
-
-def _cluster_sums(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """(B, K) sums of the sizes in every cluster; tokens assigned -1 vanish. Sums of integers: exact in any order."""
-    sizes = torch.where(assignment >= 0, sizes, 0)
-    return sizes.new_zeros(sizes.shape[0], k).scatter_add(1, assignment.clamp(min=0), sizes)
-
-
-def _identity(x: Tensor, scores: Tensor | None, mask: Tensor | None) -> Clusters:
-    """The clusters of a sequence that was short enough: one a token."""
-    acc = accumulate_dtype(x.dtype)
-    b, n, _ = x.shape
-    index = torch.arange(n, device=x.device).expand(b, n).contiguous()
-    mass = torch.ones(b, n, dtype=acc, device=x.device) if scores is None else scores.detach().to(acc)
-    if mask is not None:
-        index, mass = torch.where(mask, index, -1), torch.where(mask, mass, 0)
-    return Clusters(x, index, mass, index, torch.zeros(b, dtype=acc, device=x.device))
-
-
-def cached(function):
-    """Remembers results, except while torch.compile looks: it traces the function itself."""
-    remembered = functools.lru_cache(maxsize=256)(function)
-
-    @functools.wraps(function)
-    def call(*args):
-        return (function if torch.compiler.is_compiling() else remembered)(*args)
-
-    return call
-
-
-@cached
-def as_fraction(ratio: float) -> tuple[int, int]:
-    """A ratio as numerator and denominator (at most 10000): 0.7 is 7/10."""
-    fraction = Fraction(ratio).limit_denominator(10000)
-    return max(fraction.numerator, 1), fraction.denominator
-
-
-def kept_by_count(n: int, count: int) -> int:
-    """Tokens kept of n: ``count``, or, if that is negative, all but so many, of which at most half go."""
-    return min(count, n) if count > 0 else n - min(-count, n // 2)
-
-
-def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
-    """Tokens kept of n: the nearest integer, halves down, at least 1 (0 of 0).
-
-    In integers, so that one compiled graph serves every n. 196 tokens at 1/2 three times: 98, 49, 24.
-    """
-    return min(max(1, (2 * numerator * n + denominator - 1) // (2 * denominator)), n)

@@ -13,8 +13,9 @@ from torch import nn
 
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from ..checks import check_bool, check_choice, check_int, check_ratio
-from ..modules import TokenPooling, TokenReduction
+from ..modules import TokenPooling
 from ..positions import check_positions
+from ..reduction import TokenReduction
 from . import finding, pooled, probing
 from . import schedule as schedules
 from .pooled import PLACE, SUBMODULE, Place, Plan, PooledBlock

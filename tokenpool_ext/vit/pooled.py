@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..baselines import BipartiteMatching, GridPooling
-from ..modules import TokenPooling, TokenReduction
+from ..modules import TokenPooling
 from ..positions import grid_positions
+from ..reduction import TokenReduction
 from ..reference import nearest_members
 from . import halves, recording
 from .tap import Tap, take_square

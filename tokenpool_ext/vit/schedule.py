@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from ..modules import as_fraction, kept_by_count, kept_by_ratio
+from ..reduction import as_fraction, kept_by_count, kept_by_ratio
 
 Schedule = dict[int, int | float]
 
