@@ -149,6 +149,62 @@ def positions() -> str:
     return markdown(head, rows)
 
 
+# name -> way of the record, iterations
+RECONSTRUCTION = {
+    "WK-Means (the default)": ("tokens/weighted/farthest/mean", 5),
+    "K-Means": ("tokens/plain/farthest/mean", 5),
+    "WK-Medoids": ("tokens/weighted/farthest/medoid", 5),
+    "K-Medoids": ("tokens/plain/farthest/medoid", 5),
+    "K-Medoids, emit mean": ("tokens/plain/farthest/medoid's mean", 5),
+    "K-Means of the keys": ("keys/plain/farthest/mean", 5),
+    "K-Means from ToMe's matching": ("tokens/plain/bipartite/mean", 5),
+    "bipartite (ToMe)": ("bipartite (ToMe)", 0),
+    "grid": ("grid", 0),
+    "score pruning": ("tokens/weighted/topk/medoid", 0),
+    "importance": ("tokens/weighted/random/medoid", 0),
+    "random": ("tokens/plain/random/medoid", 0),
+}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def reconstruction() -> str:
+    content = data.load("reconstruction")
+    ways = {way["way"]: way for way in content["ways"]}
+    half = content["rates"].index(0.5)
+    rows = []
+    for name, (way, iterations) in RECONSTRUCTION.items():
+        found, at = ways[way], content["iterations"].index(iterations)
+        errors = [number(v) for v in found["error"][at]]
+        rows.append([name, *errors, number(found["weighted_error"][at][half]), number(found["ms_at_half"][at], 2)])
+    head = ["", *(f"{rate:.0%}" for rate in content["rates"]), "50%, weighted", "ms at 50%"]
+    return markdown(head, rows)
+
+
+def starts() -> str:
+    content = data.load("reconstruction")
+    column = content["rates"].index(0.5)
+    rows = []
+    for way in content["ways"]:
+        clustered, _, rest = way["way"].partition("/")
+        if clustered == "tokens" and rest.endswith("/mean"):
+            kind, start, _ = rest.split("/")
+            table = way["error" if kind == "plain" else "weighted_error"]
+            weights, five = "yes" if kind == "weighted" else "no", content["iterations"].index(5)
+            rows.append([start, weights, *(number(row[column]) for row in table), number(way["ms_at_half"][five], 2)])
+    return markdown(["start", "weighted", *(f"{t} it." for t in content["iterations"]), "ms, 5 it."], rows)
+
+
+def against_tome() -> str:
+    rows = []
+    for row in data.load("reconstruction")["against ToMe"]:
+        words = ["yes" if row["weighted"] else "no", f"{row['rate']:.0%}", f"{row['above']} of {row['pairs']}"]
+        rows.append([row["start"], *words, number(row["mean"]), number(row["worst"])])
+    return markdown(["start", "weighted", "kept", "above ToMe's", "mean ratio", "worst"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "one-line": one_line,
@@ -157,6 +213,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fashion": lambda: accuracy("fashion"),
     "fashion-intervals": lambda: against_all("fashion"),
     "settings": settings,
+    "reconstruction": reconstruction,
+    "starts": starts,
+    "against-tome": against_tome,
     "lowpass": lowpass,
     "positions": positions,
 }
