@@ -71,3 +71,27 @@ def test_relative_errors():
         torch.testing.assert_close(found, expected)
     means = x.mean(1, keepdim=True)
     torch.testing.assert_close(capture.relative_errors(x, means, (None,))[0], torch.ones(2, dtype=torch.float64))
+
+
+def test_first_picks_for_many_clusters_are_those_for_few():
+    pytest.importorskip("skimage")
+    from bench.evidence import reconstruction
+
+    x = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    w = torch.rand(2, 40, generator=torch.Generator().manual_seed(1))
+    for start in reconstruction.NESTED:
+        for weights in (None, w):
+            many = reconstruction.begin(x, 30, weights, start)
+            assert torch.equal(many[:, :7], reconstruction.begin(x, 7, weights, start)), start
+
+
+def test_reciprocal_ranks():
+    pytest.importorskip("skimage")
+    from bench.evidence.text import reciprocal_ranks
+
+    gallery = torch.eye(4)
+    queries = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.0, 0.5, 0.6, 0.0]])
+    assert reciprocal_ranks(queries, gallery, gallery[:2]).tolist() == [1.0, 0.5]
+    # the document itself in its unpooled form is no rival
+    assert reciprocal_ranks(queries, gallery, 0.5 * gallery[:2]).tolist() == [1.0, 0.5]
+    assert reciprocal_ranks(queries, gallery, 0.0 * gallery[:2]).tolist()[0] == 0.5

@@ -203,7 +203,7 @@ def main(argv=None) -> int:
     parser.add_argument("--budgets", type=float, nargs="+", default=methods.BUDGETS, help="shares of the blocks' MACs")
     parser.add_argument("--settings", action="store_true", help="also the settings of WK-Means")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="write bench/results/evidence-images-DATA.json")
+    parser.add_argument("--report", metavar="NAME", help="write bench/results/evidence-images-NAME.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     task, wanted = Task(args.data, args.gallery, args.queries), variants(args.budgets, args.settings)
@@ -216,7 +216,7 @@ def main(argv=None) -> int:
         "k": task.k,
         "layers": methods.LAYERS,
     }
-    print(data.save(f"images-{args.data}", about, {"records": report(task, wanted)}))
+    print(data.save(f"images-{args.report}", about, {"records": report(task, wanted)}))
     return 0
 
 

@@ -85,6 +85,17 @@ def against_all(name: str) -> str:
     return markdown(["method", *head], rows)
 
 
+def today() -> str:
+    content = data.load("images-stamps-today")
+    rows = []
+    for (group, method), found in by_budget(content).items():
+        for budget, row in found.items():
+            name = method if group == "method" else f"WK-Means, {group} {method}"
+            rows.append([name, f"{budget:.0%}", f"{100 * row['accuracy']:.1f}", points(row, "minus_all")])
+            rows[-1].append("" if method == "WK-Means" else points(row, "minus_wkmeans"))
+    return markdown(["method", "of the MACs", "accuracy", "against all tokens", "against WK-Means"], rows)
+
+
 def settings() -> str:
     content = data.load("images-stamps")
     found = by_budget(content)
@@ -195,6 +206,28 @@ def starts() -> str:
             weights, five = "yes" if kind == "weighted" else "no", content["iterations"].index(5)
             rows.append([start, weights, *(number(row[column]) for row in table), number(way["ms_at_half"][five], 2)])
     return markdown(["start", "weighted", *(f"{t} it." for t in content["iterations"]), "ms, 5 it."], rows)
+
+
+def text() -> str:
+    rows = []
+    for row in data.load("text")["records"]:
+        line = [row["method"], f"{row['ratio']:g}", f"{100 * row['macs']:.0f}", f"{row['mrr']:.3f}"]
+        if "cosine" in row:
+            low, high = row["minus_all_95"]
+            line += [f"{row['minus_all']:+.3f} ({low:.3f} to {high:.3f})", f"{row['cosine']:.3f}"]
+        else:
+            line += ["", ""]
+        rows.append([*line, f"{row['ms']:.0f}"])
+    head = [
+        "method",
+        "kept at each of three blocks",
+        "% of MACs",
+        "reciprocal rank",
+        "against all tokens",
+        "cosine",
+        "ms",
+    ]
+    return markdown(head, rows)
 
 
 def against_tome() -> str:
