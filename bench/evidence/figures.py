@@ -106,41 +106,9 @@ def lowpass(content: dict):
     return figure
 
 
-def reconstruction(content: dict):
-    from .report import RECONSTRUCTION
-
-    rates = [100 * rate for rate in content["rates"]]
-    ways = {way["way"]: way for way in content["ways"]}
-    iterations, half = content["iterations"], content["rates"].index(0.5)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for number, (name, (way, count)) in enumerate(RECONSTRUCTION.items()):
-        errors = [float("nan") if e is None else e for e in ways[way]["error"][iterations.index(count)]]
-        style = "-" if "K-M" in name else "--"
-        left.plot(rates, errors, style, marker=".", label=name, color=f"C{number % 10}")
-    left.invert_xaxis()
-    left.set(xlabel="% of tokens kept", ylabel="relative error, mean of all layers", yscale="log")
-    left.legend(fontsize=6)
-    names = {way: name for name, (way, _) in RECONSTRUCTION.items()}
-    at = content["rates"].index(0.3)
-    for way in dict.fromkeys(row["way"] for row in content["layers"]):
-        errors = [row["error"][at] for row in content["layers"] if row["way"] == way]
-        middle.plot(errors, marker=".", label=names[way])
-    middle.set(xlabel="layer", ylabel="relative error at 30% of the tokens", ylim=(0, None), xticks=range(0, 12, 2))
-    middle.legend(fontsize=8)
-    for way in content["ways"]:
-        if way["way"].startswith("tokens/plain/") and way["way"].endswith("/mean"):
-            errors = [row[half] for row in way["error"][1:]]
-            right.plot(way["ms_at_half"][1:], errors, marker=".", label=way["way"].split("/")[2])
-    right.set(xlabel="CPU ms an image, start included", ylabel="relative error at 50% of the tokens", xscale="log")
-    right.set_title("K-Means after 1, 2, 5, 20 iterations, by start", fontsize=9)
-    right.legend(fontsize=8)
-    return figure
-
-
 FIGURES = {
     "cost": cost,
     "images-stamps": images,
     "images-fashion": images,
     "lowpass": lowpass,
-    "reconstruction": reconstruction,
 }

@@ -217,7 +217,7 @@ def text() -> str:
             line += [f"{row['minus_all']:+.3f} ({low:.3f} to {high:.3f})", f"{row['cosine']:.3f}"]
         else:
             line += ["", ""]
-        rows.append([*line, f"{row['ms']:.0f}"])
+        rows.append([*line, number(row.get("ms"), 0)])
     head = [
         "method",
         "kept at each of three blocks",
@@ -250,6 +250,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "starts": starts,
     "against-tome": against_tome,
     "lowpass": lowpass,
+    "stamps-today": today,
+    "text": text,
     "positions": positions,
 }
 
