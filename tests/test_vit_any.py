@@ -412,6 +412,19 @@ def test_a_budget_is_kept(budget):
         vit.patch(model, budget=0.1)
 
 
+def test_bench_model_compares_at_equal_cost():
+    from tokenpool_ext.bench_model import bench_model
+
+    model, *_ = make("transformers ViT")
+    (row,) = bench_model(model, batches=[2], budget=0.8, rounds=2)
+    assert row["batch"] == 2 and not patched_blocks(model)
+    for name in ("pooled", "tome"):
+        assert 0.7 < row[f"{name}_share"] <= 0.8 and 0 < row[f"{name}_own"] < 1
+        assert row[f"{name}_ms"] > 0 and row[f"{name}_speedup"] > 0
+    with pytest.raises(ValueError, match="budget"):
+        bench_model(model, budget=0.01)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["hand-written", "transformers CLIPVision", "timm eva02_tiny_patch14_224"])
 def test_compile_and_export(name):

@@ -1,4 +1,4 @@
-"""python -m tokenpool_ext info | doctor | demo | cost [options]"""
+"""python -m tokenpool_ext info | doctor | demo | cost | bench-model [options]"""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .backends import ENVIRONMENT, backends
 
 USAGE = """usage: python -m tokenpool_ext COMMAND
 
-  info   versions, backends and, for each absent one, why
-  doctor info, a plan, and a short self-test of every backend: for bug reports
-  demo   pool a pretrained ViT on real photos: a table and pictures (see demo --help)
-  cost   multiply-accumulates of a model by component, whole and pooled (see cost --help)
+  info          versions, backends and, for each absent one, why
+  doctor        info, a plan, and a short self-test of every backend: for bug reports
+  demo          pool a pretrained ViT on real photos: a table and pictures (see demo --help)
+  cost          multiply-accumulates of a model by component, whole and pooled (see cost --help)
+  bench-model   how much faster a model is when pooled (see bench-model --help)
 """
 
 
@@ -61,6 +62,10 @@ def main(argv=None) -> int:
         from . import cost
 
         return cost.main(argv[1:])
+    if command == "bench-model":
+        from . import bench_model
+
+        return bench_model.main(argv[1:])
     print(USAGE, end="", file=sys.stdout if command in ("-h", "--help", "help") else sys.stderr)
     return 0 if command in ("-h", "--help", "help") else 2
 

@@ -18,7 +18,8 @@ from ..positions import check_positions
 from ..reduction import TokenReduction
 from . import finding, pooled, probing
 from . import schedule as schedules
-from .pooled import PLACE, SUBMODULE, Place, Plan, PooledBlock
+from .pooled import PLACE, SUBMODULE, Place, PooledBlock
+from .reducing import Plan
 
 POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "kmeans": partial(TokenPooling, algorithm="kmeans"),
@@ -159,7 +160,6 @@ def prepare(
         cluster_on=cluster_on or ("keys" if pooling == "bipartite" else "tokens"),
         track_size=False,
         positions=check_positions("patch", positions),
-        schedule=counts,
     )
     make = pooling_factory(pooling, pooling_options)
     touched = list(range(plan.first, depth))

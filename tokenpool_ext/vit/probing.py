@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import finding, halves, pooled
-from .pooled import Form, Plan, State
+from . import finding, halves, inputs, pooled
+from .inputs import Form
+from .reducing import Plan
 from .tap import Tap
 
 HARMLESS = re.compile(r"mask|output_|return_|causal|drop|kwargs|args|cache|layer_idx|need_weights|layer_head")
@@ -104,7 +105,7 @@ def kind(block: nn.Module) -> Any:
             continue
         plain = sorted((k, repr(v)) for k, v in m.__dict__.items() if isinstance(v, (int, float, str, tuple, bool)))
         found.append(
-            (path, pooled.base_class(type(m)), tuple(p for p in plain if p[0] not in ("layer_idx", "training")))
+            (path, inputs.base_class(type(m)), tuple(p for p in plain if p[0] not in ("layer_idx", "training")))
         )
     return tuple(found)
 
@@ -137,19 +138,18 @@ def noise(*shape: int, like: Tensor) -> Tensor:
 
 def alone_is_enough(block: nn.Module) -> bool:
     """Whether nothing but tokens and masks comes in."""
-    names = pooled.parameter_names(pooled.base_class(type(block)))[1:]
+    names = inputs.parameter_names(type(block))[1:]
     return all(HARMLESS.search(n) for n in names)
 
 
 def required(block: nn.Module) -> list[str]:
-    base: Any = pooled.base_class(type(block))
-    parameters = list(inspect.signature(base.forward).parameters.values())[2:]
+    parameters = list(inspect.signature(inputs.base_class(type(block)).forward).parameters.values())[2:]
     return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def pooled_free(block: nn.Module):
     """The block's own class's forward."""
-    base: Any = pooled.base_class(type(block))
+    base = inputs.base_class(type(block))
     return lambda *args, **kwargs: base.forward(block, *args, **kwargs)
 
 
@@ -159,7 +159,7 @@ def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dic
     if example is not None:
         trials = [(model, as_call(example))]
     else:
-        trials = [(owner, inputs) for owner in reversed(blocks.owners) for inputs in inputs_of(owner)]
+        trials = [(owner, call) for owner in reversed(blocks.owners) for call in inputs_of(owner)]
     reasons: list[str] = []
     for owner, (args, kwargs) in trials:
         seen: dict[int, tuple[tuple, dict]] = {}
@@ -222,13 +222,13 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
 
 def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     """The form in which the block commutes with permutations of its tokens."""
-    at, x = pooled.find_tokens(args, kwargs)
+    at, x = inputs.find_tokens(args, kwargs)
     if x.dim() == 4 or x.dim() > 4:
         raise TypeError(
             f"patch: {name(block)} takes its tokens as a feature map {tuple(x.shape)}, not as a sequence (B, N, D);"
             " pooled tokens fill no map, so this block is not supported"
         )
-    own, base = pooled_free(block), pooled.base_class(type(block))
+    own, base = pooled_free(block), inputs.base_class(type(block))
     reason = "its output is not one token for each that came in"
     try:
         out = own(*args, **kwargs)
@@ -243,7 +243,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     ):
         raise TypeError(f"patch: {name(block)} is not supported: it works on two sequences of tokens at once")
     layout = layout_of(block, args, kwargs, at, x, y)
-    tokens, result = pooled.batch_first(x, layout), pooled.batch_first(y, layout)
+    tokens, result = inputs.batch_first(x, layout), inputs.batch_first(y, layout)
     b, n = tokens.shape[:2]
     order = torch.stack(
         [torch.randperm(n, generator=torch.Generator("cpu").manual_seed(7 + i), device="cpu") for i in range(b)]
@@ -252,36 +252,36 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     for i in range(b):  # prefix tokens stay in front, in use too
         if p:
             order[i] = torch.cat([torch.arange(p, device="cpu"), order[i][order[i] >= p]])
-    ends = pooled.packed_ends(block, args, kwargs, n) if layout == "packed" else []
+    sides = inputs.named(block, args, kwargs, at)
+    ends = inputs.packed_ends(sides) if layout == "packed" else []
     if ends:  # packed sequences stay where they are
         starts = [0, *ends[:-1]]
         order[0] = torch.cat([order[0][(order[0] >= a) & (order[0] < z)] for a, z in zip(starts, ends)])
     order = order.to(x.device)
-    expected = pooled.take(result, order)
+    expected = inputs.take(result, order)
     size = (result - tokens).float().abs().amax().clamp(min=1e-30)
     limit = 2e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
     reason = "its output does not follow its tokens when they are permuted, so it depends on their order or place"
     for heads, square, folded in itertools.product((True, False), (True, False), (False, True)):
         form = Form(layout, heads, square, folded)
         trial = Plan(0, 0, p, plan.suffix, (), "full", "block", "tokens", False, form=form)
-        state = State(order.argsort(dim=1), order, None, False)
         tap = Tap(b, n, None, None if square else order, n, note=True, packed=layout == "packed")
         try:
-            a, k, _ = pooled.follow_all(block, trial, args, kwargs, at, tokens, state)
-            a, k = pooled.put(a, k, at, pooled.as_given(pooled.take(tokens, order), layout))
+            a, k, _ = inputs.follow_all(sides, trial, args, kwargs, n, order)
+            a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(tokens, order), layout))
             with tap:
-                got = pooled.batch_first(first_of(own(*a, **k)), layout)
+                got = inputs.batch_first(first_of(own(*a, **k)), layout)
         except Exception as error:
             reason = f"it does not run on permuted tokens ({type(error).__name__}: {error})".splitlines()[0]
             continue
         if got.shape == expected.shape and float((got - expected).float().abs().amax() / size) <= limit:
             try:
-                if not ends and not fewer(block, args, kwargs, at, tokens, order, trial, limit * size):
+                if not ends and not fewer(block, args, kwargs, at, sides, tokens, order, trial, limit * size):
                     continue
             except Exception as error:
                 reason = f"it does not run on fewer tokens ({type(error).__name__}: {error})".splitlines()[0]
                 continue
-            if tap.causal and any(re.search("past|cache", v) for v in pooled.parameter_names(base)):
+            if tap.causal and any(re.search("past|cache", v) for v in inputs.parameter_names(base)):
                 raise TypeError(
                     f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
                     " which pooled tokens are not; this block is not supported"
@@ -292,7 +292,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     )
 
 
-def fewer(block, args, kwargs, at, tokens: Tensor, order: Tensor, plan: Plan, limit: Tensor) -> bool:
+def fewer(block, args, kwargs, at, sides: list, tokens: Tensor, order: Tensor, plan: Plan, limit: Tensor) -> bool:
     """Whether some of the tokens alone commute too: a bias made inside for as many tokens as come would not follow."""
     (b, n), p, layout = tokens.shape[:2], plan.prefix, plan.form.layout
     if n - p < 5:
@@ -301,11 +301,10 @@ def fewer(block, args, kwargs, at, tokens: Tensor, order: Tensor, plan: Plan, li
     other = torch.cat([torch.arange(p), p + torch.randperm(n - 2 - p, generator=torch.Generator().manual_seed(3))])
     results = []
     for index in (some, some[:, other.to(some.device)]):
-        state = State(order, index, None, False)
-        a, k, _ = pooled.follow_all(block, plan, args, kwargs, at, tokens, state)
-        a, k = pooled.put(a, k, at, pooled.as_given(pooled.take(tokens, index), layout))
+        a, k, _ = inputs.follow_all(sides, plan, args, kwargs, n, index)
+        a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(tokens, index), layout))
         with Tap(b, n - 2, None, index, n, packed=layout == "packed"):
-            results.append(pooled.batch_first(first_of(pooled_free(block)(*a, **k)), layout))
+            results.append(inputs.batch_first(first_of(pooled_free(block)(*a, **k)), layout))
     return bool((results[0][:, other.to(some.device)] - results[1]).float().abs().amax() <= limit)
 
 
@@ -322,7 +321,7 @@ def layout_of(block: nn.Module, args: tuple, kwargs: dict, at, x: Tensor, y: Ten
         """Whether the first along ``dim`` leaves the others as they are."""
         moved = x.clone()
         moved.select(dim, 0).copy_(x.select(dim, 0).flip(-1) + 1)
-        a, k = pooled.put(args, kwargs, at, moved)
+        a, k = inputs.put(args, kwargs, at, moved)
         other = first_of(pooled_free(block)(*a, **k))
         one, two = (t.narrow(dim, 1, t.shape[dim] - 1) for t in (other, y))
         return torch.allclose(one, two, rtol=1e-3, atol=1e-4)
@@ -339,7 +338,7 @@ def split(block: nn.Module, args: tuple, kwargs: dict, position: str | None, for
     parts = halves.find(block) if position == "attention" and form.layout == "batch first" else None
     why = "its parts are not those of a pre-norm block with attention and MLP"
     if parts is not None:
-        at, x = pooled.find_tokens(args, kwargs)
+        at, x = inputs.find_tokens(args, kwargs)
         own = pooled_free(block)(*args, **kwargs)
         try:
             ours, _ = halves.run(block, parts, contextlib.nullcontext(), lambda tokens: tokens, x, args, kwargs, at)

@@ -25,6 +25,7 @@ from ..functional import attention_received
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+WATCHED = {F.scaled_dot_product_attention, F.multi_head_attention_forward, *SOFTMAX, *MATMUL}
 MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
@@ -60,6 +61,8 @@ class Tap(TorchFunctionMode):
         self.pieces: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in WATCHED:
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._product(func, {**dict(zip(SDPA_NAMES, args)), **kwargs})
@@ -68,7 +71,7 @@ class Tap(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._multi_head(func, {**dict(zip(MHA_NAMES, args)), **kwargs})
         out = func(*args, **kwargs)
-        if self.note and func in MATMUL and out.shape[-2:] == (self.length, self.length) and len(args) > 1:
+        if self.note and out.shape[-2:] == (self.length, self.length) and len(args) > 1:
             self.factor = args[1].detach().transpose(-2, -1)
         return out
 

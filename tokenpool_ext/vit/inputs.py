@@ -1,0 +1,178 @@
+"""What comes into a block: its tokens among the arguments, and side inputs that follow the tokens that are left.
+
+Masks, rotary tables, position biases and cumulative lengths are cut to the token each current one stands for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .tap import take_square
+
+NAMES = ("hidden_states", "x", "src", "input", "inputs", "hidden_state", "inputs_embeds")
+PLAIN = (bool, int, float, str, type(None))
+
+
+class Form(NamedTuple):
+    """How a block takes tokens: found by trying, see ``probing.py``."""
+
+    layout: str = "batch first"  # or "tokens first" (N, B, D), or "packed" (N, D)
+    heads: bool = True  # a table (N, d) without batch becomes (B, 1, K, d), else (B, K, d)
+    square: bool = True  # biases (..., N, N) are cut outside the block, else where they meet the attention product
+    folded: bool = False  # biases (X, N, N) are (B * H, N, N), else (H, N, N)
+    attends: bool = True  # a tap sees its attention
+
+
+def find_tokens(args: tuple, kwargs: dict) -> tuple[int | str, Any]:
+    """Where among a block's arguments its tokens are."""
+    if args and isinstance(args[0], (Tensor, torch.fx.Proxy)):
+        return 0, args[0]
+    for name in (*NAMES, *kwargs):
+        if isinstance(kwargs.get(name), Tensor):
+            return name, kwargs[name]
+    raise TypeError("patched block: got no tokens among its arguments")
+
+
+def put(args: tuple, kwargs: dict, at: int | str, tokens: Tensor) -> tuple[tuple, dict]:
+    return ((tokens, *args[1:]), kwargs) if at == 0 else (args, {**kwargs, at: tokens})
+
+
+def batch_first(x: Tensor, layout: str) -> Tensor:
+    return x.transpose(0, 1) if layout == "tokens first" else x[None] if layout == "packed" else x
+
+
+def as_given(x: Tensor, layout: str) -> Tensor:
+    return x.transpose(0, 1) if layout == "tokens first" else x[0] if layout == "packed" else x
+
+
+def named(block: nn.Module, args: tuple, kwargs: dict, at: int | str) -> list[tuple[int | str, str, Any]]:
+    """(place, parameter's name, value) of every argument beside the tokens that is more than a number or a word."""
+    sides = [(i, v) for i, v in (*enumerate(args), *kwargs.items()) if i != at and not isinstance(v, PLAIN)]
+    if not sides:
+        return []
+    names = parameter_names(type(block))
+    return [(i, i if isinstance(i, str) else names[i] if i < len(names) else "", v) for i, v in sides]
+
+
+_PARAMETERS: dict[type, tuple[str, ...]] = {}
+
+
+def parameter_names(cls: type) -> tuple[str, ...]:
+    """Of the ``forward`` of a block's own class."""
+    if cls not in _PARAMETERS:
+        _PARAMETERS[cls] = tuple(inspect.signature(base_class(cls).forward).parameters)[1:]
+    return _PARAMETERS[cls]
+
+
+def base_class(cls: type) -> Any:
+    """A block's own class, of the one that pools or of one derived from that."""
+    return getattr(cls, "_tokenpool_base", cls)
+
+
+def packed_ends(sides: list) -> list[int]:
+    """Where each of the sequences packed into one ends, as the cumulative lengths that came in say."""
+    for _, name, value in sides:
+        if "cu_" in name and isinstance(value, Tensor) and value.dim() == 1:
+            ends = sorted(set(value.tolist()) - {0})
+            return ends if len(ends) > 1 else []
+    return []
+
+
+def valid_tokens(sides: list, b: int, n: int, index: Tensor | None) -> Tensor | None:
+    """(B, T) True for real tokens, read off the mask of the N tokens that came in; None without padding masks."""
+    for _, name, value in sides:
+        if not isinstance(value, Tensor) or "mask" not in name or value.shape[-1] != n or value.dim() not in (2, 4):
+            continue
+        if value.dim() == 2 and value.shape[0] != b:
+            continue
+        if value.dtype == torch.bool:
+            real = ~value if "padding" in name else value
+        elif value.is_floating_point():
+            real = value > -1e4
+        else:
+            real = value != 0
+        if value.dim() == 4:
+            real = real.any(dim=2).any(dim=1)
+        real = real.expand(b, n)
+        return real if index is None else take(real, index)
+    return None
+
+
+def follow_all(sides: list, plan, args: tuple, kwargs: dict, n: int, index: Tensor):
+    """The arguments, those of N tokens cut to ``index`` (B, K); and pairs of each cut and what it was cut from."""
+    back: list[tuple[Any, Any]] = []
+    if not sides:
+        return args, kwargs, back
+    cut_args, cut_kwargs = list(args), dict(kwargs)
+    for place, name, value in sides:
+        cut = follow(value, name, plan, n, index, back)
+        if cut is not value:
+            if isinstance(place, int):
+                cut_args[place] = cut
+            else:
+                cut_kwargs[place] = cut
+    return tuple(cut_args), cut_kwargs, back
+
+
+def follow(value: Any, name: str, plan, n: int, index: Tensor, back: list) -> Any:
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        parts = [follow(v, name, plan, n, index, back) for v in value]
+        return value if all(a is b for a, b in zip(parts, value)) else type(value)(parts)
+    if not isinstance(value, Tensor):
+        return value
+    if "cu_" in name and value.dim() == 1:  # cumulative lengths of packed sequences
+        cut = (index[0][:, None] < value[None, :]).sum(0).to(value.dtype)
+        back.append((cut, value))
+        return cut
+    cut = follow_tensor(value, name, plan.form, n, index)
+    p = plan.prefix
+    if cut is value and p and not plan.suffix:  # a table of the patch tokens alone
+        cut = follow_tensor(value, name, plan.form, n - p, index[:, p:] - p)
+    if cut is not value:
+        back.append((cut, value))
+    return cut
+
+
+def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -> Tensor:
+    b, k = index.shape
+    shape = value.shape
+    if n not in shape:
+        return value
+    square = value.dim() >= 2 and shape[-1] == shape[-2] == n
+    if square and (value.dim() >= 4 or "mask" in name or "bias" in name):
+        if not form.square:
+            return value
+        if value.dim() == 3 and form.folded:
+            return take_square(value.unflatten(0, (b, -1)), index).flatten(0, 1)
+        return take_square(value, index)
+    if form.layout == "tokens first" and value.dim() >= 2 and shape[:2] == (n, b):
+        return take(value.transpose(0, 1), index).transpose(0, 1)
+    if form.layout == "packed" and shape[0] == n:
+        return value[index[0]]
+    if value.dim() >= 2 and shape[0] in (b, 1) and n in shape[1:]:  # a batch in front, or one for all images
+        axis = 1 + list(shape[1:]).index(n)
+        where = index.reshape(b, *[1] * (axis - 1), k, *[1] * (value.dim() - axis - 1))
+        whole = value.expand(b, *shape[1:])
+        return whole.gather(axis, where.expand(*whole.shape[:axis], k, *whole.shape[axis + 1 :]))
+    if shape[0] == n:
+        cut = value[index]  # (B, K, ...)
+        return cut[:, None] if form.heads and value.dim() == 2 else cut
+    axis = list(shape).index(n)  # (H, N) and the like: a batch comes in front
+    return value.movedim(axis, 0)[index].movedim(1, axis + 1)
+
+
+def rows(index: Tensor, n: int) -> Tensor:
+    """(B * K) where the tokens ``index`` (B, K) of N stand when the batch is one long sequence."""
+    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device)[:, None]).flatten()
+
+
+def take(x: Tensor, index: Tensor, at: Tensor | None = None) -> Tensor:
+    """Tokens ``index`` (B, K) of ``x`` (B, N, ...); ``at``: their ``rows``, if known."""
+    if x.dim() == 2:
+        return x.gather(1, index)
+    at = rows(index, x.shape[1]) if at is None else at
+    return x.flatten(0, 1).index_select(0, at).view(*index.shape, *x.shape[2:])

@@ -1,0 +1,200 @@
+"""Pooling the tokens of one block: what is pooled how (:class:`Plan`), and what is where after it (:class:`State`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..baselines import BipartiteMatching, GridPooling
+from ..modules import TokenPooling
+from ..positions import grid_positions
+from ..reduction import TokenReduction
+from ..reference import nearest_members
+from . import recording
+from .inputs import Form, rows, take
+
+COVERING = (TokenPooling, BipartiteMatching, GridPooling)  # every token is in a cluster
+
+
+class State(NamedTuple):
+    """Where the tokens of one forward are. B images, N tokens before any pooling, K now."""
+
+    labels: Tensor  # (B, N) int64: the current token each original one is in; -1 if dropped
+    index: Tensor  # type: ignore[assignment]  # (B, K) int64: the original token each current one stands for, a member
+    sizes: Tensor | None  # (B, K) float: how many original tokens it stands for
+    drops: bool  # whether a label can be -1
+    spreads: Tensor | None = None  # (B * N) rows of the current tokens that show the original ones
+    takes: Tensor | None = None  # (B * K) rows of the original tokens that are the current ones
+
+    def with_rows(self) -> State:
+        n, k = self.labels.shape[1], self.index.shape[1]
+        labels = self.labels.clamp(min=0) if self.drops else self.labels
+        return self._replace(spreads=rows(labels, k), takes=rows(self.index, n))
+
+
+@dataclass
+class Plan:
+    """What the blocks of one patched model share; it does not change between forwards."""
+
+    depth: int
+    first: int  # the first block that pools
+    prefix: int  # protected tokens in front
+    suffix: int  # protected tokens at the end
+    protect: tuple[int, ...]  # other protected tokens; negative: from the end
+    outside: str  # "full" or "short"
+    position: str  # "block" or "attention"
+    cluster_on: str
+    track_size: bool
+    positions: Tensor | None = None  # (n, P) of the tokens that may be pooled; None: a square grid's
+    form: Form = field(default=None)  # type: ignore[assignment]  # how the blocks take tokens and side inputs: the probe
+    num_protected: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_protected = self.prefix + self.suffix + len(self.protect)
+
+    def protected(self, n: int) -> list[int]:
+        inner = {i % n for i in self.protect if -n <= i < n}
+        return sorted({*range(self.prefix), *range(n - self.suffix, n), *inner})
+
+
+class Reducer:
+    """Pools the tokens of one call of a block and brings the state up to date."""
+
+    def __init__(self, plan, index, pooling, tap, valid, state, n) -> None:
+        self.plan, self.index, self.pooling, self.tap, self.valid = plan, index, pooling, tap, valid
+        self.state, self.n, self.before = state, n, None
+        self.ends: list[int] = []  # where the sequences packed into one end
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) to (B, K, D)."""
+        plan, state, pooling = self.plan, self.state, self.pooling
+        b, t, _ = tokens.shape
+        scores = self.tap.scores(self.valid) if getattr(pooling, "needs_scores", True) else None
+        features = self.tap.keys() if plan.cluster_on == "keys" else None
+        places = self.places(b, tokens.device) if getattr(pooling, "position_weight", 0) else None
+        valid = self.valid
+        order: Tensor | None = None
+        sizes: Tensor | None = None
+        if plan.track_size:
+            sizes = (
+                torch.ones(b, t, device=tokens.device, dtype=torch.float32)
+                if state is None or state.sizes is None
+                else state.sizes
+            )
+        whole: Any = tokens
+        if plan.num_protected > plan.prefix:  # bring the protected ones to the front
+            order = self.front(b, t, tokens.device)
+            tokens = take(tokens, order)
+            scores, features, places, valid, sizes = (
+                None if v is None else take(v, order) for v in (scores, features, places, valid, sizes)
+            )
+        self.before = whole
+        p = plan.num_protected
+        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, places, valid, sizes, p, self.ends)
+        recording.add(plan, self.index, clusters)
+        labels = clusters.assignment
+        if plan.outside == "full" and not isinstance(pooling, COVERING):  # dropped ones show as the one most like them
+            labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:]), labels)
+            labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
+        lead = torch.arange(p, device=labels.device).expand(b, p)
+        local = torch.cat([lead, torch.where(labels < 0, -1, labels + p)], dim=1) if p else labels
+        rep = representatives(clusters, local, p)
+        if order is not None:
+            rep = order.gather(1, rep)
+            local = local.gather(1, order.argsort(dim=1))
+        drops = valid is not None or (plan.outside == "short" and not isinstance(pooling, COVERING))
+        if state is not None:
+            rep = state.index.gather(1, rep)
+            drops = drops or state.drops
+            old = state.labels
+            local = local.gather(1, old.clamp(min=0) if drops else old)
+            local = torch.where(old < 0, -1, local) if drops else local
+        self.state = State(local, rep, sizes, drops)
+        return pooled
+
+    def places(self, b: int, device: torch.device) -> Tensor:
+        """(B, T, P) coordinates of the tokens left; zeros of protected ones."""
+        plan, n = self.plan, self.n
+        free = n - plan.num_protected
+        given = grid_positions(free, device) if plan.positions is None else plan.positions.to(device)
+        if len(given) != free:
+            raise ValueError(f"patch: positions must be of the {free} tokens that may be pooled, got {len(given)}")
+        protected = set(plan.protected(n))
+        places = given.new_zeros(n, given.shape[1])
+        places[[i for i in range(n) if i not in protected]] = given
+        return places.expand(b, -1, -1) if self.state is None else places[self.state.index]
+
+    def front(self, b: int, t: int, device: torch.device) -> Tensor:
+        """(B, T) the order that has the protected tokens first."""
+        protected = torch.zeros(self.n, dtype=torch.bool, device=device)
+        protected[self.plan.protected(self.n)] = True
+        if self.state is not None:
+            return (~protected[self.state.index]).int().argsort(dim=1, stable=True)
+        return (~protected).int().argsort(stable=True).expand(b, t)
+
+
+def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int, ends=()) -> Any:
+    """(pooled tokens, clusters, sizes) of a pooling module, whichever it is; of packed sequences each by itself."""
+    if len(ends) > 1:
+        parts, start, k = [], 0, 0
+        for end in ends:
+            s, f, c, v, z = (None if t is None else t[:, start:end] for t in (scores, features, places, valid, sizes))
+            out, clusters, part_sizes = reduce(pooling, tokens[:, start:end], s, f, c, v, z, p)
+            labels = torch.where(clusters.assignment < 0, -1, clusters.assignment + k)
+            medoids = torch.where(clusters.medoids < 0, -1, clusters.medoids + start)
+            parts.append((out, labels, medoids, part_sizes))
+            start, k = end, k + out.shape[1]
+        out, labels, medoids = (torch.cat(x, 1) for x in list(zip(*parts))[:3])
+        mass = out.new_ones(out.shape[:2])
+        sizes = None if sizes is None else torch.cat([x for *_, x in parts], 1)
+        return out, functional.Clusters(out, labels, mass, medoids, mass.sum(1)), sizes
+    if isinstance(pooling, TokenReduction):
+        more = {} if places is None else {"positions": places}
+        out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes, **more)
+        clusters = out[1]
+        if clusters.medoids is None:  # of a reduction that is not ours
+            medoids = nearest_members(tokens[:, p:], out[0][:, p:], clusters.assignment)
+            clusters = clusters._replace(medoids=medoids)
+        return out[0], clusters, None if sizes is None else out[2]
+    pooled = pooling(tokens, scores, features=features, mask=valid, sizes=sizes)
+    new_sizes = None
+    if isinstance(pooled, tuple):
+        pooled, new_sizes = pooled[0], pooled[-1]
+    labels = nearest(tokens[:, p:], pooled[:, p:])  # it tells no clusters
+    medoids = nearest_members(tokens[:, p:], pooled[:, p:], labels)
+    unknown: Any = None
+    return pooled, functional.Clusters(pooled[:, p:], labels, unknown, medoids, unknown), new_sizes
+
+
+def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
+    """(B, N) the center (B, K, D) nearest to each token (B, N, D)."""
+    tokens, centers = tokens.detach().float(), centers.detach().float()
+    return (centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)).argmin(dim=2)
+
+
+def representatives(clusters: functional.Clusters, local: Tensor, p: int) -> Tensor:
+    """(B, K) of each pooled token the member nearest to it; for an empty cluster a token that is in none."""
+    medoids = clusters.medoids
+    outsider = (local < 0).int().argmax(dim=1, keepdim=True)
+    lead = torch.arange(p, device=medoids.device).expand(len(medoids), p)
+    return torch.cat([lead, torch.where(medoids < 0, outsider, medoids + p)], dim=1)
+
+
+def reduces(pooling: nn.Module, t: int, plan: Plan) -> bool:
+    """Whether fewer tokens than ``t`` would be left."""
+    if not isinstance(pooling, TokenReduction):
+        return True
+    return pooling.tokens_kept(t - plan.num_protected) < t - plan.num_protected
+
+
+def in_order(tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    """The tokens by what they stand for, so that a suffix is at the end again."""
+    order = state.index.argsort(dim=1)
+    place = order.argsort(dim=1)
+    labels = torch.where(state.labels < 0, -1, place.gather(1, state.labels.clamp(min=0)))
+    sizes = None if state.sizes is None else take(state.sizes, order)
+    return take(tokens, order), State(labels, take(state.index, order), sizes, state.drops)
