@@ -10,6 +10,7 @@ import importlib.util
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from model_zoo import PlainBlock, PlainModel, liven, zoo
@@ -17,7 +18,7 @@ from torch import nn
 
 import tokenpool_ext as tp
 from tokenpool_ext import vit
-from tokenpool_ext.vit import finding, patched_blocks, patching, record
+from tokenpool_ext.vit import finding, inputs, patched_blocks, patching, record
 from tokenpool_ext.vit.pooled import _RUN
 
 NEEDS = {"timm": "timm", "transformers": "transformers", "torchvision": "torchvision", "open_clip": "open_clip"}
@@ -395,6 +396,49 @@ def test_supported_tells_before_anything_is_changed():
     assert not told and "Ordered" in told.reason
     assert not tp.supported(model, keep_ratio=2.0)
     assert "timm vit_small_patch16_224" in tp.supported() and len(tp.supported()) > 60
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["transformers ViT", "transformers BertPadded"])
+def test_flex_attention_is_refused(name):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    model, *_ = make(name)
+    model.set_attn_implementation("flex_attention")
+    assert not tp.supported(model) and "flex attention" in tp.supported(model).reason
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 16, 16, device="cpu")  # chosen after patching
+    with pytest.raises(TypeError, match="set_attn_implementation"):
+        inputs.follow(mask, "attention_mask", None, 16, torch.zeros(2, 4, dtype=torch.int64), [])
+
+
+@torch.no_grad()
+def test_a_kernel_that_shows_nothing():
+    """transformers' registry: a foreign kernel with the mask of flash attention; padding still moves nothing."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.masking_utils import flash_attention_mask
+
+    def kernel(module, q, k, v, attention_mask, scaling=None, **rest):
+        logits = q.numpy() @ k.numpy().swapaxes(-1, -2) * scaling
+        if attention_mask is not None:
+            logits = np.where(attention_mask.numpy()[:, None, None, :] != 0, logits, -1e9)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out = (weights / weights.sum(-1, keepdims=True)) @ v.numpy()
+        return torch.from_numpy(out).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("numpy_kernel", kernel)
+    transformers.AttentionMaskInterface.register("numpy_kernel", flash_attention_mask)
+    model, _, kwargs = make("transformers BertPadded")
+    whole = model(**kwargs).last_hidden_state
+    model.set_attn_implementation("numpy_kernel")
+    torch.testing.assert_close(model(**kwargs).last_hidden_state[1, :9], whole[1, :9], atol=1e-4, rtol=1e-4)
+    assert "no scores" in tp.supported(model).reason
+    vit.patch(model, num_tokens={1: 6, 2: 3})
+    a = model(**kwargs).last_hidden_state
+    kwargs["input_ids"][1, 9:] = 77
+    b = model(**kwargs).last_hidden_state
+    torch.testing.assert_close(a[1, :9], b[1, :9])
+    with pytest.raises(ValueError, match="track_size"):
+        vit.patch(model, keep_ratio=0.5, track_size=True)
 
 
 @torch.no_grad()

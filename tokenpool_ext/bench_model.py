@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
-from .cost import cost, example_input
+from .cost import IMAGE, cost, example_input
 
 __all__ = ["bench_model"]
 
@@ -27,7 +31,7 @@ METHODS = ("whole", "pooled", "tome")
 
 def bench_model(
     model: nn.Module, batches: Iterable[int] = (1, 8, 32), budget: float = 0.58, rounds: int = 20
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Time a model whole, pooled and with ToMe's schedule, on made-up inputs, without gradients.
 
     Args:
@@ -82,13 +86,13 @@ def tome(model: nn.Module, budget: float) -> nn.Module:
     return model
 
 
-def measure(models: dict[str, nn.Module], shares: dict[str, float], batch: int, rounds: int) -> dict:
+def measure(models: dict[str, nn.Module], shares: dict[str, float], batch: int, rounds: int) -> dict[str, Any]:
     """One row of :func:`bench_model`."""
-    inputs = {
+    inputs: dict[str, torch.Tensor] = {
         name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in example_input(models["whole"]).items()
     }
     inputs = {name: x + 0.1 * torch.randn_like(x) if x.is_floating_point() else x for name, x in inputs.items()}
-    args = (inputs.pop(None),) if None in inputs else ()
+    args = (inputs.pop(IMAGE),) if IMAGE in inputs else ()
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     own: dict[str, list[float]] = {name: [] for name in METHODS}
     for turn in range(rounds + 1):
@@ -100,7 +104,7 @@ def measure(models: dict[str, nn.Module], shares: dict[str, float], batch: int, 
             if turn:
                 times[name].append(passed)
                 own[name].append(sum(spent) / passed)
-    row = {"batch": batch, "rounds": rounds}
+    row: dict[str, Any] = {"batch": batch, "rounds": rounds}
     for name in METHODS:
         row[f"{name}_ms"] = round(1e3 * statistics.median(times[name]), 2)
         if name != "whole":
@@ -113,31 +117,25 @@ def measure(models: dict[str, nn.Module], shares: dict[str, float], batch: int, 
     return row
 
 
-class watch:
+@contextmanager
+def watch() -> Iterator[list[float]]:
     """The seconds that pooling takes inside, as a list."""
+    from .vit.reducing import Reducer
 
-    def __enter__(self) -> list[float]:
-        from .vit.reducing import Reducer
+    spent: list[float] = []
+    plain = Reducer.__call__
 
-        spent: list[float] = []
-        self.plain = plain = Reducer.__call__
+    def timed(reducer: Reducer, tokens: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        out = plain(reducer, tokens)
+        spent.append(time.perf_counter() - start)
+        return out
 
-        def timed(reducer, tokens):
-            start = time.perf_counter()
-            out = plain(reducer, tokens)
-            spent.append(time.perf_counter() - start)
-            return out
-
-        Reducer.__call__ = timed
-        return spent
-
-    def __exit__(self, *_) -> None:
-        from .vit.reducing import Reducer
-
-        Reducer.__call__ = self.plain
+    with mock.patch.object(Reducer, "__call__", timed):
+        yield spent
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Batch sizes downwards."""
     lines = ["batch   whole      pooled            pooling itself   ToMe's schedule"]
     for r in rows:
@@ -177,8 +175,7 @@ def main(argv=None) -> int:
         return 2
     print(table(rows))
     if args.json:
-        from bench.machine import stamp, write
-
+        machine = importlib.import_module("bench.machine")
         facts = {"model": args.model, "threads": torch.get_num_threads(), "dtype": "float32"}
-        write(args.json, {**stamp("tokenpool_ext"), **facts, "rows": rows})
+        machine.write(args.json, {**machine.stamp("tokenpool_ext"), **facts, "rows": rows})
     return 0

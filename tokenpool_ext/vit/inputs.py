@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from .tap import take_square
 
 NAMES = ("hidden_states", "x", "src", "input", "inputs", "hidden_state", "inputs_embeds")
+FLEX = (
+    "its flex attention is bound to masks made for one number of tokens, and shows no product; set another one,"
+    " model.set_attn_implementation('sdpa')"
+)
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -123,6 +127,8 @@ def follow(value: Any, name: str, plan, n: int, index: Tensor, back: list) -> An
         parts = [follow(v, name, plan, n, index, back) for v in value]
         return value if all(a is b for a, b in zip(parts, value)) else type(value)(parts)
     if not isinstance(value, Tensor):
+        if type(value).__name__ == "BlockMask":
+            raise TypeError(f"patched block: {FLEX}")
         return value
     if "cu_" in name and value.dim() == 1:  # cumulative lengths of packed sequences
         cut = (index[0][:, None] < value[None, :]).sum(0).to(value.dtype)

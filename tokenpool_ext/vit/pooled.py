@@ -147,8 +147,6 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     back: list[tuple[Any, Any]] = []
     if state is not None:
         short, n, sizes, left = shorten(x, state), state.labels.shape[1], state.sizes, state.index
-    valid = None if pooling is None else valid_tokens(sides, x.shape[0], n, left)
-    if state is not None:
         args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
     noted = pooling is not None and (getattr(pooling, "needs_scores", True) or plan.cluster_on == "keys")
     tap = Tap(short.shape[0], short.shape[1], sizes, left, n, noted, layout == "packed")
@@ -156,6 +154,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     if pooling is None:
         out, tokens = called(forward, tap, args, kwargs, at, short, layout)
     else:
+        valid = valid_tokens(sides, x.shape[0], n, left)
         reducer = Reducer(plan, index, pooling, tap, valid, state, n)
         if layout == "packed":
             reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at))
@@ -169,6 +168,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         if layout == "packed" or (plan.outside == "short" and plan.num_protected > plan.prefix):
             tokens, state = in_order(tokens, state)
         state = state.with_rows()
+    assert state is not None
     if plan.outside == "full":
         tokens = spread(tokens, state, x, before)
     tokens = as_given(tokens, layout)
@@ -200,12 +200,12 @@ def spread(tokens: Tensor, state: State, x: Tensor, before: Tensor | None) -> Te
     if tokens.requires_grad:  # its gradient adds up in single precision
         out = functional.unpool(tokens, state.labels)
     else:
-        out = tokens.flatten(0, 1).index_select(0, state.spreads).view(*state.labels.shape, -1)
+        out = take(tokens, state.labels, state.spreads)
     if not state.drops:
         return out
     last = before if before is not None and before.shape[1] == out.shape[1] else x
     if last.shape != out.shape:
-        last = 0
+        last = torch.zeros_like(out)
     return torch.where(state.labels[:, :, None] < 0, last, out)
 
 

@@ -76,6 +76,8 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
     if parameter is not None and parameter.device.type == "meta":
         plan.form = Form()
         return {i: halves.find(blocks.blocks[i]) if position == "attention" else None for i in touched}
+    if any(getattr(getattr(m, "config", 0), "_attn_implementation", 0) == "flex_attention" for m in blocks.owners):
+        raise TypeError(f"patch: {name(first)} is not supported: {inputs.FLEX}")
     kinds: dict[Any, tuple[Form, halves.Parts | None]] = {}
     calls = calls_of(blocks, touched, plan, example)
     for i in touched:
