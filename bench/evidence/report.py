@@ -217,7 +217,7 @@ def text() -> str:
             line += [f"{row['minus_all']:+.3f} ({low:.3f} to {high:.3f})", f"{row['cosine']:.3f}"]
         else:
             line += ["", ""]
-        rows.append([*line, number(row.get("ms"), 0)])
+        rows.append(line)
     head = [
         "method",
         "kept at each of three blocks",
@@ -225,7 +225,6 @@ def text() -> str:
         "reciprocal rank",
         "against all tokens",
         "cosine",
-        "ms",
     ]
     return markdown(head, rows)
 
