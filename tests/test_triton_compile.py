@@ -24,6 +24,7 @@ from tokenpool_ext.triton import clustering, heuristics, launch, segments  # noq
 
 KIB = 1024
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -194,9 +195,12 @@ KERNELS = {
     "farthest_gram_kernel",
     "gram_kernel",
     "iterate_kernel",
+    "exact_kernel",
     "assign_kernel",
+    "resolve_kernel",
     "settle_kernel",
     "update_kernel",
+    "lists_kernel",
     "finish_kernel",
     "inertia_kernel",
     "labels_kernel",
@@ -240,6 +244,8 @@ def test_every_kernel(device, dtype, monkeypatch, tmp_path):
 BARRIERS = {
     ("iterate_kernel", False): 10,
     ("iterate_kernel", True): 10,
+    ("exact_kernel", False): 10,
+    ("exact_kernel", True): 15,
     ("update_kernel", False): 3,
     ("update_kernel", True): 5,
     ("settle_kernel", None): 4,

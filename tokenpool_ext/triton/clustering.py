@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 
-from . import direct, finish, gram, heuristics, prepare, start
+from . import assign, direct, exact, finish, gram, heuristics, prepare, start
 from .launch import launch
 
 
@@ -36,408 +39,155 @@ def aligned_rows(x: torch.Tensor) -> bool:
     )
 
 
+@functools.cache
+def parameters(kernel) -> tuple[str, ...]:
+    return tuple(inspect.signature(kernel.fn).parameters)
+
+
 class Chunk:
-    """One chunk of the batch: inputs, per-image state and outputs."""
+    """One chunk of the batch: inputs, per-image state and outputs, all in `known` by the names kernels call them."""
 
     def __init__(self, x, weights, mask, counts, init, K, medoids: bool):
+        self.x, self.shape, self.K = x, x.shape, K
         B, N, D = x.shape
         new = x.new_empty
         f32, i32, i64 = torch.float32, torch.int32, torch.int64
-        self.x, self.weights, self.counts, self.init, self.K, self.medoids = x, weights, counts, init, K, medoids
-        self.mask = None if mask is None else mask.view(torch.uint8)
         self.device, self.itemsize = heuristics.device_of(x), x.element_size()
-        self.half = x.dtype != f32  # products of the raw half values are exact in float32: no centering
-        self.scaled = x.dtype != torch.float16  # every float16 product is in float32's range: no scaling
-        self.flags = dict(CENTER=not self.half, SCALE=self.scaled, CONTIG=aligned_rows(x))
-        self.xs = strides(x, x_b=0, x_n=1, x_d=2)
+        half = x.dtype != f32  # products of the raw half values are exact in float32: no centering
+        scaled = x.dtype != torch.float16  # every float16 product is in float32's range: no scaling
         self.from_tokens = not init.is_floating_point()
         self.farthest = self.from_tokens and init.shape[1] == 0  # no indices: chosen by start.py
-        self.scale, self.unscale, self.w_unscale = (new(B, dtype=f32) for _ in range(3))
-        self.keff, self.done = (new(B, dtype=i32) for _ in range(2))
-        self.center = new((B, D) if not self.half else (1,), dtype=f32)
-        self.wn, self.cost, self.coef = (new((B, N), dtype=f32) for _ in range(3))
-        self.lab, self.prev, self.lst = (new((B, N), dtype=i32) for _ in range(3))
-        self.start, self.cnt = (new((B, K), dtype=i32) for _ in range(2))
-        self.mass, self.norms = (new((B, K), dtype=f32) for _ in range(2))
-        self.medoid = new((B, K) if medoids else (1,), dtype=i32)
+        indexed = self.from_tokens and not self.farthest
         # Two sets of counts, each from a multiple of 16 bytes on: Triton compiles anew for another alignment.
         room = -(-B * K // 4) * 4
         self.members = torch.zeros((2, room), dtype=i32, device=x.device)[:, : B * K].view(2, B, K)
-        self.label_out = new((B, N), dtype=i64)
+        self.label_out, self.high = new((B, N), dtype=i64), new((B, K, D))
+        self.known = known = dict(x=x, N=N, D=D, K=K, PRECISION=precision(x.dtype), **strides(x, x_b=0, x_n=1, x_d=2))
+        known |= dict(HAS_X=scaled and D > 0, CENTER=not half, SCALE=scaled, SPLIT=half, CONTIG=aligned_rows(x))
+        known |= dict(HAS_MASK=mask is not None, HAS_WEIGHTS=weights is not None, HAS_COUNTS=counts is not None)
+        known |= dict(HAS_INDEX=indexed, FROM_TOKENS=self.from_tokens, FARTHEST=self.farthest, MEDOIDS=medoids)
+        known |= {name: new(B, dtype=f32) for name in ("scale", "unscale", "w_unscale")}
+        known |= {name: new(B, dtype=i32) for name in ("keff", "done", "exact")}
+        known |= {name: new((B, N), dtype=f32) for name in ("wn", "cost", "coef")}
+        known |= {name: new((B, N), dtype=i32) for name in ("lab", "prev", "lst")}
+        known |= {name: new((B, K), dtype=i32) for name in ("start", "cnt")}
+        known |= {name: new((B, K), dtype=f32) for name in ("mass", "norms")}
+        known |= dict(
+            label_out=self.label_out,
+            loss=new(B, dtype=torch.float64),
+            center=new((B, D) if not half else (1,), dtype=f32),
+            medoids=new((B, K) if medoids else (1,), dtype=i32),
+            # A center is kept in x's dtype, and for half types with what that rounds off.
+            high=self.high,
+            low=new((B, K, D)) if half else self.high,
+        )
+        # What a kernel is given for an argument that it does not use: anything of the right dtype.
+        mask = known["lab"] if mask is None else mask.view(torch.uint8)
+        weights = known["wn"] if weights is None else weights
+        counts = self.label_out if counts is None else counts
+        known |= dict(mask=mask, weights=weights, k_per_image=counts, init=init if indexed else self.label_out)
+        known |= strides(mask, mask_b=0, mask_n=1) | strides(weights, w_b=0, w_n=1) | strides(counts, counts_b=0)
+        known |= strides(known["init"], init_b=0, init_k=1)
+        self.given = new((1, 1, 1), dtype=f32) if self.from_tokens else init
+
+    def run(self, kernel, configs, over: int, tile: str | None = None, **given) -> None:
+        """Launch for each image `over` programs, or as many as it has tiles of config[tile]."""
+
+        def make(config):
+            tiles = -(-over // config[tile]) if tile else over
+            known = {**self.known, "tiles": tiles, **given}
+            return self.shape[0] * tiles, {name: known[name] for name in parameters(kernel) if name not in config}
+
+        launch(kernel, self.x, configs, make)
 
     # ---- before the iterations ----
     def prepare(self) -> None:
-        x, (B, N, D), K = self.x, self.x.shape, self.K
-        has_x = self.scaled and D > 0
-        chunks = -(-N // heuristics.STATS_CHUNK)
-        pre = 2.0 ** -max(0, (N - 1).bit_length())
-        parts = [x.new_empty((B, chunks, D) if has_x else (1,), dtype=torch.float32) for _ in range(3)]
-        part = dict(zip(("part_sum", "part_min", "part_max"), parts))
-        mask = self.mask if self.mask is not None else self.lab
-        mask_s = strides(mask, mask_b=0, mask_n=1)
+        known, (B, N, D) = self.known, self.shape
+        chunks, has_x = -(-N // heuristics.STATS_CHUNK), known["HAS_X"]
+        shape = (B, chunks, D) if has_x else (1,)
+        part = {name: self.x.new_empty(shape, dtype=torch.float32) for name in ("part_sum", "part_min", "part_max")}
+        part |= dict(chunks=chunks, pre=2.0 ** -max(0, (N - 1).bit_length()))
         if has_x:
+            configs = heuristics.stats_configs(D)
+            d_tiles = -(-D // configs[0]["BD"])
+            self.run(prepare.x_stats_kernel, configs, chunks * d_tiles, d_tiles=d_tiles, **part)
+        self.run(prepare.prepare_kernel, heuristics.block_configs(), 1, **part)
 
-            def stats(config):
-                d_tiles = -(-D // config["BD"])
-                return B * chunks * d_tiles, dict(
-                    part,
-                    x=x,
-                    mask=mask,
-                    N=N,
-                    D=D,
-                    chunks=chunks,
-                    d_tiles=d_tiles,
-                    pre=pre,
-                    **self.xs,
-                    **mask_s,
-                    HAS_MASK=self.mask is not None,
-                    CONTIG=self.flags["CONTIG"],
-                )
+    def centers(self) -> None:
+        """Initial centers, from tokens or as given."""
+        init = dict(init=self.given, **strides(self.given, init_b=0, init_k=1, init_d=2))
+        self.run(direct.init_kernel, heuristics.init_configs(self.shape[2]), self.K, **init)
 
-            launch(prepare.x_stats_kernel, x, heuristics.stats_configs(D), stats)
-        weights = self.weights if self.weights is not None else self.wn
-        counts = self.counts if self.counts is not None else self.label_out
-        indexed = self.from_tokens and not self.farthest
-        init = self.init if indexed else self.label_out
-        launch(
-            prepare.prepare_kernel,
-            x,
-            heuristics.block_configs(),
-            lambda config: (
-                B,
-                dict(
-                    part,
-                    mask=mask,
-                    weights=weights,
-                    k_per_image=counts,
-                    init=init,
-                    scale=self.scale,
-                    unscale=self.unscale,
-                    center=self.center,
-                    wn=self.wn,
-                    w_unscale=self.w_unscale,
-                    keff=self.keff,
-                    done=self.done,
-                    prev=self.prev,
-                    label_out=self.label_out,
-                    lst=self.lst,
-                    coef=self.coef,
-                    start=self.start,
-                    cnt=self.cnt,
-                    N=N,
-                    D=D,
-                    K=K,
-                    chunks=chunks,
-                    pre=pre,
-                    **mask_s,
-                    **strides(weights, w_b=0, w_n=1),
-                    **strides(counts, counts_b=0),
-                    **strides(init, init_b=0, init_k=1),
-                    HAS_X=has_x,
-                    CENTER=self.flags["CENTER"],
-                    HAS_MASK=self.mask is not None,
-                    HAS_WEIGHTS=self.weights is not None,
-                    HAS_COUNTS=self.counts is not None,
-                    HAS_INDEX=indexed,
-                ),
-            ),
-        )
+    def assign(self, members: torch.Tensor, first: bool = False, only_exact: bool = False) -> None:
+        configs = heuristics.assign_configs(self.device, self.shape[2], self.itemsize)
+        options = dict(counts=members, squares=self.known["coef"], first=int(first), only_exact=int(only_exact))
+        self.run(assign.assign_kernel, configs, self.shape[1], "BN", **options)
 
     # ---- direct ----
-    def direct_centers(self) -> None:
-        """Initial centers into the rounded planes `high` and `low`."""
-        x, (B, N, D), K = self.x, self.x.shape, self.K
-        self.high = x.new_empty((B, K, D))
-        self.low = x.new_empty((B, K, D)) if self.half else self.high
-        init = self.init if not self.from_tokens else x.new_empty((1, 1, 1), dtype=torch.float32)
-        launch(
-            direct.init_kernel,
-            x,
-            heuristics.init_configs(D),
-            lambda config: (
-                B * K,
-                dict(
-                    x=x,
-                    init=init,
-                    scale=self.scale,
-                    center=self.center,
-                    keff=self.keff,
-                    lst=self.lst,
-                    high=self.high,
-                    low=self.low,
-                    norms=self.norms,
-                    medoids=self.medoid,
-                    D=D,
-                    K=K,
-                    N=N,
-                    **self.xs,
-                    **strides(init, init_b=0, init_k=1, init_d=2),
-                    **self.flags,
-                    SPLIT=self.half,
-                    FROM_TOKENS=self.from_tokens,
-                    MEDOIDS=self.medoids,
-                ),
-            ),
-        )
-
-    def direct_assign(self, members: torch.Tensor) -> None:
-        x, (B, N, D), K = self.x, self.x.shape, self.K
-
-        def make(config):
-            tiles = -(-N // config["BN"])
-            return B * tiles, dict(
-                x=x,
-                scale=self.scale,
-                center=self.center,
-                wn=self.wn,
-                keff=self.keff,
-                done=self.done,
-                high=self.high,
-                low=self.low,
-                norms=self.norms,
-                medoids=self.medoid,
-                lab=self.lab,
-                cost=self.cost,
-                counts=members,
-                N=N,
-                D=D,
-                K=K,
-                tiles=tiles,
-                **self.xs,
-                **self.flags,
-                SPLIT=self.half,
-                MEDOIDS=self.medoids,
-                PRECISION=precision(x.dtype),
-            )
-
-        launch(direct.assign_kernel, x, heuristics.assign_configs(self.device, D, self.itemsize), make)
-
     def direct_iterate(self, num_iters: int) -> None:
-        x, (B, N, D), K = self.x, self.x.shape, self.K
-        tmp = torch.empty_like(self.lst)
+        known, (_, N, D) = self.known, self.shape
+        tmp = torch.empty_like(known["lst"])
         if self.farthest:
-            configs = heuristics.farthest_configs(D)
-            launch(
-                start.farthest_kernel,
-                x,
-                configs,
-                lambda config: (
-                    B,
-                    dict(
-                        x=x,
-                        scale=self.scale,
-                        wn=self.wn,
-                        keff=self.keff,
-                        lst=self.lst,
-                        coef=self.coef,
-                        state=self.cost,
-                        N=N,
-                        D=D,
-                        **self.xs,
-                        SCALE=self.flags["SCALE"],
-                        CONTIG=self.flags["CONTIG"],
-                    ),
-                ),
-            )
-        self.direct_centers()
+            self.run(start.farthest_kernel, heuristics.farthest_configs(D), 1, state=known["cost"])
+        self.centers()
+        settle, update = heuristics.settle_configs(N), heuristics.update_configs(N, D)
         for t in range(num_iters):
             members, following = self.members[t % 2], self.members[(t + 1) % 2]
-            self.direct_assign(members)
-            configs = heuristics.settle_configs(N)
-            launch(
-                direct.settle_kernel,
-                x,
-                configs,
-                lambda config: (
-                    B,
-                    dict(
-                        keff=self.keff,
-                        done=self.done,
-                        lab=self.lab,
-                        prev=self.prev,
-                        cost=self.cost,
-                        counts=members,
-                        N=N,
-                        K=K,
-                    ),
-                ),
-            )
-            means = int(self.medoids or t + 1 < num_iters)  # finish_kernel takes the last means itself
-
-            def make(config):
-                tiles = -(-K // config["BC"])
-                return B * tiles, dict(
-                    x=x,
-                    scale=self.scale,
-                    center=self.center,
-                    wn=self.wn,
-                    keff=self.keff,
-                    done=self.done,
-                    lab=self.lab,
-                    counts=members,
-                    next_counts=following,
-                    tmp=tmp,
-                    lst=self.lst,
-                    coef=self.coef,
-                    start=self.start,
-                    cnt=self.cnt,
-                    mass=self.mass,
-                    high=self.high,
-                    low=self.low,
-                    norms=self.norms,
-                    medoids=self.medoid,
-                    N=N,
-                    D=D,
-                    K=K,
-                    tiles=tiles,
-                    means=means,
-                    **self.xs,
-                    **self.flags,
-                    SPLIT=self.half,
-                    MEDOIDS=self.medoids,
-                )
-
-            launch(direct.update_kernel, x, heuristics.update_configs(N, D), make)
+            self.assign(members, first=t == 0)
+            if t == 0:  # once more, by differences, where products cannot tell the distances apart
+                self.run(assign.resolve_kernel, settle, 1, counts=members, squares=known["coef"])
+                self.assign(members, only_exact=True)
+            self.run(direct.settle_kernel, settle, 1, counts=members, t=t)
+            means = int(known["MEDOIDS"] or t + 1 < num_iters)  # finish_kernel takes the last means itself
+            options = dict(counts=members, next_counts=following, tmp=tmp, means=means)
+            self.run(direct.update_kernel, update, self.K, "BC", **options)
 
     # ---- gram ----
     def gram_iterate(self, num_iters: int) -> None:
-        x, (B, N, D), K = self.x, self.x.shape, self.K
+        x, known, (B, N, D) = self.x, self.known, self.shape
         row = heuristics.gram_row(N)
-        product = x.new_empty((B, N, row), dtype=torch.float32)
-        share, inner = torch.empty_like(self.coef), torch.empty_like(self.coef)
+        known |= dict(gram=x.new_empty((B, N, row), dtype=torch.float32), row=row, counts=self.members[0])
+        share, inner = torch.empty_like(known["coef"]), torch.empty_like(known["coef"])
         if not self.from_tokens:  # the first assignment is to given centers, which have no row in the Gram matrix
-            self.direct_centers()
-            self.direct_assign(self.members[0])
-
-        def make(config):
-            tiles = -(-N // config["BM"])
-            return B * tiles * tiles, dict(
-                x=x,
-                scale=self.scale,
-                center=self.center,
-                wn=self.wn,
-                gram=product,
-                N=N,
-                D=D,
-                row=row,
-                tiles=tiles,
-                **self.xs,
-                **self.flags,
-                PRECISION=precision(x.dtype),
-            )
-
-        launch(gram.gram_kernel, x, heuristics.gram_configs(self.device, D, self.itemsize), make)
+            self.centers()
+            self.assign(self.members[0])
+        self.gram_product()
         if self.farthest:
             configs = heuristics.farthest_gram_configs()
-            launch(
-                start.farthest_gram_kernel,
-                x,
-                configs,
-                lambda config: (
-                    B,
-                    dict(
-                        gram=product,
-                        wn=self.wn,
-                        keff=self.keff,
-                        lst=self.lst,
-                        coef=self.coef,
-                        state=self.cost,
-                        squares=share,
-                        N=N,
-                        row=row,
-                    ),
-                ),
-            )
-        unit_coef = torch.ones(K, dtype=torch.float32, device=x.device)
-        unit_cnt = torch.ones(K, dtype=torch.int32, device=x.device)
-        unit_start = torch.arange(K, dtype=torch.int32, device=x.device)
-        launch(
-            gram.iterate_kernel,
-            x,
-            heuristics.iterate_configs(),
-            lambda config: (
-                B,
-                dict(
-                    gram=product,
-                    wn=self.wn,
-                    keff=self.keff,
-                    lab=self.lab,
-                    prev=self.prev,
-                    cost=self.cost,
-                    counts=self.members[0],
-                    share=share,
-                    inner=inner,
-                    norms=self.norms,
-                    lst=self.lst,
-                    coef=self.coef,
-                    start=self.start,
-                    cnt=self.cnt,
-                    mass=self.mass,
-                    medoids=self.medoid,
-                    unit_coef=unit_coef,
-                    unit_start=unit_start,
-                    unit_cnt=unit_cnt,
-                    N=N,
-                    K=K,
-                    row=row,
-                    num_iters=num_iters,
-                    labelled=int(not self.from_tokens),
-                    MEDOIDS=self.medoids,
-                ),
-            ),
+            self.run(start.farthest_gram_kernel, configs, 1, state=known["cost"], squares=share)
+        unit = dict(
+            unit_coef=torch.ones(self.K, dtype=torch.float32, device=x.device),
+            unit_cnt=torch.ones(self.K, dtype=torch.int32, device=x.device),
+            unit_start=torch.arange(self.K, dtype=torch.int32, device=x.device),
         )
+        options = dict(share=share, inner=inner, num_iters=num_iters, labelled=int(not self.from_tokens), **unit)
+        self.run(gram.iterate_kernel, heuristics.iterate_configs(), 1, **options)
+        tmp = share.view(torch.int32)
+        self.run(exact.exact_kernel, heuristics.exact_configs(D), 1, tmp=tmp, num_iters=num_iters)
+
+    def gram_product(self) -> None:
+        configs = heuristics.gram_configs(self.device, self.shape[2], self.itemsize)
+
+        def make(config):
+            tiles = -(-self.shape[1] // config["BM"])
+            known = {**self.known, "tiles": tiles}
+            names = parameters(gram.gram_kernel)
+            return self.shape[0] * tiles * tiles, {name: known[name] for name in names if name not in config}
+
+        launch(gram.gram_kernel, self.x, configs, make)
 
     # ---- after the iterations ----
     def finish(self, sort: bool):
-        x, (B, N, D), K = self.x, self.x.shape, self.K
-        centers = x.new_empty((B, K, D))
+        x, known, (B, _, D), K = self.x, self.known, self.shape, self.K
         mass, part = (x.new_empty((B, K), dtype=torch.float32) for _ in range(2))
         medoid = x.new_empty((B, K), dtype=torch.int64)
         inertia = x.new_empty(B, dtype=torch.float32)
-        configs = heuristics.finish_configs(D)
-        launch(
-            finish.finish_kernel,
-            x,
-            configs,
-            lambda config: (
-                B * K,
-                dict(
-                    x=x,
-                    scale=self.scale,
-                    unscale=self.unscale,
-                    center=self.center,
-                    wn=self.wn,
-                    w_unscale=self.w_unscale,
-                    keff=self.keff,
-                    lst=self.lst,
-                    coef=self.coef,
-                    start=self.start,
-                    cnt=self.cnt,
-                    mass=self.mass,
-                    medoids=self.medoid,
-                    centers_out=centers,
-                    label_out=self.label_out,
-                    mass_out=mass,
-                    medoid_out=medoid,
-                    part=part,
-                    apart=self.cost,
-                    N=N,
-                    D=D,
-                    K=K,
-                    **self.xs,
-                    **self.flags,
-                    MEDOIDS=self.medoids,
-                    SORT=sort,
-                ),
-            ),
+        results = dict(
+            centers_out=self.high, mass_out=mass, medoid_out=medoid, part=part, apart=known["cost"], SORT=sort
         )
-        launch(
-            finish.inertia_kernel,
-            x,
-            heuristics.block_configs(),
-            lambda config: (B, dict(part=part, unscale=self.unscale, w_unscale=self.w_unscale, inertia=inertia, K=K)),
-        )
-        return centers, self.label_out, mass, medoid, inertia
+        self.run(finish.finish_kernel, heuristics.finish_configs(D), K, **results)
+        self.run(finish.inertia_kernel, heuristics.block_configs(), 1, part=part, inertia=inertia)
+        return self.high, self.label_out, mass, medoid, inertia
 
 
 def cluster(x, weights, mask, counts, init, K: int, num_iters: int, sort: bool, medoids: bool):

@@ -11,6 +11,9 @@ import os
 import triton
 import triton.language as tl
 
+PATIENCE = tl.constexpr(100)  # iterations after which labels that change must lower the loss
+# Distances below this share of the tokens' squared norms are lost in the rounding of products: 256 float32 epsilons.
+RESOLVED = tl.constexpr(2.0**-15)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SIZES = ("N", "D", "K", "H", "factor")
 
@@ -116,10 +119,11 @@ def no_nan(v, other):
 @triton.jit
 def repair_image(lab, cost, counts, keff, N, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """Give every empty cluster j < keff a token (contract 2.2): ascending j, the token with the largest cost among
-    clusters of at least two members, ties to the lowest index.  All pointers are the image's.
+    clusters of at least two members, ties to the lowest index.  Returns the number of empty clusters.  All pointers
+    are the image's.
 
-    lab int32 (N,), -1 = padding; cost float32 (N,) >= 0 or NaN (counts as 0); counts int32 (K,), kept up to date.
-    Bounded: at most keff passes over the tokens, none when no cluster is empty.
+    lab int32 (N,), -1 = padding; cost float32 (N,) >= 0 or NaN (counts as 0), becomes 0 where a token moves; counts
+    int32 (K,), kept up to date.  Bounded: at most keff passes over the tokens, none when no cluster is empty.
     """
     offs = tl.arange(0, BLOCK)
     offs_k = tl.arange(0, BLOCK_K)
@@ -146,28 +150,60 @@ def repair_image(lab, cost, counts, keff, N, BLOCK: tl.constexpr, BLOCK_K: tl.co
                 if best >= 0:
                     donor = tl.load(lab + token)
                     size = tl.load(counts + donor)
+                    left = tl.load(cost + token) * 0.0  # a NaN stays
                     tl.debug_barrier()  # everyone has read before anyone writes
                     tl.store(lab + token, j)
+                    tl.store(cost + token, left)
                     tl.store(counts + donor, size - 1)
                     tl.store(counts + j, 1)
                 tl.debug_barrier()
+    return empty
 
 
 @triton.jit
-def settle_image(lab, prev, N, BLOCK: tl.constexpr):
-    """Number of labels that differ from the previous iteration's; then prev = lab.  Pointers are the image's."""
+def unresolved(cost, wn, squares, step, N, BLOCK: tl.constexpr):
+    """Are the tokens' distances to their centers lost in the rounding of products, which is as large as their squared
+    norms?  Pointers are the image's: cost = weight * distance; `squares` holds the norms, `step` elements apart."""
+    near = tl.zeros([BLOCK], tl.float64)
+    far = tl.zeros([BLOCK], tl.float64)
+    for n0 in range(0, N, BLOCK):
+        i = n0 + tl.arange(0, BLOCK)
+        w = tl.load(wn + i, mask=i < N, other=-1.0)
+        counts = w > 0
+        distance = tl.load(cost + i, mask=counts, other=0.0).to(tl.float64) / tl.where(counts, w, 1.0).to(tl.float64)
+        near += distance
+        far += tl.load(squares + i.to(tl.int64) * step, mask=counts, other=0.0).to(tl.float64)
+    return tl.sum(near, axis=0) < tl.sum(far, axis=0) * RESOLVED  # false where anything is not a number
+
+
+@triton.jit
+def settle_image(lab, prev, cost, wn, loss, t, repaired, N, BLOCK: tl.constexpr):
+    """1 if the image goes on with the labels of iteration t: then prev = lab.  0 if they repeat, or where clusters had
+    to be repaired (or very late) and the loss did not fall: the labels are those in prev.  Pointers are the image's.
+
+    cost float32 (N,): weight times distance; loss float64 (1,): their sum, one iteration ago and then now.
+    """
     offs = tl.arange(0, BLOCK)
     changed = 0
+    total = tl.zeros([BLOCK], tl.float64)
     for n0 in range(0, N, BLOCK):
         i = n0 + offs
         new = tl.load(lab + i, mask=i < N, other=-1)
         old = tl.load(prev + i, mask=i < N, other=-1)
         changed += tl.sum((new != old).to(tl.int32), axis=0)
+        w = tl.load(wn + i, mask=i < N, other=-1.0)
+        total += tl.load(cost + i, mask=w > 0, other=0.0).to(tl.float64)
+    now = tl.sum(total, axis=0)
+    falls = now < tl.load(loss)
+    in_vain = (t > 0) & ((repaired > 0) | (t >= PATIENCE)) & (falls == 0)
+    goes_on = ((changed > 0) & (in_vain == 0)).to(tl.int32)
     tl.debug_barrier()
-    for n0 in range(0, N, BLOCK):
-        i = n0 + offs
-        tl.store(prev + i, tl.load(lab + i, mask=i < N, other=-1), mask=i < N)
-    return changed
+    if goes_on > 0:
+        tl.store(loss, now)
+        for n0 in range(0, N, BLOCK):
+            i = n0 + offs
+            tl.store(prev + i, tl.load(lab + i, mask=i < N, other=-1), mask=i < N)
+    return goes_on
 
 
 @triton.jit
@@ -186,17 +222,19 @@ def coefficient(w, total, count):
 
 @triton.jit
 def first_that_counts(coef, size, R: tl.constexpr):
-    """The place of the first entry that is not 0 among `size` of coef; 0 if there is none.  Reads R at a time."""
+    """The place of the first entry that is not 0 among `size` of coef; 0 if there is none.  Reads R at a time, and most
+    often one."""
     at = 0
-    found = 0
-    for e0 in range(0, size, R):
-        if found == 0:
-            e = e0 + tl.arange(0, R)
-            p = tl.load(coef + e, mask=e < size, other=0.0)
-            least = tl.min(tl.where(p != 0, e, 2147483647), axis=0)
-            if least < 2147483647:
-                at = least
-                found = 1
+    if tl.load(coef, mask=size > 0, other=1.0) == 0:
+        found = 0
+        for e0 in range(0, size, R):
+            if found == 0:
+                e = e0 + tl.arange(0, R)
+                p = tl.load(coef + e, mask=e < size, other=0.0)
+                least = tl.min(tl.where(p != 0, e, 2147483647), axis=0)
+                if least < 2147483647:
+                    at = least
+                    found = 1
     return at
 
 
@@ -207,3 +245,51 @@ def kahan(total, carry, term):
     corrected = term - carry
     following = total + corrected
     return following, (following - total) - corrected
+
+
+@triton.jit
+def mean_tile(
+    x,
+    scale,
+    lst,
+    coef,
+    size,
+    lead,
+    offs_d,
+    D,
+    x_n,
+    x_d,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    R: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """(row of token `lead`, sum over members of coef * (row - that row)), scaled, not centered, (BD,) each: a cluster's
+    mean is their sum, and that token to the bit where all are equal.  lst, coef: pointers to the first of `size`
+    members; those of coef 0 are not read.  Fixed order: lane r adds members r, r + R, ..., then the R lanes are added.
+    """
+    base = load_rows(
+        x,
+        x,
+        scale,
+        lead + tl.zeros([1], tl.int32),
+        lead >= tl.zeros([1], tl.int32),
+        offs_d,
+        D,
+        x_n,
+        x_d,
+        False,
+        SCALE,
+        CONTIG,
+    )
+    acc = tl.zeros([R, BD], tl.float32)
+    carry = tl.zeros([R, BD], tl.float32)
+    for e0 in range(0, size, R):
+        e = e0 + tl.arange(0, R)
+        p = tl.load(coef + e, mask=e < size, other=0.0)
+        live = p != 0
+        token = tl.load(lst + e, mask=live, other=0)
+        rows = load_rows(x, x, scale, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
+        term = tl.where(live[:, None], 2.0 * p[:, None] * (0.5 * rows - 0.5 * base), 0.0)
+        acc, carry = kahan(acc, carry, term)
+    return tl.sum(base, axis=0), tl.sum(acc, axis=0)

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from .device import eights, first_that_counts, image_of, kahan, kernel, load_rows, narrow
+from .device import eights, first_that_counts, image_of, kernel, load_rows, mean_tile, narrow
 
 
 @kernel
@@ -10,7 +10,6 @@ def finish_kernel(
     x,
     scale,
     unscale,
-    center,
     wn,
     w_unscale,
     keff,
@@ -32,7 +31,6 @@ def finish_kernel(
     x_b,
     x_n,
     x_d,
-    CENTER: tl.constexpr,
     SCALE: tl.constexpr,
     CONTIG: tl.constexpr,
     MEDOIDS: tl.constexpr,
@@ -87,16 +85,13 @@ def finish_kernel(
     if MEDOIDS:
         medoid = tl.load(medoids + pid, mask=size > 0, other=0)
         tl.store(medoid_out + out, tl.where(size > 0, medoid, -1).to(tl.int64))
-    lead = tl.zeros([1], tl.int32)
+    lead = medoid
     if not MEDOIDS:
-        lead += tl.load(lst + first + first_that_counts(coef + first, size, R), mask=size > 0, other=0)
-    loss = 0.0
+        lead = tl.load(lst + first + first_that_counts(coef + first, size, R), mask=size > 0, other=0)
+    loss = tl.zeros([R], tl.float64)
     for d0 in range(0, D, BD):
         offs_d = d0 + tl.arange(0, BD)
         inside = offs_d < D
-        m = tl.zeros([BD], tl.float32)
-        if CENTER:
-            m = tl.load(center + b * D + offs_d, mask=inside, other=0.0)
         if MEDOIDS:
             row = tl.load(
                 x + medoid.to(tl.int64) * x_n + offs_d.to(tl.int64) * x_d,  # type: ignore[attr-defined]  # on the GPU
@@ -107,24 +102,14 @@ def finish_kernel(
             mean = row.to(tl.float32)
             if SCALE:
                 mean = mean * s
-            mean = mean - m
         else:
-            shift = load_rows(x, center, s, lead, lead >= 0, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
-            acc = tl.zeros([R, BD], tl.float32)
-            carry = tl.zeros([R, BD], tl.float32)
-            for e0 in range(0, size, R):
-                e = e0 + tl.arange(0, R)
-                p = tl.load(coef + first + e, mask=e < size, other=0.0)
-                live = p != 0
-                token = tl.load(lst + first + e, mask=live, other=0)
-                rows = load_rows(x, center, s, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
-                term = tl.where(live[:, None], 2.0 * p[:, None] * (0.5 * rows - 0.5 * shift), 0.0)
-                acc, carry = kahan(acc, carry, term)
-            raw = tl.sum(shift, axis=0) + tl.sum(acc, axis=0)
-            mean = raw - m
+            base, rest = mean_tile(
+                x, s, lst + first, coef + first, size, lead, offs_d, D, x_n, x_d, SCALE, CONTIG, R, BD
+            )
+            mean = base + rest
             tl.store(
                 centers_out + out * D + offs_d,
-                narrow(tl.where(size > 0, raw * back, 0.0), centers_out.dtype.element_ty),
+                narrow(tl.where(size > 0, mean * back, 0.0), centers_out.dtype.element_ty),
                 mask=inside,
             )
         for e0 in range(0, size, R):
@@ -132,16 +117,16 @@ def finish_kernel(
             live = e < size
             token = tl.load(lst + first + e, mask=live, other=0)
             w = tl.load(wn + b * N + token, mask=live, other=0.0)
-            rows = load_rows(x, center, s, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
-            gap = tl.where(live[:, None] & inside[None, :], rows - m[None, :] - mean[None, :], 0.0)
+            rows = load_rows(x, x, s, token, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
+            gap = tl.where(live[:, None] & inside[None, :], rows - mean[None, :], 0.0)
             squares = tl.sum(gap * gap, axis=1)
-            loss += tl.sum(squares * w, axis=0)
+            loss += tl.where(w != 0, squares * w, 0.0).to(tl.float64)
             if not MEDOIDS:
                 before = tl.load(apart + b * N + token, mask=e < size * (d0 // BD), other=0.0)
                 tl.store(apart + b * N + token, before + squares, mask=live)
         if not MEDOIDS:
             tl.debug_barrier()  # of the distances: the next tile adds to them, then they are compared
-    tl.store(part + pid, loss)
+    tl.store(part + pid, tl.sum(loss, axis=0).to(tl.float32))
     if not MEDOIDS:
         # The nearest member, the first of equals; of two that differ the heavier one, for rounding would break every
         # tie of theirs.
@@ -175,14 +160,10 @@ def inertia_kernel(part, unscale, w_unscale, inertia, K, BLOCK: tl.constexpr):
     """One program per image: inertia (B,) float32 = the sum of part (B, K) in a fixed order, in the input's units,
     saturated at the largest float32 (NaN and Inf of the input show as NaN)."""
     b = tl.program_id(0).to(tl.int64)
-    acc = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK], tl.float64)
     for k0 in range(0, K, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
-        acc += tl.load(part + b * K + k, mask=k < K, other=0.0)
-    total = tl.sum(acc, axis=0)
-    back = tl.load(unscale + b)
-    # All three factors are powers of two; the smaller product first, so that no step leaves the range before the last.
-    factor = tl.minimum(tl.load(w_unscale + b) * back, 1.7014118e38)
-    wide = total * tl.minimum(factor, back)
-    wide = wide * tl.maximum(factor, back)
-    tl.store(inertia + b, tl.where(wide > 3.4028234e38, 3.4028234e38, wide))
+        acc += tl.load(part + b * K + k, mask=k < K, other=0.0).to(tl.float64)
+    back = tl.load(unscale + b).to(tl.float64)
+    total = tl.sum(acc, axis=0) * tl.load(w_unscale + b).to(tl.float64) * back * back
+    tl.store(inertia + b, tl.where(total > 3.4028234663852886e38, 3.4028234663852886e38, total).to(tl.float32))

@@ -18,6 +18,7 @@ from .device import (
     product,
     repair_image,
     settle_image,
+    unresolved,
 )
 
 
@@ -117,9 +118,9 @@ def _assign(
             size = tl.load(cnt + j, mask=j < keff, other=0)
             acc = tl.zeros([BJ, BI], tl.float32)
             for m in range(0, tl.max(size, axis=0)):
-                live = m < size
+                p = tl.load(coef + first + m, mask=m < size, other=0.0)
+                live = p != 0  # what has no share may be infinite
                 token = tl.load(lst + first + m, mask=live, other=0)
-                p = tl.load(coef + first + m, mask=live, other=0.0)
                 g = tl.load(
                     gram + token.to(tl.int64)[:, None] * row + i[None, :],
                     mask=live[:, None] & (i < row)[None, :],
@@ -207,8 +208,8 @@ def _update(
         for l0 in range(0, N, TL):
             k = l0 + tl.arange(0, TL)
             other = tl.load(lab + k, mask=k < N, other=-1)
-            same = (other[None, :] == label[:, None]) & (other >= 0)[None, :]
             p = tl.load(share + k, mask=other >= 0, other=0.0)
+            same = (other[None, :] == label[:, None]) & (p != 0)[None, :]
             g = tl.load(gram + k.to(tl.int64)[None, :] * row + i[:, None], mask=same, other=0.0)
             products += tl.where(same, p[None, :] * g, 0.0)
         tl.store(inner + i, tl.sum(products, axis=1), mask=label >= 0)
@@ -247,8 +248,8 @@ def _update(
             for l0 in range(0, N, TL):
                 k = l0 + tl.arange(0, TL)
                 other = tl.load(lab + k, mask=k < N, other=-1)
-                same = (other[None, :] == label[:, None]) & (other >= 0)[None, :]
                 p = tl.load(share + k, mask=other >= 0, other=0.0)
+                same = (other[None, :] == label[:, None]) & (p != 0)[None, :]
                 h = tl.load(inner + k, mask=other >= 0, other=0.0)
                 squares += tl.where(same, (p * h)[None, :], 0.0)
             tl.store(norms + label, tl.sum(squares, axis=1), mask=valid & (first == i))
@@ -264,6 +265,8 @@ def iterate_kernel(
     prev,
     cost,
     counts,
+    loss,
+    exact,
     share,
     inner,
     norms,
@@ -289,14 +292,15 @@ def iterate_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """All iterations of one image in one program; an image whose labels repeat stops by itself.
+    """All iterations of one image in one program; an image that has settled stops by itself.  One whose distances its
+    Gram matrix cannot resolve, which the first assignment shows, is marked in `exact` and left to exact_kernel.
 
-    gram float32 (Bc, N, row).  Per-image scratch: lab, prev, lst int32 (N,); cost, share, inner, coef float32 (N,);
-    counts, start, cnt, medoids int32 (K,); norms, mass float32 (K,).  On entry lst / coef / start / cnt describe the
-    initial centers as lists of tokens (prepare.py), unless `labelled` is 1: then lab, cost and counts already hold
-    the first assignment (to given centers).  With MEDOIDS, lst is only written at an update, `medoids` holds the
-    centers, and unit_* (of K elements, shared by all images) describe lists of one token.  On exit prev holds the
-    labels, and lst / coef / start / cnt / mass (and medoids) describe them.
+    gram float32 (Bc, N, row); loss float64 (Bc,).  Per-image scratch: lab, prev, lst int32 (N,); cost, share, inner,
+    coef float32 (N,); counts, start, cnt, medoids int32 (K,); norms, mass float32 (K,).  On entry lst / coef / start /
+    cnt describe the initial centers as lists of tokens (prepare.py), unless `labelled` is 1: then lab, cost and counts
+    already hold the first assignment (to given centers).  With MEDOIDS, lst is only written at an update, `medoids`
+    holds the centers, and unit_* (of K elements, shared by all images) describe lists of one token.  On exit prev holds
+    the labels, and lst / coef / start / cnt / mass (and medoids) describe them.
     """
     b = tl.program_id(0).to(tl.int64)
     row = eights(row)
@@ -330,8 +334,8 @@ def iterate_kernel(
                 tl.store(medoids + j, token, mask=j < clusters)
         tl.debug_barrier()
     t = 0
-    changed = 1
-    while (t < num_iters) & (changed > 0):
+    goes_on = 1
+    while (t < num_iters) & (goes_on > 0):
         if (t > 0) | (labelled == 0):
             for k0 in range(0, clusters, BLOCK_K):
                 tl.store(counts + k0 + offs_k, tl.zeros([BLOCK_K], tl.int32), mask=k0 + offs_k < clusters)
@@ -377,9 +381,16 @@ def iterate_kernel(
                     BJ,
                 )
             tl.debug_barrier()
-        repair_image(lab, cost, counts, clusters, N, BLOCK, BLOCK_K)
-        changed = settle_image(lab, prev, N, BLOCK)
-        if changed > 0:
-            _update(gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, medoids, N, row, MEDOIDS, TI, TL)
+        if t == 0:
+            if unresolved(cost, wn, gram, row + 1, N, BLOCK):
+                goes_on = 0
+                tl.store(exact + b, 1)
+        if goes_on > 0:
+            repaired = repair_image(lab, cost, counts, clusters, N, BLOCK, BLOCK_K)
+            goes_on = settle_image(lab, prev, cost, wn, loss + b, t, repaired, N, BLOCK)
+            if goes_on > 0:
+                _update(
+                    gram, wn, lab, share, inner, norms, lst, coef, start, cnt, mass, medoids, N, row, MEDOIDS, TI, TL
+                )
         t += 1
         tl.debug_barrier()

@@ -18,7 +18,7 @@ import torch
 KIB = 1024
 GRAM_BYTES_LIMIT = 256 * KIB * KIB  # Gram matrices of one chunk of the batch
 GRAM_MAX_TOKENS = 1536  # one program walks an image's Gram matrix: N^2 * 4 bytes, 9.4 MB, still L2-resident
-LONG = 4096  # above this many tokens update_kernel has wider tiles of clusters, which add up weights in another order
+LONG = 4096  # above this many tokens member lists have wider tiles of clusters, which add up weights in another order
 GRID_LIMIT = 2**31 - 1  # programs a launch (grid.x)
 STATS_CHUNK = 1024  # prepare.CHUNK
 PATH_VARIABLE = "TOKENPOOL_EXT_TRITON_PATH"  # gram | direct: overrides the planner (tests)
@@ -166,19 +166,18 @@ def init_configs(D: int) -> list[Config]:
     return [dict(BD=bucket(D, 16, 128), num_warps=1, num_stages=1)]
 
 
-def update_configs(N: int, D: int) -> list[Config]:
+def lists_configs(N: int) -> list[Config]:
     few = N <= LONG
-    return [
-        dict(
-            rows_config(D),
-            BC=4 if few else 16,
-            BLOCK=256 if few else 1024,
-            BLOCK_E=128,
-            BLOCK_K=256,
-            num_warps=4,
-            num_stages=1,
-        )
-    ]
+    tile = dict(BC=4 if few else 16, BLOCK=256 if few else 1024, BLOCK_E=128, BLOCK_K=256)
+    return [dict(tile, num_warps=4, num_stages=1)]
+
+
+def update_configs(N: int, D: int) -> list[Config]:
+    return [dict(rows_config(D), **lists_configs(N)[0])]
+
+
+def exact_configs(D: int) -> list[Config]:
+    return [dict(rows_config(D), BN=64, BK=32, BC=4, BLOCK=256, BLOCK_E=128, BLOCK_K=256, num_warps=8, num_stages=1)]
 
 
 def finish_configs(D: int) -> list[Config]:
@@ -283,13 +282,13 @@ def plan(
     planes = 2 if half else 1
     images = chunk_images(B, N, K, which)
     # clustering.Chunk: numbers an image, a token, a cluster; centers; the partial statistics.
-    common = 6 * 4 + N * (6 * 4 + 8) + K * (8 * 4 + 8 + D * itemsize) + 4 * K * medoids
+    common = 7 * 4 + 8 + N * (6 * 4 + 8) + K * (8 * 4 + 8 + D * itemsize * planes) + 4 * K * medoids
     shared = 3 * 4 * K if which == "gram" else 0  # lists of one token, the same for all images
     common += (0 if half else 4 * D) + (3 * 4 * D * -(-N // STATS_CHUNK) if scaled else 0)
     if which == "gram":
         tiles = {"gram": gram_configs(device, D, itemsize)[0], "iterate": iterate_configs()[0]}
         workspace = common + 4 * N * gram_row(N) + 2 * 4 * N
-        before, each = scaled + 2 + 1, 0
+        before, each = scaled + 2 + 2, 0
         # The members' rows once for the assignment, beside lists of a token and a share; in the update labels, weights,
         # shares and products of all tokens for every tile of TI, and the rows of a cluster for each of its members.
         c = tiles["iterate"]
@@ -298,8 +297,8 @@ def plan(
         flops = N * N * D + 2 * N * N * num_iters
     else:
         tiles = {"assign": assign_configs(device, D, itemsize)[0], "update": update_configs(N, D)[0]}
-        workspace = common + 4 * N + K * D * itemsize * planes
-        before, each = scaled + 2, 3
+        workspace = common + 4 * N
+        before, each = scaled + 2 + 2, 3
         assign = N * D * itemsize + -(-N // tiles["assign"]["BN"]) * K * D * itemsize * planes
         update = 4 * N * -(-K // tiles["update"]["BC"]) + N * D * itemsize + K * D * itemsize * planes
         flops = 2 * N * K * D * planes * num_iters

@@ -49,9 +49,9 @@ def inject_fault(hook: Callable[[str, Config], None]):
     finally:
         _fault = before
         memory: Any
-    for memory, old in zip((_first_working, _unusable), known):
-        memory.clear()
-        memory.update(old)
+        for memory, old in zip((_first_working, _unusable), known):
+            memory.clear()
+            memory.update(old)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import attention, direct, heuristics, pooling
+from . import attention, heuristics, lists, pooling
 from .clustering import precision, strides
 from .launch import launch
 
@@ -49,48 +49,25 @@ def segment(x, assignment, weights, K: int, mean: bool):
     tmp, lst = torch.empty_like(lab), torch.empty_like(lab)
     start, cnt, coef = torch.empty_like(sizes), torch.empty_like(sizes), torch.empty_like(wn)
     mass = wn.new_empty((B, K))
-    idle = wn.new_empty((1, 1, 1))
-    keff = torch.full((B,), K, dtype=torch.int32, device=x.device)
-    done = torch.zeros_like(keff)
 
-    def lists(config):
+    def grouped(config):
         tiles = -(-K // config["BC"])
         return B * tiles, dict(
-            x=idle,
-            scale=idle,
-            center=idle,
             wn=wn,
-            keff=keff,
-            done=done,
             lab=lab,
             counts=sizes,
-            next_counts=torch.empty_like(sizes),
             tmp=tmp,
             lst=lst,
             coef=coef,
             start=start,
             cnt=cnt,
             mass=mass,
-            high=idle,
-            low=idle,
-            norms=idle,
-            medoids=lab,
             N=N,
-            D=D,
             K=K,
             tiles=tiles,
-            x_b=0,
-            x_n=0,
-            x_d=0,
-            means=0,
-            CENTER=False,
-            SCALE=False,
-            CONTIG=False,
-            SPLIT=False,
-            MEDOIDS=False,
         )
 
-    launch(direct.update_kernel, x, heuristics.update_configs(N, D), lists)
+    launch(lists.lists_kernel, x, heuristics.lists_configs(N), grouped)
     out = x.new_empty((B, K, D))
     configs = heuristics.segment_configs(D)
     launch(

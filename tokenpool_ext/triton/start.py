@@ -87,6 +87,54 @@ def farthest_gram_kernel(gram, wn, keff, lst, coef, state, squares, N, row, BLOC
             token = _first_largest(most, at)
 
 
+@triton.jit
+def pick_farthest(
+    x,
+    s,
+    wn,
+    lst,
+    coef,
+    state,
+    clusters,
+    N,
+    D,
+    x_n,
+    x_d,
+    SCALE: tl.constexpr,
+    CONTIG: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As farthest_gram_kernel, from the tokens of one image: by differences from the token chosen last, so no centering
+    is needed.  Reads K - 1 times the tokens that may still be chosen for their distance.  Pointers are the image's."""
+    token = _heaviest(wn, state, N, BLOCK)
+    for j in range(0, clusters):
+        tl.store(lst + j, token)
+        tl.store(coef + j, 1.0)
+        if j + 1 < clusters:
+            one = tl.full([1], True, tl.int1)
+            most = tl.full([BN], PADDING, tl.float32)
+            at = tl.zeros([BN], tl.int32)
+            for n0 in range(0, N, BN):
+                i = n0 + tl.arange(0, BN)
+                live = tl.load(state + i, mask=i < N, other=PADDING) >= 0
+                apart = tl.zeros([BN], tl.float32)
+                for d0 in range(0, D, BD):
+                    offs_d = d0 + tl.arange(0, BD)
+                    rows = load_rows(x, x, s, i, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
+                    chosen = load_rows(
+                        x, x, s, token + tl.zeros([1], tl.int32), one, offs_d, D, x_n, x_d, False, SCALE, CONTIG
+                    )
+                    gap = rows - chosen
+                    apart += tl.sum(gap * gap, axis=1)
+                value = _closer(wn, state, i, N, token, apart)
+                at = tl.where(value > most, i, at)
+                most = tl.maximum(value, most)
+            tl.debug_barrier()
+            token = _first_largest(most, at)
+
+
 @kernel
 def farthest_kernel(
     x,
@@ -107,45 +155,23 @@ def farthest_kernel(
     BD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As farthest_gram_kernel, from the tokens x (B, N, D), any strides: by differences from the token chosen last, so
-    no centering is needed.  Reads K - 1 times the tokens of an image that may still be chosen for their distance."""
+    """As farthest_gram_kernel, from the tokens x (B, N, D), any strides."""
     b = tl.program_id(0).to(tl.int64)
-    s = tl.load(scale + b)
-    x = image_of(x, b, x_b, CONTIG)
-    state += b * N
-    clusters = tl.load(keff + b)
-    token = _heaviest(wn + b * N, state, N, BLOCK)
-    for j in range(0, clusters):
-        tl.store(lst + b * N + j, token)
-        tl.store(coef + b * N + j, 1.0)
-        if j + 1 < clusters:
-            most = tl.full([BN], PADDING, tl.float32)
-            at = tl.zeros([BN], tl.int32)
-            for n0 in range(0, N, BN):
-                i = n0 + tl.arange(0, BN)
-                live = tl.load(state + i, mask=i < N, other=PADDING) >= 0
-                apart = tl.zeros([BN], tl.float32)
-                for d0 in range(0, D, BD):
-                    offs_d = d0 + tl.arange(0, BD)
-                    rows = load_rows(x, scale, s, i, live, offs_d, D, x_n, x_d, False, SCALE, CONTIG)
-                    chosen = load_rows(
-                        x,
-                        scale,
-                        s,
-                        token + tl.zeros([1], tl.int32),
-                        tl.full([1], True, tl.int1),
-                        offs_d,
-                        D,
-                        x_n,
-                        x_d,
-                        False,
-                        SCALE,
-                        CONTIG,
-                    )
-                    gap = rows - chosen
-                    apart += tl.sum(gap * gap, axis=1)
-                value = _closer(wn + b * N, state, i, N, token, apart)
-                at = tl.where(value > most, i, at)
-                most = tl.maximum(value, most)
-            tl.debug_barrier()
-            token = _first_largest(most, at)
+    pick_farthest(
+        image_of(x, b, x_b, CONTIG),
+        tl.load(scale + b),
+        wn + b * N,
+        lst + b * N,
+        coef + b * N,
+        state + b * N,
+        tl.load(keff + b),
+        N,
+        D,
+        x_n,
+        x_d,
+        SCALE,
+        CONTIG,
+        BN,
+        BD,
+        BLOCK,
+    )
