@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from .reduction import TokenReduction
 
@@ -157,6 +156,8 @@ def example_input(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count  # which imports Triton
+
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
@@ -222,6 +223,8 @@ class _Counter(TorchDispatchMode):
         self.stack.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.utils.flop_counter import flop_registry  # which imports Triton
+
         kwargs = kwargs or {}
         packet = func._overloadpacket
         name = func._schema.name
