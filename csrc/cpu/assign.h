@@ -6,6 +6,14 @@
 // the mean center; nothing of size N x K is in memory. Rounding moves a score by less than slack (2 ||c||^2 + ||x||^2):
 // where that leaves open which is the lowest, the token is compared with all centers by differences in double. So every
 // label is that of exact arithmetic, whatever lies far away; what is not a number is never nearest.
+#pragma once
+
+#include "gemm.h"
+#include "groups.h"
+#include "nearest.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 template <class C>
 TP_INLINE Vec<double> load_double(const C* from) {
@@ -251,3 +259,6 @@ static void assign(const AssignArgs& a) {
       return assign_all<FP16>(a);
   }
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

@@ -3,6 +3,13 @@
 // For each image and head: the keys are packed once; for kRows queries the logits of all keys are made in a row buffer,
 // turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Heads are
 // summed in order at the end.
+#pragma once
+
+#include "gemm.h"
+#include "groups.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 // exp of every lane (relative error about 2e-7; nothing below exp(-87)): 2^n * p(r), with x = n ln 2 + r.
 TP_INLINE Vec<float> exp_lanes(Vec<float> x) {
@@ -133,3 +140,6 @@ static void attention_received(const AttentionArgs& a) {
       return attention_all<FP16>(a);
   }
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

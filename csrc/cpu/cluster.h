@@ -2,6 +2,12 @@
 //
 // With a Gram matrix (gram path) every center keeps its products with all tokens, a row as long as a row of that
 // matrix, and only centers whose members changed get a new one. Without it: direct.h.
+#pragma once
+
+#include "direct.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 template <class In>
 class Clustering : protected Direct<In> {
@@ -459,3 +465,6 @@ static void cluster(const ClusterArgs& a) {
       return cluster_all<FP16>(a);
   }
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

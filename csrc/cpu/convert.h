@@ -1,4 +1,10 @@
 // Rows of any dtype to and from the accumulation type, a vector at a time.
+#pragma once
+
+#include "vec.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 struct BF16 {
   uint16_t bits;
@@ -184,3 +190,6 @@ inline void keep_finite(const C* mean, In* out, int64_t n) {
   for (int64_t d = 0; d < n; ++d)
     if (std::isinf(to_float(out[d])) && std::isfinite(mean[d])) take_largest(mean[d] < 0, out[d]);
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

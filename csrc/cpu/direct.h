@@ -13,39 +13,13 @@
 // and each center in a unit of its own. Rounding moves a token by at most an error that is known, so what the products
 // say of the rounded ones bounds the distances of the true ones; a token whose nearest center that leaves open is
 // settled by differences.
+#pragma once
 
-// The nearest centers of a panel's tokens so far, by score: ||center||^2 - 2 <token, center>.
-template <class C>
-struct Nearest {
-  using I = typename Lane<C>::Int;
-  static constexpr int L = kLanes<C>;
-  Vec<C> best[TP_VECTORS];
-  Vec<I> label[TP_VECTORS];
+#include "nearest.h"
+#include "result.h"
 
-  TP_INLINE Nearest() {
-    for (int v = 0; v < TP_VECTORS; ++v) {
-      best[v] = splat(std::numeric_limits<C>::infinity());
-      label[v] = Vec<I>{};
-    }
-  }
-  TP_INLINE void take(int v, int64_t j, Vec<C> score) {  // center j; of equal scores the first stays
-    const Vec<I> index = splat(I(j));
-    const auto nearer = score < best[v];
-    best[v] = nearer ? score : best[v];
-    label[v] = nearer ? index : label[v];
-  }
-  TP_INLINE void compare(int64_t j, C center_norm, const C* products) {
-    const Vec<C> norm = splat(center_norm);
-#pragma GCC unroll 4
-    for (int v = 0; v < TP_VECTORS; ++v) take(v, j, norm - C(2) * load(products + v * L));
-  }
-  TP_INLINE void write(C* best_out, I* label_out) const {
-    for (int v = 0; v < TP_VECTORS; ++v) {
-      store(best_out + v * L, best[v]);
-      store(label_out + v * L, label[v]);
-    }
-  }
-};
+namespace tokenpool {
+namespace TP_ISA {
 
 template <class In>
 class Direct : protected Result<In> {
@@ -863,3 +837,6 @@ class Direct : protected Result<In> {
   int64_t starts_ = 0;                 // panels of starting tokens whose products with each other are made once
   int64_t together_ = 1;               // panels multiplied at a time
 };
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

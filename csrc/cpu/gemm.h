@@ -3,6 +3,12 @@
 // A panel holds kPanel tokens feature by feature: panel[d * kPanel + lane]. It serves as the right operand (vectors of
 // tokens) and, one lane at a time, as the left one. Every product is summed in the same order wherever its tile lies,
 // so results depend neither on the batch nor on the number of threads.
+#pragma once
+
+#include "convert.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 template <class C>
 struct Tile {
@@ -249,3 +255,6 @@ inline void mirror(int64_t n, C* gram, int64_t stride) {
     for (int64_t column = 0; column < row; column += L)
       transpose_square(gram + row * stride + column, stride, gram + column * stride + row, stride);
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

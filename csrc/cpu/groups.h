@@ -1,4 +1,10 @@
 // Member lists of clusters, shares of means, and the repair of empty clusters.
+#pragma once
+
+#include "vec.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 // Memory handed out in pieces and taken back all at once. Every thread has one and keeps its blocks from image to
 // image, and, if they come to kKept bytes or less, from call to call.
@@ -129,3 +135,6 @@ inline bool repair_empty(int64_t n, int64_t k, const C* weight, C* distance, con
   }
   return repaired;
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

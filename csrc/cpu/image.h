@@ -1,4 +1,12 @@
 // The tokens of one image as the clustering sees them: without padding, scaled to a safe range, centered, weighted.
+#pragma once
+
+#include "convert.h"
+#include "gemm.h"
+#include "groups.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 template <class In>
 class Image {
@@ -369,3 +377,6 @@ class Image {
   C* mean_ = nullptr;               // [D] what is taken off all tokens, scaled: about their mean
   bool finite_ = true;              // all tokens, and their squares
 };
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

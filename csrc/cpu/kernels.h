@@ -1,19 +1,12 @@
-// One copy of all CPU kernels, for the instruction set that the including file names.
-// No include guard: each kernels_<isa>.cpp includes it once, into a namespace of its own.
-namespace tokenpool {
-namespace TP_ISA {
-#include "vec.h"
-#include "convert.h"
-#include "gemm.h"
-#include "groups.h"
-#include "image.h"
-#include "result.h"
-#include "direct.h"
-#include "cluster.h"
+// One copy of all CPU kernels, for the instruction set that the including file names, in a namespace of its own.
+#pragma once
+
 #include "assign.h"
-#include "pool.h"
 #include "attention.h"
-}  // namespace TP_ISA
+#include "cluster.h"
+#include "pool.h"
+
+namespace tokenpool {
 
 #define TP_NAME_(isa) kernels_##isa
 #define TP_NAME(isa) TP_NAME_(isa)

@@ -1,4 +1,11 @@
 // Means of an assignment, their backward, and the way back to tokens.
+#pragma once
+
+#include "convert.h"
+#include "groups.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 // An output of more bytes than this is written past the caches: a line that is not read first costs half.
 constexpr int64_t kPastCaches = 4 << 20;
@@ -229,3 +236,6 @@ static void unpool(const PoolArgs& a) {
   const int64_t element = a.dtype == DType::Float64 ? 8 : a.dtype == DType::Float32 ? 4 : 2;
   each_image(a, [&](int64_t b, bool parallel) { unpool_image(a, element, b, parallel); });
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

@@ -1,4 +1,11 @@
 // The clusters of one image as lists of their tokens, the means of those, and what a call returns.
+#pragma once
+
+#include "groups.h"
+#include "image.h"
+
+namespace tokenpool {
+namespace TP_ISA {
 
 template <class In>
 class Result : protected Image<In> {
@@ -219,3 +226,6 @@ class Result : protected Image<In> {
   C *share_ = nullptr, *total_ = nullptr;  // [n] by place in member_; [k] summed weights
   double* error_ = nullptr;                // [k]
 };
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

@@ -1,4 +1,18 @@
 // Vectors of TP_VECTOR_BYTES through the compiler's vector extensions, so one source serves every instruction set.
+#pragma once
+
+#include "headers.h"
+
+#ifndef TP_ISA  // kernels_<isa>.cpp names one; else it is any processor: 16-byte vectors (SSE2 on x86-64, NEON on
+                // arm64)
+#define TP_ISA baseline
+#define TP_VECTOR_BYTES 16
+#define TP_ROWS 2     // rows of the register tile
+#define TP_VECTORS 3  // its columns, in vectors
+#endif
+
+namespace tokenpool {
+namespace TP_ISA {
 
 #define TP_INLINE inline __attribute__((always_inline))
 
@@ -249,3 +263,6 @@ inline void hand_out(ParallelFor parallel_for, int64_t threads, int64_t count, c
     for (int64_t i; (i = next++) < count;) f(i);
   });
 }
+
+}  // namespace TP_ISA
+}  // namespace tokenpool

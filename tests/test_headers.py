@@ -1,0 +1,33 @@
+"""Every header of csrc parses alone, with what it includes itself: for editors, and for whoever reads one first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+NEEDS_CUDA = {"launch.cuh"}  # cuda_runtime.h
+HEADERS = sorted(
+    path for kind in ("*.h", "*.cuh") for path in (ROOT / "csrc").rglob(kind) if path.name not in NEEDS_CUDA
+)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")
+@pytest.mark.parametrize("header", HEADERS, ids=lambda path: str(path.relative_to(ROOT / "csrc")))
+def test_header_parses_alone(header, tmp_path):
+    text = header.read_text()
+    assert text.startswith("//"), "a header opens with what it is for"
+    assert text.count("#pragma once") == 1
+    unit = tmp_path / "unit.cpp"
+    unit.write_text(f'#include "{header}"\n')
+    flags = ["-fsyntax-only", "-std=c++17", "-Wno-unknown-pragmas", "-DTOKENPOOL_CUDA_SIM"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'tests' / 'simulator'}"]
+    flags += ["-isystem", str(Path(torch.__file__).parent / "include")]
+    done = subprocess.run([COMPILER, *flags, str(unit)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
