@@ -27,10 +27,14 @@ double addition_cost(DType dtype) {
   return dtype == DType::kFloat32 ? 128.0 / 16.0 : 1024.0 / 16.0;
 }
 
+// Shared memory of mean_of_tokens.
+size_t mean_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? kResidentThreads * 2 * sizeof(float) : 0;
+}
+
 size_t resident_bytes(const CudaProblem& p, int chunk, int bucket_warps) {
   const int padded = round_up(p.tokens, kTile);
-  const size_t sums = p.dtype == DType::kFloat32 ? kResidentThreads * sizeof(float) : 0;
-  const size_t staged = stage_bytes(p.dtype, padded, chunk) + sums;
+  const size_t staged = stage_bytes(p.dtype, padded, chunk) + mean_bytes(p.dtype);
   const size_t weights = 4 * static_cast<size_t>(round_up(p.tokens, 4));
   const size_t state = 4 * state_words(p.tokens, p.clusters, bucket_warps, 1) - weights;
   return 4 * packed_words(p.tokens) + weights + std::max(staged, state);
@@ -69,8 +73,7 @@ void set_threads(CudaPlan* plan, int columns, int least) {
 bool plan_spread(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   CudaPlan spread = *plan;
   set_threads(&spread, p.tokens, 256);
-  const size_t sums = p.dtype == DType::kFloat32 ? kResidentThreads * sizeof(float) : 0;
-  const size_t staged = std::max(stage_bytes(p.dtype, 2 * kTile, stage_chunk(p.dtype)), sums);
+  const size_t staged = std::max(stage_bytes(p.dtype, 2 * kTile, stage_chunk(p.dtype)), mean_bytes(p.dtype));
   const size_t weights = 4 * static_cast<size_t>(round_up(p.tokens, 4));
   for (int warps = std::min(spread.threads / 32, (p.tokens + 31) / 32); warps >= 1; warps /= 2) {
     const size_t state = 4 * state_words(p.tokens, p.clusters, warps, spread.parts) - weights;

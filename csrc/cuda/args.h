@@ -42,15 +42,17 @@ struct ImageStats {
   float inv_scale;
   float weight_scale;  // max w * weight_scale lies in [1, 2)
   float inv_weight_scale;
-  int valid;     // tokens that are not padding
-  int clusters;  // effective K = min(counts[b], valid)
+  float light;   // tokens of up to this weight do not count in mean and scale: 0, or -0.5 where none weighs more
+  int counting;  // tokens that do
+  int clusters;  // effective K = min(counts[b], tokens that are not padding)
 };
 
 struct StatsPartial {
-  float max_abs;
+  float max_abs;        // of tokens of positive weight
+  float max_abs_light;  // of tokens of weight 0
   float max_weight;
   int valid;
-  int unused;
+  int positive;
 };
 
 struct StatsArgs {
@@ -61,7 +63,7 @@ struct StatsArgs {
   const int64_t* counts;   // (B,) or null
   StatsPartial* partials;  // (B, stats_chunks(N))
   ImageStats* stats;       // (B,)
-  float* mean;             // (B, D) mean valid token times scale; null: not wanted (half types)
+  float* mean;             // (B, D) about the mean token, times scale; null: not wanted (half types)
   int use_scale;           // 0: scale stays 1 (float16 cannot overflow a float32 product)
 };
 
@@ -82,14 +84,15 @@ struct GramArgs {
 // What every kernel that runs the iterations of whole images is told.
 struct IterationArgs {
   Shape shape;
-  const float* weights;     // (B, N) or null
-  const uint8_t* mask;      // (B, N) bool or null
-  const int64_t* init;      // (B, K) token indices, or null
-  int64_t init_stride;      // from one image to the next; 0 where all start alike
-  const int* first_label;   // (B, N) first assignment (to given centers), or null
-  const float* first_cost;  // (B, N); neither init nor first_label: the kernel starts farthest-first
-  int64_t* assignment;      // (B, N)
-  int64_t* medoids;         // (B, K); null for K-Means
+  const float* weights;           // (B, N) or null
+  const uint8_t* mask;            // (B, N) bool or null
+  const int64_t* init;            // (B, K) token indices, or null
+  int64_t init_stride;            // from one image to the next; 0 where all start alike
+  const int* first_label;         // (B, N) first assignment (to given centers), or null
+  const float* first_cost;        // (B, N); neither init nor first_label: the kernel starts farthest-first
+  const ImageStats* first_stats;  // (B,) of that assignment
+  int64_t* assignment;            // (B, N)
+  int64_t* medoids;               // (B, K); null for K-Means
   int iterations;
   int sort;
   int bucket_warps;
@@ -134,11 +137,10 @@ struct ResidentArgs {
   int use_scale;
 };
 
-// Mean valid token of every image, without scaling: float32 on the path "spread".
+// About the mean token of every image, without scaling: float32 on the path "spread".
 struct TokenMeanArgs {
-  Shape shape;
+  IterationArgs run;
   Tokens x;
-  const uint8_t* mask;
   float* mean;  // (B, D)
 };
 
@@ -210,15 +212,16 @@ struct BucketArgs {
   const int64_t* given;     // (B, N) labels to bucket as they are (pool); null: use label
   const ImageStats* stats;  // null with given
   int* label;               // (B, N)
-  const float* cost;        // (B, N)
+  float* cost;              // (B, N)
   int* previous;            // (B, N)
   int* done;                // (B,)
+  float* loss;              // (B,) of the iteration before
   int* order;               // (B, N)
   int* segment_start;       // (B, K)
   int* segment_length;      // (B, K)
   int* scratch;             // (B, (bucket_warps + 1) * K) when it does not fit shared memory, else null
   int bucket_warps;
-  int first;  // 1: no previous assignment to compare with
+  int iteration;
 };
 
 struct UpdateArgs {

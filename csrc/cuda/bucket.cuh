@@ -26,12 +26,21 @@ __global__ void __launch_bounds__(1024, 1) bucket_kernel(BucketArgs a) {
       int* label = a.label + b * n;
       int* previous = a.previous + b * n;
       count_members(label, n, clusters, start);
-      repair_empty(label, a.cost + b * n, n, clusters, start, scratch);
-      int changed = a.first;
+      float* cost = a.cost + b * n;
+      const bool repaired = repair_empty(label, cost, n, clusters, start, scratch);
+      int changed = a.iteration == 0;
+      Sum sum;
 #pragma unroll 1
-      for (int i = threadIdx.x; i < n && !changed; i += blockDim.x) changed = label[i] != previous[i];
-      const bool go_on = __syncthreads_or(changed);
-      if (!go_on) {
+      for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        changed |= label[i] != previous[i];
+        sum.add(cost[i]);
+      }
+      const float loss = block_sum(sum.value, scratch), before = a.loss[b];
+      const bool go_on = __syncthreads_or(changed) && !gains_nothing(a.iteration, repaired, loss, before);
+      if (threadIdx.x == 0) a.loss[b] = loss;
+      if (!go_on) {  // the lists are still those of the iteration before
+#pragma unroll 1
+        for (int i = threadIdx.x; i < n; i += blockDim.x) label[i] = previous[i];
         if (threadIdx.x == 0) a.done[b] = 1;
         __syncthreads();
         continue;

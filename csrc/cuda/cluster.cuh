@@ -233,12 +233,18 @@ __device__ inline void list_members(const Gram& gram, ClusterState& s, const Clu
   for (int j = threadIdx.x; j < p.clusters; j += blockDim.x) {
     const int begin = s.start[j], end = s.start[j + 1], offset = s.place(j, begin, moved) - begin;
     float total = 0.0f;
-#pragma unroll 1
-    for (int m = begin; m < end; ++m) total += s.weight[s.order[m]];
+    int heavy = s.order[begin];  // a member that counts
 #pragma unroll 1
     for (int m = begin; m < end; ++m) {
       const int token = s.order[m];
+      total += s.weight[token];
+      if (s.weight[token] > 0.0f) heavy = token;
+    }
+#pragma unroll 1
+    for (int m = begin; m < end; ++m) {
+      int token = s.order[m];
       const float share = total > 0.0f ? s.weight[token] / total : 1.0f / static_cast<float>(end - begin);
+      if (share == 0.0f) token = heavy;  // 0 times its products, even where they are infinite
       const float norm = m + 1 < end || s.count[j] == kMoved ? infinity() : s.norm()[j];
       s.members[offset + m] = Member{token, gram.row(token), share, norm};
     }
@@ -341,7 +347,7 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
 #pragma unroll 1
       for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
         s.label[i] = p.first_label[i];
-        s.cost[i] = p.first_cost[i];
+        s.cost[i] = p.first_cost[i] * p.first_unit;
       }
       __syncthreads();
     } else {
@@ -349,22 +355,30 @@ __device__ inline void cluster_from_gram(const Gram& gram, ClusterState& s, cons
     }
     if (p.with_medoids) claim_medoids(s, p);
     count_members(s.label, p.tokens, p.clusters, s.count);
-    repair_empty(s.label, s.cost, p.tokens, p.clusters, s.count, scratch);
+    const bool repaired = repair_empty(s.label, s.cost, p.tokens, p.clusters, s.count, scratch);
     int changed = t == 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) changed |= s.label[i] != s.previous[i];
+    if (warp_index() == 0) {
+      const float loss = sum_by_warp(p.tokens, [&](int i) { return s.cost[i]; });
+      if (lane_index() == 0) scratch.loss[t & 1] = loss;
+    }
+    changed = __syncthreads_or(changed);
+    if (!changed || gains_nothing(t, repaired, scratch.loss[t & 1], scratch.loss[~t & 1])) {
+      // The previous lists and medoids still hold; only claim_medoids has overwritten s.order.
+#pragma unroll 1
+      for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) s.label[i] = s.previous[i];
+      __syncthreads();
+      if (p.with_medoids) bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
+      break;
+    }
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.tokens; i += blockDim.x) {
       const int from = s.previous[i], to = s.label[i];
-      if (t > 0 && from == to) continue;
-      changed = 1;
       s.previous[i] = to;
-      if (t == 0) continue;
+      if (t == 0 || from == to) continue;
       atomicMin(&s.count[from], kMoved);
       atomicMin(&s.count[to], kMoved);
-    }
-    if (!__syncthreads_or(changed)) {
-      // The previous lists and medoids still hold; only claim_medoids has overwritten s.order.
-      if (p.with_medoids) bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
-      break;
     }
     bucket_tokens(s.label, p.tokens, p.clusters, p.bucket_warps, s.base, s.start, s.order);
     if (p.with_medoids || t + 1 < p.iterations) {

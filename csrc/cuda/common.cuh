@@ -121,6 +121,11 @@ struct Image {
   __device__ float at(int token, int feature) const { return to_float(raw(token, feature)); }
 };
 
+// What ImageStats says of the tokens that count in mean and scale.
+__device__ inline float light_weight(bool any_positive) {
+  return any_positive ? 0.0f : -0.5f;
+}
+
 // A feature in the units in which products are formed. mean may be null.
 __device__ inline float in_units(float value, float scale, const float* mean, int feature) {
   return value * scale - (mean == nullptr ? 0.0f : mean[feature]);
@@ -183,6 +188,16 @@ __device__ inline int warp_sum(int v) {
   return v;
 }
 
+// Kahan's sum: an error of a few units in the last place, whatever the number of terms.
+struct Sum {
+  float value = 0.0f, carry = 0.0f;
+  __device__ void add(float term) {
+    const float corrected = term - carry, next = value + corrected;
+    carry = (next - value) - corrected;
+    value = next;
+  }
+};
+
 struct Candidate {
   float value;
   int index;
@@ -217,6 +232,7 @@ struct Tally {
 // Room for one value per warp of a block (at most 32 warps), and the block's tally.
 struct BlockScratch {
   Tally tally;
+  float loss[2];  // of this iteration and the one before, in turn
   Candidate candidate[kWarp];
   int key[2][kWarp];
   int index[2][kWarp];
@@ -275,24 +291,62 @@ __device__ inline float block_sum(float v, BlockScratch& scratch) {
   return v;
 }
 
+// Sum of value(i) over [0, count) by one warp, the same for any number of threads in the block; every lane gets it.
+template <typename Value>
+__device__ inline float sum_by_warp(int count, Value value) {
+  Sum sum;
+#pragma unroll 1
+  for (int i = lane_index(); i < count; i += kWarp) sum.add(value(i));
+  return warp_sum(sum.value);
+}
+
 constexpr int kMeanWarps = 8;
 
-// Mean of value(i) over the tokens with valid(i), for each lane's feature: warp w of the first eight adds tokens w,
-// w + 8, .., then the warps are added in order. sums: kMeanWarps x 32 words. The block calls it; one barrier inside.
-template <typename Valid, typename Value>
-__device__ inline float mean_of_tokens(int tokens, int valid_tokens, float* sums, Valid valid, Value value) {
+// What one warp's tokens say about a feature, as differences from the first token that counts.
+struct FeaturePart {
+  float sum;
+  float spread;  // the largest
+};
+
+// `mean` to a multiple of an eighth of the power of two below `spread`: what is taken off all tokens then keeps small
+// integers, and ties between them, exact.
+__device__ inline float on_coarse_grid(float mean, float spread) {
+  float scale, unit;
+  power_of_two_scale(spread, &scale, &unit);
+  const float steps = mean * scale * 8.0f;
+  return spread > 0.0f && fabsf(steps) < 0x1p22f ? rintf(steps) * (unit * 0.125f) : mean;
+}
+
+// About the mean of value(i) over the tokens with counts(i), `counting` of them, for each lane's feature: warp w of the
+// first eight adds tokens w, w + 8, .., then the warps are added in order. parts: kMeanWarps x 32. The block calls it;
+// one barrier inside.
+template <typename Counts, typename Value>
+__device__ inline float mean_of_tokens(int tokens, int counting, FeaturePart* parts, Counts counts, Value value) {
+  if (counting == 0) return 0.0f;  // the same for the whole block
+  int first = 0;
+#pragma unroll 1
+  while (first + 1 < tokens && !counts(first)) ++first;
+  const float shift = value(first);
   if (warp_index() < kMeanWarps) {
-    float sum = 0.0f;
+    FeaturePart part = {0.0f, 0.0f};
 #pragma unroll 4
     for (int i = warp_index(); i < tokens; i += kMeanWarps)
-      if (valid(i)) sum += value(i);
-    sums[warp_index() * kWarp + lane_index()] = sum;
+      if (counts(i)) {
+        const float difference = value(i) - shift;
+        part.sum += difference;
+        part.spread = fmaxf(part.spread, fabsf(difference));
+      }
+    parts[warp_index() * kWarp + lane_index()] = part;
   }
   __syncthreads();
-  float sum = 0.0f;
+  FeaturePart all = {0.0f, 0.0f};
 #pragma unroll 1
-  for (int w = 0; w < kMeanWarps; ++w) sum += sums[w * kWarp + lane_index()];
-  return sum / static_cast<float>(max(1, valid_tokens));
+  for (int w = 0; w < kMeanWarps; ++w) {
+    const FeaturePart part = parts[w * kWarp + lane_index()];
+    all.sum += part.sum;
+    all.spread = fmaxf(all.spread, part.spread);
+  }
+  return on_coarse_grid(shift + all.sum / static_cast<float>(counting), all.spread);
 }
 
 // Counts one more arrival at *arrived; true for the last of `expected`, which then sees what the others wrote before

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(1024, 1) iterate_kernel(IterateArgs a) {
     load_weights(a.run, b, stats.weight_scale, weight);
     __syncthreads();
     const FullGram gram = {a.gram + b * n * a.ld, static_cast<int>(a.ld)};
-    cluster_from_gram<kIterateColumns, true>(gram, s, problem_of(a.run, b, stats.clusters), scratch);
+    cluster_from_gram<kIterateColumns, true>(gram, s, problem_of(a.run, b, stats), scratch);
     write_assignment(a.run, b, s);
     write_lists(a.run, a.lists, b, stats.clusters, s);
     __syncthreads();

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(128, 5) means_kernel(MeansArgs a) {
       }
     }
     if (__shfl_sync(kAllLanes, static_cast<int>(last), 0)) {  // this warp finished the image
-      const float sum = sum_of_parts(k, [&](int j) { return __ldcg(a.inertia_parts + b * k + j); });
+      const float sum = sum_by_warp(k, [&](int j) { return __ldcg(a.inertia_parts + b * k + j); });
       if (lane_index() == 0) a.inertia[b] = unscale_inertia(sum, a.stats[b].inv_scale, a.stats[b].inv_weight_scale);
     }
   }

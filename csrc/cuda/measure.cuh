@@ -15,19 +15,24 @@ __device__ inline ImageStats measure_image(const IterationArgs& a, const int64_t
                                            BlockScratch& scratch) {
   const int n = a.shape.tokens;
   float heaviest = 0.0f;
-  int valid = 0;
+  int valid = 0, positive = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < n; i += blockDim.x)
     if (is_valid(a.mask, image * n + i)) {
-      heaviest = fmaxf(heaviest, a.weights == nullptr ? 1.0f : a.weights[image * n + i]);
+      const float w = a.weights == nullptr ? 1.0f : a.weights[image * n + i];
+      heaviest = fmaxf(heaviest, w);
       ++valid;
+      positive += w > 0.0f;
     }
   ImageStats stats;
   heaviest = block_max(heaviest, scratch);
-  stats.valid = block_sum(valid, scratch);
+  valid = block_sum(valid, scratch);
+  positive = block_sum(positive, scratch);
+  stats.light = light_weight(positive > 0);
+  stats.counting = positive > 0 ? positive : valid;
   power_of_two_scale(heaviest, &stats.weight_scale, &stats.inv_weight_scale);
   stats.scale = stats.inv_scale = 1.0f;
-  stats.clusters = min(a.shape.clusters, stats.valid);
+  stats.clusters = min(a.shape.clusters, valid);
   if (counts != nullptr)
     stats.clusters = static_cast<int>(max(int64_t{0}, min(counts[image], int64_t{stats.clusters})));
   load_weights(a, image, stats.weight_scale, weight);
@@ -63,7 +68,7 @@ __device__ inline bool must_scale(const Gram& gram, const Image<T>& image, const
 #pragma unroll 1
   for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
     const float square = gram(i, i);
-    if (weight[i] >= 0.0f) largest = fmaxf(largest, square == square ? square : infinity());
+    if (weight[i] > stats.light) largest = fmaxf(largest, square == square ? square : infinity());
   }
   largest = block_max(largest, scratch);
   if (is_safe(largest)) return false;
@@ -71,7 +76,7 @@ __device__ inline bool must_scale(const Gram& gram, const Image<T>& image, const
 #pragma unroll 1
   for (int i = warp_index(); i < tokens; i += warps_in_block())
 #pragma unroll 1
-    for (int f = lane_index(); f < features && weight[i] >= 0.0f; f += kWarp)
+    for (int f = lane_index(); f < features && weight[i] > stats.light; f += kWarp)
       absolute = fmaxf(absolute, fabsf(image.at(i, f)));
   power_of_two_scale(block_max(absolute, scratch), &stats.scale, &stats.inv_scale);
   __syncthreads();

@@ -103,13 +103,14 @@ __device__ inline void count_members(const int* label, int tokens, int clusters,
 }
 
 // Contract section 2, step 2: every empty cluster, in ascending order, takes the token with the largest cost whose
-// cluster has at least two members (the lowest index on a tie). cost is >= 0 and not NaN. Ends with a barrier.
-__device__ inline void repair_empty(int* label, const float* cost, int tokens, int clusters, int* count,
+// cluster has at least two members (the lowest index on a tie), and then costs nothing. cost is >= 0 and not NaN.
+// Returns whether there were any. Ends with a barrier.
+__device__ inline bool repair_empty(int* label, float* cost, int tokens, int clusters, int* count,
                                     BlockScratch& scratch) {
   int empty = 0;
 #pragma unroll 1
   for (int j = threadIdx.x; j < clusters; j += blockDim.x) empty |= count[j] == 0;
-  if (!__syncthreads_or(empty)) return;
+  if (!__syncthreads_or(empty)) return false;
   for (int j = 0; j < clusters; ++j) {
     if (count[j] != 0) continue;  // the same for all threads: count changes only between the barriers below
     Candidate donor = {-1.0f, INT_MAX};
@@ -123,10 +124,19 @@ __device__ inline void repair_empty(int* label, const float* cost, int tokens, i
       count[label[donor.index]] -= 1;
       count[j] = 1;
       label[donor.index] = j;
+      cost[donor.index] = 0.0f;
     }
     __syncthreads();
   }
   __syncthreads();
+  return true;
+}
+
+constexpr int kSurelySettled = 100;  // iterations: beyond, only rounding moves tokens to and fro
+
+// Contract section 2: whether an assignment that changed labels ends an image, for it gains nothing.
+__device__ inline bool gains_nothing(int iteration, bool repaired, float loss, float before) {
+  return iteration > 0 && (repaired || iteration >= kSurelySettled) && !(loss < before);
 }
 
 // Ranks of the clusters by their first member when `sort` is set, else their own numbers. Cluster j's members are

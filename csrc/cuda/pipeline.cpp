@@ -97,6 +97,7 @@ IterationArgs iterations_of(const CudaPlan& plan, const ClusterCall& call, const
                        call.init_stride,
                        given ? w.label : nullptr,
                        given ? w.cost : nullptr,
+                       w.stats,
                        call.assignment,
                        call.medoids,
                        call.iterations,
@@ -130,9 +131,9 @@ int run_spread(const CudaPlan& plan, const ClusterCall& call, const Workspace& w
     TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
   }
   if (w.mean != nullptr) {
-    const TokenMeanArgs mean{call.shape, call.x, call.mask, w.mean};
-    TOKENPOOL_TRY(
-        launch_token_mean(mean, Launch{call.shape.batch * divide_up(call.shape.features, 32), 256, 0, stream}));
+    const TokenMeanArgs mean{iterations_of(plan, call, w), call.x, w.mean};
+    TOKENPOOL_TRY(launch_token_mean(mean, Launch{call.shape.batch * divide_up(call.shape.features, 32), 256,
+                                                 sizeof(float) * call.shape.tokens, stream}));
   }
   const SpreadGramArgs gram{call.shape, call.x, w.mean, w.gram, plan.chunk};
   const int64_t panels = divide_up(call.shape.tokens, kTile);
@@ -187,9 +188,8 @@ int run_streaming(const CudaPlan& plan, const ClusterCall& call, const Workspace
   TOKENPOOL_TRY(launch_first_centers(call, w, stream));
   for (int t = 0; t < call.iterations; ++t) {
     TOKENPOOL_TRY(launch_nearest(plan, call, w, stream));
-    const BucketArgs bucket{call.shape,    nullptr, w.stats,         w.label,          w.cost,   w.previous,
-                            w.done,        w.order, w.segment_start, w.segment_length, w.bucket, plan.bucket_warps,
-                            t == 0 ? 1 : 0};
+    const BucketArgs bucket{call.shape, nullptr, w.stats,         w.label,          w.cost,   w.previous,        w.done,
+                            w.loss,     w.order, w.segment_start, w.segment_length, w.bucket, plan.bucket_warps, t};
     TOKENPOOL_TRY(launch_bucket(bucket, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
     if (call.medoids == nullptr && t + 1 == call.iterations) break;
     const UpdateArgs update{call.shape,       call.x, w.stats, w.mean,  call.weights, w.order,  w.segment_start,

@@ -18,13 +18,13 @@ namespace cuda {
 constexpr int kResidentThreads = 256;
 constexpr int kTilesPerWarp = 2;
 
-// Staged float32 tokens are centred in place: mean over the valid tokens of each feature, subtracted everywhere.
-// sums: 8 x 32 words. chunk is 32.
-__device__ inline void center_chunk(float* staged, int stride, const float* weight, int tokens, int valid,
-                                    float* sums) {
+// Staged float32 tokens are centred in place: about the mean of each feature, subtracted everywhere. chunk is 32.
+__device__ inline void center_chunk(float* staged, int stride, const float* weight, int tokens, const ImageStats& stats,
+                                    FeaturePart* parts) {
   const int lane = lane_index();
   const float mean = mean_of_tokens(
-      tokens, valid, sums, [&](int i) { return weight[i] >= 0.0f; }, [&](int i) { return staged[i * stride + lane]; });
+      tokens, stats.counting, parts, [&](int i) { return weight[i] > stats.light; },
+      [&](int i) { return staged[i * stride + lane]; });
 #pragma unroll 1
   for (int i = warp_index(); i < tokens; i += kResidentThreads / kWarp) staged[i * stride + lane] -= mean;
   __syncthreads();
@@ -33,12 +33,12 @@ __device__ inline void center_chunk(float* staged, int stride, const float* weig
 // The lower triangle of (scale X) (scale X)^T, centred for float32, into `gram`. Ends with a barrier.
 template <typename T>
 __device__ inline void build_gram(float* gram, const Image<T>& image, T* staged, const float* weight, int tokens,
-                                  int features, int chunk, int valid, float scale) {
+                                  int features, int chunk, const ImageStats& stats) {
   constexpr DType kType = TypeTraits<T>::kType;
   const int stride = stage_stride(kType, chunk);
   const int blocks = (tokens + kTile - 1) / kTile, padded = blocks * kTile;
   const int tiles = blocks * (blocks + 1) / 2;
-  float* sums = reinterpret_cast<float*>(staged + padded * stride);
+  FeaturePart* parts = reinterpret_cast<FeaturePart*>(staged + padded * stride);
   for (int first = 0; first < tiles; first += kTilesPerWarp * (kResidentThreads / kWarp)) {
     TileAccumulator acc[kTilesPerWarp];
     int row[kTilesPerWarp], column[kTilesPerWarp];
@@ -51,13 +51,13 @@ __device__ inline void build_gram(float* gram, const Image<T>& image, T* staged,
       clear(acc[h]);
     }
     for (int k0 = 0; k0 < features; k0 += chunk) {
-      if (scale == 1.0f)
+      if (stats.scale == 1.0f)
         copy_rows(staged, image, 0, padded, tokens, k0, chunk, features);
       else
-        stage_rows<1>(staged, image, 0, padded, tokens, k0, chunk, features, scale, nullptr);
+        stage_rows<1>(staged, image, 0, padded, tokens, k0, chunk, features, stats.scale, nullptr);
       __syncthreads();
       if constexpr (kType == DType::kFloat32)
-        center_chunk(reinterpret_cast<float*>(staged), stride, weight, tokens, valid, sums);
+        center_chunk(reinterpret_cast<float*>(staged), stride, weight, tokens, stats, parts);
 #pragma unroll
       for (int h = 0; h < kTilesPerWarp; ++h)
         if (active[h])
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
     ImageStats measured = measure_image(a.run, a.counts, b, weight, scratch);
     if (threadIdx.x == 0) stats = measured;
     for (bool again = true; again;) {
-      build_gram(gram.g, image, static_cast<T*>(rest), weight, n, features, a.chunk, measured.valid, measured.scale);
+      build_gram(gram.g, image, static_cast<T*>(rest), weight, n, features, a.chunk, measured);
       again = a.use_scale && measured.scale == 1.0f && must_scale(gram, image, weight, n, features, measured, scratch);
     }
     if (threadIdx.x == 0) {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
       stats.inv_scale = measured.inv_scale;
     }
     __syncthreads();
-    const ClusterProblem p = problem_of(a.run, b, stats.clusters);
+    const ClusterProblem p = problem_of(a.run, b, stats);
     cluster_from_gram<1, false>(gram, s, p, scratch);
     write_assignment(a.run, b, s);
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
     }
     __syncthreads();
     if (warp_index() == 0) {
-      const float sum = sum_of_parts(k, [&](int j) { return s.part[j]; });
+      const float sum = sum_by_warp(k, [&](int j) { return s.part[j]; });
       if (lane_index() == 0) a.inertia[b] = unscale_inertia(sum, stats.inv_scale, stats.inv_weight_scale);
     }
     __syncthreads();

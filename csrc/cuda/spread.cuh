@@ -17,20 +17,20 @@ constexpr int kSpreadThreads = 128;
 
 // One block (256 threads) per (image, 32 features). Tokens are float32.
 __global__ void __launch_bounds__(256, 2) token_mean_kernel(TokenMeanArgs a) {
+  TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ BlockScratch scratch;
-  __shared__ float sums[kMeanWarps * kWarp];
-  const int n = a.shape.tokens, features = a.shape.features;
+  __shared__ FeaturePart parts[kMeanWarps * kWarp];
+  float* weight = reinterpret_cast<float*>(memory);
+  const int n = a.run.shape.tokens, features = a.run.shape.features;
   const int groups = (features + kWarp - 1) / kWarp;
-  const int64_t work_items = a.shape.batch * groups;
+  const int64_t work_items = a.run.shape.batch * groups;
   for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
     const int64_t b = work / groups;
     const int f = static_cast<int>(work % groups) * kWarp + lane_index();
     const Image<float> image(a.x, b);
-    int valid = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) valid += is_valid(a.mask, b * n + i);
-    valid = block_sum(valid, scratch);
+    const ImageStats stats = measure_image(a.run, nullptr, b, weight, scratch);
     const float mean = mean_of_tokens(
-        n, valid, sums, [&](int i) { return is_valid(a.mask, b * n + i); },
+        n, stats.counting, parts, [&](int i) { return weight[i] > stats.light; },
         [&](int i) { return f < features ? image.at(i, f) : 0.0f; });
     if (warp_index() == 0 && f < features) a.mean[b * features + f] = mean;
     __syncthreads();
@@ -105,7 +105,7 @@ __device__ inline void rebuild_gram(float* gram, const Image<T>& image, void* me
     for (int f0 = 0; f0 < features; f0 += kWarp) {
       const int f = f0 + lane_index();
       const float value = mean_of_tokens(
-          tokens, stats.valid, static_cast<float*>(memory), [&](int i) { return weight[i] >= 0.0f; },
+          tokens, stats.counting, static_cast<FeaturePart*>(memory), [&](int i) { return weight[i] > stats.light; },
           [&](int i) { return f < features ? image.at(i, f) * stats.scale : 0.0f; });
       if (warp_index() == 0 && f < features) mean[f] = value;
       __syncthreads();
@@ -137,8 +137,10 @@ __global__ void __launch_bounds__(1024, 1) spread_kernel(SpreadArgs a) {
     if (a.use_scale && must_scale(gram, image, weight, n, features, stats, scratch))
       rebuild_gram(gram.g, image, rest, weight, n, features, stats,
                    a.mean == nullptr ? nullptr : a.mean + b * features);
+    const ClusterProblem p = problem_of(a.run, b, stats);
+    __syncthreads();  // a.stats may still be those of a first assignment
     if (threadIdx.x == 0) a.stats[b] = stats;
-    cluster_from_gram<1, true>(gram, s, problem_of(a.run, b, stats.clusters), scratch);
+    cluster_from_gram<1, true>(gram, s, p, scratch);
     write_assignment(a.run, b, s);
     write_lists(a.run, a.lists, b, stats.clusters, s);
     __syncthreads();

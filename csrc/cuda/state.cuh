@@ -91,13 +91,14 @@ struct ClusterProblem {
   const int64_t* init;     // [K] of this image, or null
   const int* first_label;  // [N] of this image, or null; both null: farthest-first
   const float* first_cost;
+  float first_unit;  // what turns first_cost into costs of the products' scale
 };
 
-__device__ inline ClusterProblem problem_of(const IterationArgs& a, int64_t image, int clusters) {
+__device__ inline ClusterProblem problem_of(const IterationArgs& a, int64_t image, const ImageStats& stats) {
   const int n = a.shape.tokens;
   ClusterProblem p;
   p.tokens = n;
-  p.clusters = clusters;
+  p.clusters = stats.clusters;
   p.iterations = a.iterations;
   p.bucket_warps = a.bucket_warps;
   p.parts = a.parts;
@@ -107,6 +108,8 @@ __device__ inline ClusterProblem problem_of(const IterationArgs& a, int64_t imag
   p.init = a.init == nullptr ? nullptr : a.init + image * a.init_stride;
   p.first_label = a.first_label == nullptr ? nullptr : a.first_label + image * n;
   p.first_cost = a.first_label == nullptr ? nullptr : a.first_cost + image * n;
+  const float rescaled = a.first_label == nullptr ? 1.0f : stats.scale * a.first_stats[image].inv_scale;
+  p.first_unit = rescaled * rescaled;
   return p;
 }
 

@@ -7,16 +7,6 @@
 namespace tokenpool {
 namespace cuda {
 
-// Kahan's sum: an error of a few units in the last place, whatever the number of terms.
-struct Sum {
-  float value = 0.0f, carry = 0.0f;
-  __device__ void add(float term) {
-    const float corrected = term - carry, next = value + corrected;
-    carry = (next - value) - corrected;
-    value = next;
-  }
-};
-
 // share * (v - shift), without overflow of the difference.
 __device__ inline float shifted(float share, float v, float shift) {
   return 2.0f * share * (0.5f * v - 0.5f * shift);
@@ -160,6 +150,7 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
     for (int m = 0; m < shares.length; ++m) {
       const int token = members[m];
       const float w = normal_weight(image_weights, token, stats->weight_scale);
+      if (w == 0.0f) continue;  // it may hold anything
       float v[kCenterChunks][4];
       load_chunks(image, token, f, features, v);
       const float squares = stats->scale == 1.0f ? squared_distance<false>(v, center, 1.0f)
@@ -186,15 +177,6 @@ __device__ inline int nearest_member(const int* members, const Shares& shares, i
   if (shares.length == 2 && (apart[members[0]] > 0.0f || apart[members[1]] > 0.0f))
     return members[shares.weight(members[1]) > shares.weight(members[0]) ? 1 : 0];
   return members[nearest.index];
-}
-
-// Sum of part(j) over all clusters by one warp, in a fixed order; every lane gets it.
-template <typename Part>
-__device__ inline float sum_of_parts(int clusters, Part part) {
-  float sum = 0.0f;
-#pragma unroll 1
-  for (int j = lane_index(); j < clusters; j += kWarp) sum += part(j);
-  return warp_sum(sum);
 }
 
 }  // namespace cuda

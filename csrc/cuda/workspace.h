@@ -39,6 +39,7 @@ struct Workspace {
   float* norms = nullptr;
   int* medoids = nullptr;
   int* done = nullptr;
+  float* loss = nullptr;
   int* label = nullptr;
   int* previous = nullptr;
   float* cost = nullptr;
@@ -105,6 +106,7 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
   }
   if (streaming) {
     w.previous = carver.take<int>(images * n);
+    w.loss = carver.take<float>(images);
     if (p.with_medoids) w.medoids = carver.take<int>(images * k);
     if (plan.bucket_in_global) w.bucket = carver.take<int>(images * bucket_words(p.clusters, plan.bucket_warps));
     w.rank = carver.take<int>(images * 3 * k);
