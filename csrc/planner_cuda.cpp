@@ -58,7 +58,7 @@ bool plan_resident(const CudaProblem& p, size_t limit, CudaPlan* plan) {
       plan->bucket_warps = warps;
       plan->blocks_per_sm = std::max(1, together);
     }
-  if (found) plan->launches = 1 + (p.init_is_centers ? 4 : 0);
+  if (found) plan->launches = 1 + (p.init_is_centers ? 6 : 0);
   return found;
 }
 
@@ -85,7 +85,7 @@ bool plan_spread(const CudaProblem& p, size_t limit, CudaPlan* plan) {
     spread.blocks_per_sm = 1;
     const int most = p.dtype == DType::kFloat32 ? 128 : 256;  // features staged at once: 34 KB
     for (spread.chunk = stage_chunk(p.dtype); spread.chunk < std::min(most, p.features);) spread.chunk *= 2;
-    spread.launches = 3 + (p.dtype == DType::kFloat32 ? 1 : 0) + (p.init_is_centers ? 4 : 0);
+    spread.launches = 3 + (p.dtype == DType::kFloat32 ? 1 : 0) + (p.init_is_centers ? 6 : 0);
     *plan = spread;
     return true;
   }
@@ -104,7 +104,7 @@ bool plan_gram(const CudaProblem& p, size_t limit, CudaPlan* plan) {
     gram.bucket_warps = warps;
     const size_t by_memory = (limit + kReserved) / (bytes + kScratchBytes + kReserved);
     gram.blocks_per_sm = std::max(1, static_cast<int>(std::min<size_t>(kIterateThreads / gram.threads, by_memory)));
-    gram.launches = 5 + (p.init_is_centers ? 2 : 0);
+    gram.launches = 5 + (p.init_is_centers ? 4 : 0);
     *plan = gram;
     return true;
   }
@@ -118,7 +118,7 @@ void plan_streaming(const CudaProblem& p, size_t limit, CudaPlan* plan) {
   plan->shared_bytes = plan->bucket_in_global ? 0 : bucket_bytes(p.clusters, plan->bucket_warps);
   plan->blocks_per_sm = 1;
   const int updates = p.with_medoids ? p.iterations : p.iterations - 1;
-  plan->launches = 3 + 2 * p.iterations + updates + 2 + (p.farthest ? p.clusters + 1 : 0);
+  plan->launches = 5 + 2 * p.iterations + updates + 2 + (p.farthest ? p.clusters + 1 : 0);
 }
 
 // Blocks of `assign` an SM holds at once: its registers allow two.

@@ -112,7 +112,7 @@ struct MeasureArgs {
   IterationArgs run;
   Tokens x;
   const int64_t* counts;
-  const float* gram;  // (B, N, ld)
+  float* gram;  // (B, N, ld)
   int64_t ld;
   ImageStats* stats;  // (B,) written
 };
@@ -120,7 +120,8 @@ struct MeasureArgs {
 struct IterateArgs {
   IterationArgs run;
   ListArgs lists;
-  const float* gram;  // (B, N, ld)
+  Tokens x;
+  float* gram;  // (B, N, ld)
   int64_t ld;
   const ImageStats* stats;
 };
@@ -189,13 +190,19 @@ struct GatherArgs {
   float* norms;               // (B, K)
   int* medoids;               // (B, K) or null
   int* done;                  // (B,) cleared here
+  int* arrived;               // (B,) the same
+  const int* only;            // (B,) images to do, or null: all
 };
+
+// The first assignment finds out which images products in float32 cannot resolve (distances.cuh). Those are assigned
+// again, and from then on, by differences of tokens and centers, from which no mean token is taken off.
+enum class AssignPass : int { kFirst = 0, kAgain = 1, kNext = 2 };
 
 struct AssignArgs {
   Shape shape;
   Tokens x;
   const ImageStats* stats;
-  const float* mean;
+  float* mean;  // cleared for an unresolved image
   const float* weights;
   const uint8_t* mask;
   const void* split;   // (B, K, parts, center_columns) of the type of x
@@ -205,6 +212,10 @@ struct AssignArgs {
   int* label;          // (B, N)
   float* cost;         // (B, N)
   int keep_tokens;     // 1: a block's tokens stay in shared memory over all centers
+  AssignPass pass;
+  int* unresolved;  // (B,) written by kFirst
+  float* near_far;  // (B, assign_panels(N), 2) sums of squared distances and squared norms; kFirst
+  int* arrived;     // (B,) zeros; kFirst
 };
 
 struct BucketArgs {
@@ -331,6 +342,9 @@ TOKENPOOL_BOTH constexpr int round_up(int value, int multiple) {
 }
 TOKENPOOL_BOTH constexpr int stats_chunks(int tokens) {
   return (tokens + kStatsChunk - 1) / kStatsChunk;
+}
+TOKENPOOL_BOTH constexpr int assign_panels(int tokens) {
+  return (tokens + kBlockTile - 1) / kBlockTile;
 }
 TOKENPOOL_BOTH constexpr int farthest_chunks(int tokens) {
   return (tokens + kFarthestTokens - 1) / kFarthestTokens;

@@ -26,8 +26,8 @@ int launch_measure(DType dtype, const MeasureArgs& args, const Launch& launch) {
   TOKENPOOL_LAUNCH_TYPED(measure_kernel, dtype, args, launch);
 }
 
-int launch_iterate(const IterateArgs& args, const Launch& launch) {
-  return launch_kernel(iterate_kernel, args, launch);
+int launch_iterate(DType dtype, const IterateArgs& args, const Launch& launch) {
+  TOKENPOOL_LAUNCH_TYPED(iterate_kernel, dtype, args, launch);
 }
 
 int launch_farthest(DType dtype, const FarthestArgs& args, const Launch& launch) {

@@ -232,6 +232,7 @@ struct Tally {
 // Room for one value per warp of a block (at most 32 warps), and the block's tally.
 struct BlockScratch {
   Tally tally;
+  int resolved;
   float loss[2];  // of this iteration and the one before, in turn
   Candidate candidate[kWarp];
   int key[2][kWarp];

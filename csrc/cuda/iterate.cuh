@@ -8,6 +8,7 @@ namespace cuda {
 
 constexpr int kIterateColumns = 2;  // columns of G that a thread adds at a time
 
+template <typename T>
 __global__ void __launch_bounds__(1024, 1) iterate_kernel(IterateArgs a) {
   TOKENPOOL_DYNAMIC_SHARED(memory);
   __shared__ BlockScratch scratch;
@@ -19,7 +20,9 @@ __global__ void __launch_bounds__(1024, 1) iterate_kernel(IterateArgs a) {
     load_weights(a.run, b, stats.weight_scale, weight);
     __syncthreads();
     const FullGram gram = {a.gram + b * n * a.ld, static_cast<int>(a.ld)};
-    cluster_from_gram<kIterateColumns, true>(gram, s, problem_of(a.run, b, stats), scratch);
+    const ClusterProblem p = problem_of(a.run, b, stats);
+    while (!cluster_from_gram<kIterateColumns, true>(gram, s, p, scratch))
+      fill_with_distances(gram, Image<T>(a.x, b), n, a.run.shape.features, stats.scale);
     write_assignment(a.run, b, s);
     write_lists(a.run, a.lists, b, stats.clusters, s);
     __syncthreads();

@@ -18,7 +18,7 @@ int launch_absmax(DType dtype, const StatsArgs& args, const Launch& launch);
 int launch_center(DType dtype, const StatsArgs& args, const Launch& launch);
 int launch_gram(DType dtype, const GramArgs& args, const Launch& launch);
 int launch_measure(DType dtype, const MeasureArgs& args, const Launch& launch);
-int launch_iterate(const IterateArgs& args, const Launch& launch);
+int launch_iterate(DType dtype, const IterateArgs& args, const Launch& launch);
 int launch_resident(DType dtype, const ResidentArgs& args, const Launch& launch);
 int launch_token_mean(const TokenMeanArgs& args, const Launch& launch);
 int launch_spread_gram(DType dtype, const SpreadGramArgs& args, const Launch& launch);

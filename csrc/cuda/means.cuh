@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(128, 5) means_kernel(MeansArgs a) {
   }
 }
 
-// First centers of the streaming path, in scaled and centred units: given tokens or given centers. Clears `done`.
+// First centers of the streaming path, in scaled and centred units: given tokens or given centers. Clears `done` and
+// `arrived`.
 template <typename T>
 __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
   constexpr int kParts = CenterSplit<T>::kParts;
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
   for (int64_t work = static_cast<int64_t>(blockIdx.x) * warps_in_block() + warp_index(); work < work_items;
        work += step) {
     const int64_t b = work / k;
+    if (a.only != nullptr && !a.only[b]) continue;
     const Image<T> image(a.x, b);
     const float scale = a.stats[b].scale;
     const float* mean = a.mean == nullptr ? nullptr : a.mean + b * features;
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(128, 4) gather_kernel(GatherArgs a) {
     if (lane_index() == 0) {
       a.norms[work] = norm;
       if (a.medoids != nullptr) a.medoids[work] = static_cast<int>(token);
-      if (work % k == 0) a.done[b] = 0;
+      if (work % k == 0) a.done[b] = a.arrived[b] = 0;
     }
   }
 }

@@ -45,7 +45,8 @@ int launch_stats(const ClusterCall& call, const Workspace& w, void* stream) {
   return launch_center(call.dtype, args, Launch{call.shape.batch * groups, 256, 0, stream});
 }
 
-int launch_first_centers(const ClusterCall& call, const Workspace& w, void* stream) {
+// only: (B,) which images, or null.
+int launch_first_centers(const ClusterCall& call, const Workspace& w, const int* only, void* stream) {
   const int64_t* chosen = call.init != nullptr ? call.init : w.chosen;
   const int64_t stride = call.init != nullptr ? call.init_stride : call.shape.clusters;
   const GatherArgs args{call.shape,
@@ -58,13 +59,16 @@ int launch_first_centers(const ClusterCall& call, const Workspace& w, void* stre
                         w.split,
                         w.norms,
                         w.medoids,
-                        w.done};
+                        w.done,
+                        w.arrived,
+                        only};
   return launch_gather(call.dtype, args, per_cluster(call.shape, stream));
 }
 
-int launch_nearest(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
-  const AssignArgs args{call.shape, call.x,    w.stats, w.mean,  call.weights, call.mask,        w.split,
-                        w.norms,    w.medoids, w.done,  w.label, w.cost,       plan.assign_keeps};
+int launch_nearest(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, AssignPass pass, void* stream) {
+  const AssignArgs args{call.shape,        call.x,  w.stats,      w.mean,     call.weights, call.mask,
+                        w.split,           w.norms, w.medoids,    w.done,     w.label,      w.cost,
+                        plan.assign_keeps, pass,    w.unresolved, w.near_far, w.arrived};
   return launch_assign(call.dtype, args,
                        Launch{call.shape.batch * divide_up(call.shape.tokens, kBlockTile), 256,
                               assign_bytes(call.dtype, call.shape.features, plan.assign_keeps), stream});
@@ -82,10 +86,13 @@ int launch_results(const ClusterCall& call, const Workspace& w, void* stream) {
   return launch_means(call.dtype, means, per_cluster(call.shape, stream));
 }
 
-// First assignment to given centers, for the paths that otherwise start from tokens.
+// First centers and the assignment to them; both again for the images that products cannot resolve. (Of the paths
+// other than "streaming" only where centers are given.)
 int launch_first_assignment(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
-  TOKENPOOL_TRY(launch_first_centers(call, w, stream));
-  return launch_nearest(plan, call, w, stream);
+  TOKENPOOL_TRY(launch_first_centers(call, w, nullptr, stream));
+  TOKENPOOL_TRY(launch_nearest(plan, call, w, AssignPass::kFirst, stream));
+  TOKENPOOL_TRY(launch_first_centers(call, w, w.unresolved, stream));
+  return launch_nearest(plan, call, w, AssignPass::kAgain, stream);
 }
 
 IterationArgs iterations_of(const CudaPlan& plan, const ClusterCall& call, const Workspace& w) {
@@ -166,8 +173,8 @@ int run_gram(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, 
         launch_measure(call.dtype, measure, Launch{call.shape.batch, 256, sizeof(float) * call.shape.tokens, stream}));
     TOKENPOOL_TRY(launch_products(call, w, GramPass::kScaledOnly, stream));
   }
-  const IterateArgs iterate{iterations_of(plan, call, w), lists_of(w), w.gram, w.ld, w.stats};
-  TOKENPOOL_TRY(launch_iterate(iterate, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
+  const IterateArgs iterate{iterations_of(plan, call, w), lists_of(w), call.x, w.gram, w.ld, w.stats};
+  TOKENPOOL_TRY(launch_iterate(call.dtype, iterate, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));
   return launch_results(call, w, stream);
 }
 
@@ -185,9 +192,9 @@ int launch_farthest_first(const ClusterCall& call, const Workspace& w, void* str
 int run_streaming(const CudaPlan& plan, const ClusterCall& call, const Workspace& w, void* stream) {
   TOKENPOOL_TRY(launch_stats(call, w, stream));
   if (w.chosen != nullptr) TOKENPOOL_TRY(launch_farthest_first(call, w, stream));
-  TOKENPOOL_TRY(launch_first_centers(call, w, stream));
+  TOKENPOOL_TRY(launch_first_assignment(plan, call, w, stream));
   for (int t = 0; t < call.iterations; ++t) {
-    TOKENPOOL_TRY(launch_nearest(plan, call, w, stream));
+    if (t > 0) TOKENPOOL_TRY(launch_nearest(plan, call, w, AssignPass::kNext, stream));
     const BucketArgs bucket{call.shape, nullptr, w.stats,         w.label,          w.cost,   w.previous,        w.done,
                             w.loss,     w.order, w.segment_start, w.segment_length, w.bucket, plan.bucket_warps, t};
     TOKENPOOL_TRY(launch_bucket(bucket, Launch{call.shape.batch, plan.threads, plan.shared_bytes, stream}));

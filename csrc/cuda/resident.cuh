@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_kernel(ResidentA
     }
     __syncthreads();
     const ClusterProblem p = problem_of(a.run, b, stats);
-    cluster_from_gram<1, false>(gram, s, p, scratch);
+    while (!cluster_from_gram<1, false>(gram, s, p, scratch))
+      fill_with_distances(gram, image, n, features, stats.scale);
     write_assignment(a.run, b, s);
 
     const float* weights = a.run.weights == nullptr ? nullptr : a.run.weights + b * n;

@@ -8,11 +8,12 @@ namespace cuda {
 
 // The whole matrix in global memory: row l, column i is coalesced over i. At most 2048 rows, so 32 bits index it.
 struct FullGram {
-  const float* g;
+  float* g;
   int ld;
   __device__ int row(int l) const { return l * ld; }
   __device__ float at(int row_of_l, int, int i) const { return g[row_of_l + i]; }
   __device__ float operator()(int l, int i) const { return at(row(l), l, i); }
+  __device__ void set(int l, int i, float value) const { g[row(l) + i] = g[row(i) + l] = value; }
 };
 
 // The lower triangle by rows in shared memory. Triangular numbers are a permutation of the 32 banks for 32
@@ -23,6 +24,7 @@ struct PackedGram {
   // Element (max, min) of l and i: for l > i, row(l) - row(i) >= l - i, so that it is the larger of the two offsets.
   __device__ float at(int row_of_l, int l, int i) const { return g[max(row_of_l + i, row(i) + l)]; }
   __device__ float operator()(int l, int i) const { return at(row(l), l, i); }
+  __device__ void set(int l, int i, float value) const { g[row(l) + i] = value; }  // i <= l
 };
 
 // One token of a cluster's list as an assignment reads it: 16 bytes, one load.

@@ -39,6 +39,8 @@ struct Workspace {
   float* norms = nullptr;
   int* medoids = nullptr;
   int* done = nullptr;
+  int* unresolved = nullptr;
+  float* near_far = nullptr;
   float* loss = nullptr;
   int* label = nullptr;
   int* previous = nullptr;
@@ -81,6 +83,8 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
     if (p.with_medoids) w.means = carver.take<float>(images * k * d);
     w.norms = carver.take<float>(images * k);
     w.done = carver.take<int>(images);
+    w.unresolved = carver.take<int>(images);
+    w.near_far = carver.take<float>(2 * images * std::max(1, assign_panels(p.tokens)));
     w.label = carver.take<int>(images * n);
     w.cost = carver.take<float>(images * n);
   }
@@ -90,8 +94,8 @@ inline Workspace carve(const CudaPlan& plan, const CudaProblem& p, int64_t image
     w.segment_length = carver.take<int>(images * k);
     w.inertia_parts = carver.take<float>(images * k);
     if (!p.with_medoids) w.apart = carver.take<float>(images * n);
-    w.arrived = carver.take<int>(images);
   }
+  if (!resident || p.init_is_centers) w.arrived = carver.take<int>(images);
   if (spread) w.gram = carver.take<float>(images * static_cast<int64_t>(packed_words(p.tokens)));
   if (plan.path == CudaPath::kGram) {
     w.ld = round_up(p.tokens, 4);

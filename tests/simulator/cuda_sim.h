@@ -7,6 +7,8 @@
 // AddressSanitizer finds bad indices into shared memory and tensors. Shared memory starts as garbage in each block.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // its longjmp takes another stack for a mistake
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -61,9 +63,16 @@ struct Copy {
   const void* from;
 };
 
+// Where a fiber, or the host, goes on. Only its first entry needs `context`, whose switch costs a system call.
+struct Place {
+  ucontext_t context;
+  jmp_buf jump;
+  bool entered = false;
+};
+
 struct Fiber {
   std::vector<Copy> copies;  // asynchronous ones that it has not waited for
-  ucontext_t context;
+  Place place;
   std::unique_ptr<char[]> stack;
   void* tsan = nullptr;
 };
@@ -83,7 +92,7 @@ struct Machine {
   std::vector<WarpState> warps;
   Barrier block_barrier;
   std::function<void()> body;
-  ucontext_t host;
+  Place host;
   void* host_tsan = nullptr;
   int threads = 0;
   int current = 0;
@@ -126,7 +135,7 @@ SIM_HIDDEN inline unsigned char* dynamic_shared() {
   std::abort();
 }
 
-SIM_HIDDEN inline void swap_to(ucontext_t* from, ucontext_t* to, void* to_tsan, Fiber* to_fiber) {
+SIM_HIDDEN inline void swap_to(Place* from, Place* to, void* to_tsan, Fiber* to_fiber) {
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(to_tsan, 1);  // 1: no ordering between the two
 #else
@@ -139,7 +148,7 @@ SIM_HIDDEN inline void swap_to(ucontext_t* from, ucontext_t* to, void* to_tsan, 
   const void* bottom = to_fiber ? static_cast<const void*>(to_fiber->stack.get()) : host_bottom;
   const size_t size = to_fiber ? kStackBytes : host_size;
   __sanitizer_start_switch_fiber(&fake, bottom, size);
-  swapcontext(from, to);
+  swapcontext(&from->context, &to->context);
   const void* old_bottom;
   size_t old_size;
   __sanitizer_finish_switch_fiber(fake, &old_bottom, &old_size);
@@ -147,9 +156,15 @@ SIM_HIDDEN inline void swap_to(ucontext_t* from, ucontext_t* to, void* to_tsan, 
     host_bottom = old_bottom;
     host_size = old_size;
   }
+#elif defined(__SANITIZE_THREAD__)
+  (void)to_fiber;
+  swapcontext(&from->context, &to->context);
 #else
   (void)to_fiber;
-  swapcontext(from, to);
+  from->entered = true;
+  if (_setjmp(from->jump) != 0) return;
+  if (to->entered) _longjmp(to->jump, 1);
+  setcontext(&to->context);
 #endif
 }
 
@@ -162,13 +177,13 @@ SIM_HIDDEN inline void make_ready(int thread) {
 SIM_HIDDEN inline void run_next() {
   Machine& m = machine();
   const int self = m.current;
-  if (m.unfinished == 0) return swap_to(&m.fibers[self].context, &m.host, m.host_tsan, nullptr);
+  if (m.unfinished == 0) return swap_to(&m.fibers[self].place, &m.host, m.host_tsan, nullptr);
   if (m.ready_count == 0) fail("deadlock: some threads wait at a barrier that others never reach");
   const int next = m.ready[m.ready_first];
   m.ready_first = (m.ready_first + 1) % kMaxThreads;
   --m.ready_count;
   m.current = next;
-  swap_to(&m.fibers[self].context, &m.fibers[next].context, m.fibers[next].tsan, &m.fibers[next]);
+  swap_to(&m.fibers[self].place, &m.fibers[next].place, m.fibers[next].tsan, &m.fibers[next]);
 }
 
 enum class Combine { kOr, kSum };
@@ -258,11 +273,12 @@ SIM_HIDDEN inline void run_block(int threads, size_t shared_bytes) {
     m.fibers.emplace_back();
     Fiber& f = m.fibers.back();
     f.stack.reset(new char[kStackBytes]);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, reinterpret_cast<void (*)()>(&fiber_main), 0);
+    ucontext_t& context = f.place.context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = f.stack.get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, reinterpret_cast<void (*)()>(&fiber_main), 0);
 #if defined(__SANITIZE_THREAD__)
     f.tsan = __tsan_create_fiber(0);
 #endif
@@ -279,7 +295,7 @@ SIM_HIDDEN inline void run_block(int threads, size_t shared_bytes) {
   for (int t = 1; t < threads; ++t) make_ready(m.reverse ? threads - 1 - t : t);
   m.current = m.reverse ? threads - 1 : 0;
   SIM_RELEASE(&m.start_slot);
-  swap_to(&m.host, &m.fibers[m.current].context, m.fibers[m.current].tsan, &m.fibers[m.current]);
+  swap_to(&m.host, &m.fibers[m.current].place, m.fibers[m.current].tsan, &m.fibers[m.current]);
   SIM_ACQUIRE(&m.end_slot);
 }
 
