@@ -22,39 +22,24 @@ __device__ inline bool resolved(float near, float far) {
 template <typename T, typename Gram>
 __device__ inline void fill_with_distances(const Gram& gram, const Image<T>& image, int tokens, int features,
                                            float scale) {
-  constexpr int kSide = 4;  // a warp measures kSide x kSide pairs at a time
-  const int blocks = (tokens + kSide - 1) / kSide;
 #pragma unroll 1
-  for (int row = warp_index(); row < blocks; row += warps_in_block())
+  for (int i = warp_index(); i < tokens; i += warps_in_block())
 #pragma unroll 1
-    for (int column = 0; column <= row; ++column) {
-      float distance[kSide][kSide] = {};
+    for (int l = 0; l <= i; ++l) {
+      float distance = 0.0f;
 #pragma unroll 1
       for (int f = 4 * lane_index(); f < features; f += 4 * kWarp) {
-        float left[kSide][4];
+        float left[4], right[4];
+        load4(image, i, f, features, left);
+        load4(image, l, f, features, right);
 #pragma unroll
-        for (int r = 0; r < kSide; ++r) load4(image, min(kSide * row + r, tokens - 1), f, features, left[r]);
-#pragma unroll
-        for (int c = 0; c < kSide; ++c) {
-          float right[4];
-          load4(image, min(kSide * column + c, tokens - 1), f, features, right);
-#pragma unroll
-          for (int r = 0; r < kSide; ++r)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const float difference = left[r][e] * scale - right[e] * scale;
-              distance[r][c] = fmaf(difference, difference, distance[r][c]);
-            }
+        for (int e = 0; e < 4; ++e) {
+          const float difference = left[e] * scale - right[e] * scale;
+          distance = fmaf(difference, difference, distance);
         }
       }
-#pragma unroll
-      for (int r = 0; r < kSide; ++r)
-#pragma unroll
-        for (int c = 0; c < kSide; ++c) {
-          const int i = kSide * row + r, l = kSide * column + c;
-          const float sum = warp_sum(distance[r][c]);
-          if (lane_index() == 0 && i < tokens && l <= i) gram.set(i, l, -0.5f * sum);
-        }
+      distance = warp_sum(distance);
+      if (lane_index() == 0) gram.set(i, l, -0.5f * distance);
     }
   __syncthreads();
 }
