@@ -31,6 +31,7 @@ def test_constants_come_back_to_the_bit(backend, value, dtype):
         assert (got.centers == x[0, 0, 0]).all() and got.inertia.item() == 0
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("n, spread, level", [(200_000, 0.01, 1.0), (50_000, 1.0, 1000.0), (131_072, 1.0, 0.0)])
 def test_means_and_sums_of_many(backend, n, spread, level):
     x = (torch.rand(1, n, 2, generator=torch.Generator().manual_seed(0)) * spread + level).float()
@@ -47,6 +48,7 @@ def test_means_and_sums_of_many(backend, n, spread, level):
     assert got.inertia.item() == pytest.approx(inertia, rel=1e-5)
 
 
+@pytest.mark.large
 def test_the_gradient_of_unpool_counts_beyond_float32(backend):
     centers = torch.ones(1, 1, 1, requires_grad=True)
     tp.unpool(centers, one_cluster(17_000_001), **on(backend)).sum().backward()

@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(1024, 1) spread_kernel(SpreadArgs a) {
     const ClusterProblem p = problem_of(a.run, b, stats);
     __syncthreads();  // a.stats may still be those of a first assignment
     if (threadIdx.x == 0) a.stats[b] = stats;
-    while (!cluster_from_gram<1, true>(gram, s, p, scratch)) fill_with_distances(gram, image, n, features, stats.scale);
+    while (!cluster_from_gram<1, true>(gram, s, p, scratch))
+      fill_with_distances(gram, Image<T>(a.x, b), n, a.run.shape.features, a.stats[b].scale);
     write_assignment(a.run, b, s);
     write_lists(a.run, a.lists, b, stats.clusters, s);
     __syncthreads();
