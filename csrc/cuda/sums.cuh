@@ -150,12 +150,11 @@ __device__ inline float emit_center(const Image<T>& image, const int* members, c
     for (int m = 0; m < shares.length; ++m) {
       const int token = members[m];
       const float w = normal_weight(image_weights, token, stats->weight_scale);
-      if (w == 0.0f) continue;  // it may hold anything
       float v[kCenterChunks][4];
       load_chunks(image, token, f, features, v);
       const float squares = stats->scale == 1.0f ? squared_distance<false>(v, center, 1.0f)
                                                  : squared_distance<true>(v, center, stats->scale);
-      error.add(w * squares);
+      if (w > 0.0f) error.add(w * squares);  // a token of weight 0 may hold anything
       if (apart == nullptr) continue;
       const float sum = warp_sum(squares);
       if (lane_index() == 0) apart[token] = base == 0 ? sum : apart[token] + sum;
