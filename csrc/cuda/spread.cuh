@@ -137,13 +137,12 @@ __global__ void __launch_bounds__(1024, 1) spread_kernel(SpreadArgs a) {
     if (a.use_scale && must_scale(gram, image, weight, n, features, stats, scratch))
       rebuild_gram(gram.g, image, rest, weight, n, features, stats,
                    a.mean == nullptr ? nullptr : a.mean + b * features);
-    const ClusterProblem p = problem_of(a.run, b, stats);
-    __syncthreads();  // a.stats may still be those of a first assignment
     if (threadIdx.x == 0) a.stats[b] = stats;
-    while (!cluster_from_gram<1, true>(gram, s, p, scratch))
+    __syncthreads();
+    while (!cluster_from_gram<1, true>(gram, s, problem_of(a.run, b, a.stats[b]), scratch))
       fill_with_distances(gram, Image<T>(a.x, b), n, a.run.shape.features, a.stats[b].scale);
     write_assignment(a.run, b, s);
-    write_lists(a.run, a.lists, b, stats.clusters, s);
+    write_lists(a.run, a.lists, b, a.stats[b].clusters, s);
     __syncthreads();
   }
 }
