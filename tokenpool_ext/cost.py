@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .ops import is_farthest
 from .reduction import TokenReduction
 
 __all__ = ["Cost", "cost", "gmacs"]
@@ -164,7 +165,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) 
 def _clustering(arguments: dict[str, Any]) -> int:
     b, n, d = arguments["x"].shape
     k, start = arguments["num_clusters"], arguments["init"]
-    passes = arguments["num_iters"] + (isinstance(start, Tensor) and start.numel() == 0)  # an empty start: farthest
+    passes = arguments["num_iters"] + is_farthest(start)
     return int(b * d * n * min(n, passes * k))
 
 

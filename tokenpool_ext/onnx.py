@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import accumulate_dtype
+from .ops import accumulate_dtype, is_farthest
 
 
 def _lowest(values: Tensor, dim: int) -> Tensor:
@@ -95,7 +95,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     mean = (tokens * counted[:, :, None]).sum(1, keepdim=True) / counted.sum(1)[:, None, None].clamp(min=1)
     centered = torch.where(valid[:, :, None], tokens - mean, 0.0)
     norm = centered.square().sum(2)
-    if init.dtype == torch.int64 and init.shape[1] == 0:
+    if is_farthest(init):
         apart = (norm[:, :, None] + norm[:, None, :] - 2 * centered @ centered.transpose(1, 2)).clamp(min=0)
         init = _farthest(apart, w, valid, k)
     from_tokens = init.dtype == torch.int64

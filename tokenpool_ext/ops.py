@@ -42,6 +42,16 @@ def falling(values: torch.Tensor) -> torch.Tensor:
     return values.argsort(dim=1, descending=True, stable=True)
 
 
+def farthest_start(x: torch.Tensor) -> torch.Tensor:
+    """What an op's `init` is for the farthest-first start, which every op chooses itself: no token indices, (B, 0)."""
+    return x.new_empty(x.shape[0], 0, dtype=torch.int64)
+
+
+def is_farthest(init: torch.Tensor) -> bool:
+    """Is this `init` the farthest-first start?"""
+    return init.dtype == torch.int64 and init.shape[1] == 0
+
+
 def _cluster(x, weights, mask, counts, init, num_clusters, num_iters, sort):
     b, n, d = x.shape
     acc = accumulate_dtype(x.dtype)

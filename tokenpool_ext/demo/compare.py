@@ -17,16 +17,11 @@ import torch
 
 from .pretrained import blocks_of
 
-# (label, `pooling` of tokenpool_ext.patch, its options). The clusterings start farthest-first, which on the CPU costs
-# a few
-# scans of the Gram matrix. Methods that merge by content count sizes (proportional attention, arXiv 2210.09461); plain
-# grid
-# averages did better without. These settings were chosen on photos of this demo: nothing here shows how they
-# generalise.
+# (label, `pooling` of tokenpool_ext.patch, its options): the defaults, and nothing else.
 METHODS: tuple[tuple[str, str, dict], ...] = (
-    ("weighted K-Means", "kmeans", {"weighted": True, "init": "farthest", "track_size": True}),
-    ("weighted K-Medoids", "kmedoids", {"weighted": True, "init": "farthest", "track_size": True}),
-    ("bipartite (ToMe)", "bipartite", {"track_size": True}),
+    ("weighted K-Means", "kmeans", {}),
+    ("weighted K-Medoids", "kmedoids", {}),
+    ("bipartite (ToMe)", "bipartite", {}),
     ("grid (average)", "grid", {}),
     ("score pruning", "prune", {}),
     ("random", "random", {"seed": 0}),

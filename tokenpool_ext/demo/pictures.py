@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import viz
+from ..vit import patch, record
 from . import compare
 from .photos import credits_line, square, to_pixels
 from .pretrained import load_dinov2_small, need
@@ -21,32 +22,12 @@ TILE = 352  # pixels a picture in the sheets; 11 a patch
 @torch.no_grad()
 def token_labels(model: torch.nn.Module, pixels: torch.Tensor) -> dict[int, torch.Tensor]:
     """``{block: (B, patches) labels}``: in which token each patch ends after each pooling block, -1 where dropped."""
-    steps = {}
-    with compare.Watch(model) as watch:
+    with record(model) as r:
         compare.features(model, pixels)
-        for index in sorted(watch.calls):
-            steps[index] = step_labels(watch, index)
-    done, out = [], {}
-    for index, step in steps.items():
-        done.append(step)
-        out[index] = viz.compose(*done)
-    return out
-
-
-def step_labels(watch: compare.Watch, index: int) -> torch.Tensor:
-    """(B, N) labels of the pooling at block ``index``: its assignment, -1 for tokens that a selection dropped."""
-    module, args, kwargs, _ = watch.calls[index]
-    before = module.return_clusters
-    module.return_clusters = True
-    try:
-        return module.forward(*args, **kwargs)[1].assignment  # forward: hooks must not see this call
-    finally:
-        module.return_clusters = before
+    return {index: r.assignment_after(index) for index, _ in r.layers}
 
 
 def pooled_labels(model, pixels, pooling: str, options: dict) -> dict[int, torch.Tensor]:
-    from ..vit import patch
-
     copy = patch(compare.shared_copy(model), num_tokens=SCHEDULE, pooling=pooling, **options)
     return token_labels(copy, pixels)
 

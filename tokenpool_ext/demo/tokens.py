@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..functional import attention_received
 from .photos import load_photos, random_crops, to_pixels
 from .pretrained import HEADS, WHEEL_SHA256, Say, blocks_of, cache_dir, load_dinov2_small, save_atomically
 
@@ -20,11 +21,10 @@ def _query_key(block: Any) -> tuple[torch.nn.Module, ...]:
     return (attention.q_proj, attention.k_proj) if hasattr(attention, "q_proj") else (attention.query, attention.key)
 
 
-def _attention_received(outputs: list[torch.Tensor], heads: int) -> torch.Tensor:
-    """(B, N) mean over heads and queries of softmax(q k^T / sqrt(d)), from the outputs of `_query_key`."""
+def _received(outputs: list[torch.Tensor], heads: int) -> torch.Tensor:
+    """(B, N) attention received, from the outputs of `_query_key`."""
     q, k = outputs if len(outputs) == 2 else outputs[0].chunk(3, dim=-1)[:2]
-    q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
-    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1).mean(dim=(1, 2))
+    return attention_received(*(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k)))
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def tokens_of(
             qk.clear()
             model(pixels[start : start + batch])
             tokens.append(seen[0][:, 1:].clone())
-            scores.append(_attention_received(qk, heads)[:, 1:].clone())
+            scores.append(_received(qk, heads)[:, 1:].clone())
             if say:
                 say(f"tokens after block {layer}: {min(start + batch, len(pixels))} of {len(pixels)} images")
     finally:
