@@ -4,7 +4,7 @@
 
 Needs a package index and a C++ compiler; one way also nvcc. `--also`: interpreters that have another torch, which get
 the same wheel unchanged. `--write` keeps the record in bench/results/install-matrix.json and its table in
-docs/installing.md. `--ways`: only those with these words in their name, with the environment and the wheel that the work
+docs/installing.md. `--ways`: only those with these words in their name, with the environment and the wheel the work
 folder has; the other rows stay. Ends with status 1 if a way failed.
 """
 
@@ -33,7 +33,7 @@ WAYS = (
     "the wheel in a fresh environment; pip check",
     "the same wheel, unchanged",
     "uv pip install of the wheel",
-    "uv pip install .",
+    "uv pip install, from the source",
     "pip install .",
     "pip install --no-build-isolation .",
     "no compiler",
@@ -60,7 +60,11 @@ class Failed(Exception):
 class Matrix:
     def __init__(self, work: Path, ways: list[str] | None, write: bool):
         self.work, self.ways, self.write, self.rows = work, ways, write, []
-        self.environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "CUDA_HOME")}
+        self.environ = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "CUDA_HOME")
+        }
         self.environ.update(PIP_DISABLE_PIP_VERSION_CHECK="1", TOKENPOOL_EXT_CUDA="0")
         self.environ.setdefault("MAX_JOBS", "2")
 
