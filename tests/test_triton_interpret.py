@@ -33,7 +33,7 @@ PARTS = (
         "test_attention_received": 20,
         "test_invariance": 12,
         "test_init": 9,
-        "test_kmeans": 16,
+        "test_kmeans": 10,
         "test_kmedoids": 10,
         "test_pool": 25,
         "test_compile": 5,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 
@@ -160,7 +161,9 @@ class Chunk:
             unit_cnt=torch.ones(self.K, dtype=torch.int32, device=x.device),
             unit_start=torch.arange(self.K, dtype=torch.int32, device=x.device),
         )
-        options = dict(share=share, inner=inner, num_iters=num_iters, labelled=int(not self.from_tokens), **unit)
+        options: dict[str, Any] = dict(
+            share=share, inner=inner, num_iters=num_iters, labelled=int(not self.from_tokens), **unit
+        )
         self.run(gram.iterate_kernel, heuristics.iterate_configs(), 1, **options)
         tmp = share.view(torch.int32)
         self.run(exact.exact_kernel, heuristics.exact_configs(D), 1, tmp=tmp, num_iters=num_iters)
