@@ -288,7 +288,7 @@ def kinds_of_images(n: int, generator: torch.Generator) -> torch.Tensor:
 def test_bipartite_is_never_worse_than_the_layer(backend, N, K, weighted, dtype):
     """Contract 5, against our own BipartiteMatching; losses from float64 and the centers that were returned."""
     generator = torch.Generator().manual_seed(N * K)
-    x = kinds_of_images(N, generator).to(dtype).to(backend.device)
+    x = kinds_of_images(N, generator)[:: 16 if backend.interpreted else 1].to(dtype).to(backend.device)
     w = torch.rand(len(x), N, generator=generator).to(backend.device) + 0.01
     sizes = w if weighted else torch.ones_like(w)
 

@@ -130,7 +130,7 @@ def test_any_input_gives_a_consistent_result(backend, p):
 @given(p=problems())
 def test_inertia_never_rises(backend, p):
     before = None
-    for t in (1, 2, 4, 8):
+    for t in (1, 5) if backend.interpreted else (1, 2, 4, 8):
         x, w, got = call(backend, p, num_iters=t)
         now = f64(got.inertia)
         if before is not None:

@@ -26,19 +26,18 @@ HERE = Path(__file__).parent
 
 # Files of each process, chosen for equal times, with the least number of cases that must pass in each of them.
 PARTS = (
-    {"test_clustering": 115, "test_properties": 7},
+    {"test_clustering": 115, "test_properties": 7, "test_init": 9, "test_defaults": 2},
     {
         "test_triton_cases": 160,
         "test_autograd": 30,
         "test_attention_received": 20,
         "test_invariance": 12,
-        "test_init": 9,
         "test_kmeans": 10,
         "test_kmedoids": 10,
         "test_pool": 25,
         "test_compile": 5,
         "test_assign": 10,
-        "test_defaults": 2,
+        "test_representatives": 5,
         "test_numerics": 18,
         "test_derivatives": 3,
     },

@@ -340,6 +340,16 @@ def test_importing_the_package_does_not_import_triton():
     assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
+def test_no_module_hides_an_operator():
+    """A module of the package is an attribute of it once it is imported, which a call does."""
+    import tokenpool_ext.triton as backend
+    from tokenpool_ext.ops import SCHEMAS
+
+    modules = {file.stem for file in Path(backend.__file__).parent.glob("*.py")}
+    assert modules & set(SCHEMAS) == set()
+    assert all(getattr(backend, name) is getattr(torch.ops.tokenpool_ext_triton, name) for name in SCHEMAS)
+
+
 def test_without_triton_the_reason_is_given():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -3,7 +3,7 @@
 Importing this package does not import Triton; the kernels are imported by the first call.  Map of the package:
 heuristics.py (paths, tiles, plans) -> launch.py (faults) -> clustering.py, segments.py (host side) -> kernels in
 prepare.py, start.py, gram.py, exact.py, direct.py, finish.py, pooling.py, attention.py, with their shared functions in
-assign.py, lists.py and device.py.
+nearest.py, lists.py and device.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import assign, direct, exact, finish, gram, heuristics, prepare, start
+from . import direct, exact, finish, gram, heuristics, nearest, prepare, start
 from .launch import launch
 
 
@@ -122,7 +122,7 @@ class Chunk:
     def assign(self, members: torch.Tensor, first: bool = False, only_exact: bool = False) -> None:
         configs = heuristics.assign_configs(self.device, self.shape[2], self.itemsize)
         options = dict(counts=members, squares=self.known["coef"], first=int(first), only_exact=int(only_exact))
-        self.run(assign.assign_kernel, configs, self.shape[1], "BN", **options)
+        self.run(nearest.assign_kernel, configs, self.shape[1], "BN", **options)
 
     # ---- direct ----
     def direct_iterate(self, num_iters: int) -> None:
@@ -136,7 +136,7 @@ class Chunk:
             members, following = self.members[t % 2], self.members[(t + 1) % 2]
             self.assign(members, first=t == 0)
             if t == 0:  # once more, by differences, where products cannot tell the distances apart
-                self.run(assign.resolve_kernel, settle, 1, counts=members, squares=known["coef"])
+                self.run(nearest.resolve_kernel, settle, 1, counts=members, squares=known["coef"])
                 self.assign(members, only_exact=True)
             self.run(direct.settle_kernel, settle, 1, counts=members, t=t)
             means = int(known["MEDOIDS"] or t + 1 < num_iters)  # finish_kernel takes the last means itself

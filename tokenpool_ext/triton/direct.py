@@ -1,6 +1,6 @@
 """The direct path (contract 4): three launches an iteration, whatever K is; nothing of size N x K in memory.
 
-assign_kernel (assign.py) -> settle_kernel (repair, early stop) -> update_kernel (member lists by counting sort, then
+assign_kernel (nearest.py) -> settle_kernel (repair, early stop) -> update_kernel (member lists by counting sort, then
 means or medoids).  All return at once for an image that is done.
 """
 

@@ -3,10 +3,10 @@ one program, from the tokens, with the means of the direct path and assignments 
 
 import triton.language as tl
 
-from .assign import by_differences, store_labels
 from .device import eights, image_of, kernel, repair_image, settle_image
 from .direct import center_on_token, move_centers
 from .lists import member_lists
+from .nearest import by_differences, store_labels
 from .start import pick_farthest
 
 
