@@ -61,8 +61,8 @@ def segment_kernel(
         carry = tl.zeros([R, BD], tl.float32)
         shift = tl.zeros([BD], tl.float32)
         if MEAN:
-            first = lead.to(tl.int64)  # type: ignore[attr-defined]  # an int for Python, a number on the GPU
-            at = x + b * x_b + first * x_n + offs_d.to(tl.int64) * x_d
+            row = lead.to(tl.int64)  # type: ignore[attr-defined]  # an int for Python, a number on the GPU
+            at = x + b * x_b + row * x_n + offs_d.to(tl.int64) * x_d
             shift = tl.load(at, mask=offs_d < tl.where(size > 0, D, 0), other=0.0).to(tl.float32)
         for e0 in range(0, size, R):
             e = e0 + tl.arange(0, R)
