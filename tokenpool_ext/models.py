@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +55,7 @@ def _plain(side: int, width: int, depth: int, heads: int) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ValueError(f"--model: transformers is needed for {', '.join(PLAIN_VITS)} ({error})") from None
-    config: Any = transformers.ViTConfig(  # type: ignore[call-arg]  # its base class takes num_labels as a keyword
+    config = transformers.ViTConfig(
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=heads,
@@ -65,7 +64,8 @@ def _plain(side: int, width: int, depth: int, heads: int) -> nn.Module:
         patch_size=16,
         num_labels=1000,
     )
-    return transformers.ViTForImageClassification(config)
+    model: nn.Module = transformers.ViTForImageClassification(config)
+    return model
 
 
 def _from_file(path: str, function: str) -> nn.Module:
