@@ -55,6 +55,15 @@ def check_ratio(name: str, argument: str, value: Any) -> float:
     return float(value)
 
 
+def check_position_weight(name: str, value: Any) -> float:
+    """A finite float, at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: position_weight must be a float, got {type(value).__name__}")
+    if not 0 <= value <= LARGEST_FLOAT:
+        raise ValueError(f"{name}: position_weight must be finite and at least 0, got {value}")
+    return float(value)
+
+
 def check_bool(name: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
@@ -334,6 +343,16 @@ def check_finite_centers(name: str, start: Tensor, counts: Tensor | None) -> Non
         raise ValueError(
             f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it"
         )
+
+
+def check_positions(name: str, positions: Tensor | None) -> Tensor | None:
+    """(n, P) coordinates, or None."""
+    if positions is None:
+        return None
+    check_floating(name, "positions", positions)
+    if positions.dim() != 2 or not positions.isfinite().all():
+        raise ValueError(f"{name}: positions must be finite coordinates (n, P), got shape {tuple(positions.shape)}")
+    return positions
 
 
 def check_generator(name: str, generator: torch.Generator | None, x3: Tensor) -> None:

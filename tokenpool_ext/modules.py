@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_bool, check_choice, check_int
+from .checks import check_bool, check_choice, check_int, check_position_weight
 from .functional import Clusters, kmeans, kmedoids, pool
-from .positions import check_position_weight
 from .reduction import Reduced, TokenReduction, take_tokens
 from .starts import STRATEGIES
 

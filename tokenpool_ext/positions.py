@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_floating
 from .ops import accumulate_dtype
 
 
@@ -55,22 +54,3 @@ def grid_positions(n: int, device: torch.device) -> Tensor:
         raise ValueError(f"position_weight: {n} tokens are no square grid; give their coordinates with positions=...")
     index = torch.arange(n, device=device)
     return torch.stack([index // side, index % side], 1).float()
-
-
-def check_position_weight(name: str, value) -> float:
-    """A finite float, at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: position_weight must be a float, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: position_weight must be finite and at least 0, got {value}")
-    return float(value)
-
-
-def check_positions(name: str, positions) -> Tensor | None:
-    """(n, P) coordinates, or None."""
-    if positions is None:
-        return None
-    check_floating(name, "positions", positions)
-    if positions.dim() != 2 or not positions.isfinite().all():
-        raise ValueError(f"{name}: positions must be finite coordinates (n, P), got shape {tuple(positions.shape)}")
-    return positions

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_choice
+from .checks import check_choice, check_position_weight
 from .functional import kmeans, kmedoids, pool
-from .positions import check_position_weight, with_positions
+from .positions import with_positions
 from .ragged import Images
 
 Grid = Sequence[int]

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
-from ..checks import check_bool, check_choice, check_int, check_ratio
+from ..checks import check_bool, check_choice, check_int, check_positions, check_ratio
 from ..modules import TokenPooling
-from ..positions import check_positions
 from ..reduction import TokenReduction
 from . import finding, pooled, probing
 from . import schedule as schedules

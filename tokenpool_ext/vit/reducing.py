@@ -102,7 +102,9 @@ class Reducer:
             labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
         lead = torch.arange(p, device=labels.device).expand(b, p)
         local = torch.cat([lead, torch.where(labels < 0, -1, labels + p)], dim=1) if p else labels
-        rep = representatives(clusters, local, p)
+        # what stands for each pooled token: its medoid; for an empty cluster a token that is in none
+        outsider = (local < 0).int().argmax(dim=1, keepdim=True)
+        rep = torch.cat([lead, torch.where(clusters.medoids < 0, outsider, clusters.medoids + p)], dim=1)
         if order is not None:
             rep = order.gather(1, rep)
             local = local.gather(1, order.argsort(dim=1))
@@ -174,14 +176,6 @@ def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
     """(B, N) the center (B, K, D) nearest to each token (B, N, D)."""
     tokens, centers = tokens.detach().float(), centers.detach().float()
     return (centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)).argmin(dim=2)
-
-
-def representatives(clusters: functional.Clusters, local: Tensor, p: int) -> Tensor:
-    """(B, K) of each pooled token the member nearest to it; for an empty cluster a token that is in none."""
-    medoids = clusters.medoids
-    outsider = (local < 0).int().argmax(dim=1, keepdim=True)
-    lead = torch.arange(p, device=medoids.device).expand(len(medoids), p)
-    return torch.cat([lead, torch.where(medoids < 0, outsider, medoids + p)], dim=1)
 
 
 def reduces(pooling: nn.Module, t: int, plan: Plan) -> bool:
