@@ -108,7 +108,7 @@ void clustering(DType t, int64_t n, int64_t d, int64_t k, Path path, bool medoid
     a.x = x.bytes.data(), a.x_image_stride = n * d, a.x_token_stride = d, a.weights = weights.bytes.data();
     a.init_index = start.data(), a.medoids = medoids, a.path = int(path), a.threads = 1, a.parallel_for = serial;
     a.centers = centers.data(), a.assignment = label.data(), a.mass = mass.data(), a.inertia = inertia.data();
-    a.medoid_index = medoids ? medoid.data() : nullptr;
+    a.medoid_index = medoid.data();
     kernels().cluster(a);
     std::vector<double> sum(k * d), total(k);
     double loss = 0;
@@ -127,6 +127,7 @@ void clustering(DType t, int64_t n, int64_t d, int64_t k, Path path, bool medoid
     const std::vector<double> c = read(centers, t), m = read(mass, acc);
     for (int64_t j = 0; j < k; ++j) {
       expect(m[j] == total[j], what + ": mass");
+      expect(medoid[j] >= 0 && medoid[j] < n && label[medoid[j]] == j, what + ": medoid is a member");
       for (int64_t f = 0; f < d; ++f)
         expect(close(c[j * d + f], medoids ? x.value[medoid[j] * d + f] : sum[j * d + f] / total[j], tolerance),
                what + ": center");

@@ -91,7 +91,7 @@ int main(int argc, char** argv) {
       rounds * 12 * kLanes<float> * 2 / best([&] { sink = multiply_adds(rounds); });  // flops a microsecond
   (void)sink;
   std::vector<float> x(N * D), centers(K * D), mass(K), inertia(1);
-  std::vector<int64_t> start(K), assignment(N);
+  std::vector<int64_t> start(K), assignment(N), medoids(K);
   unsigned seed = 1;
   for (float& v : x) v = float((seed = seed * 1664525u + 1013904223u) >> 8) / (1 << 24);
   for (int64_t j = 0; j < K; ++j) start[j] = j * N / K;
@@ -109,6 +109,7 @@ int main(int argc, char** argv) {
   a.centers = centers.data();
   a.assignment = assignment.data();
   a.mass = mass.data();
+  a.medoid_index = medoids.data();
   a.inertia = inertia.data();
   const double floor = double(N) * N * D / rate;
   std::printf("%s: %ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n",
