@@ -38,8 +38,8 @@ inline Tensor side_by_side(const Tensor& t) {
   } catch (const std::exception&) {  // its text is that of the call, not of the failure
     succeeded = false;
   }
-  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not copy ", t.numel(),
-                  " numbers to lie side by side: ", reason_of_torch());
+  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not copy ", t.numel() * static_cast<int64_t>(t.element_size()),
+                  " bytes to lie side by side: ", reason_of_torch());
   return result;
 }
 
@@ -51,6 +51,23 @@ inline Tensor dense(const Tensor& t) {
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   if (!t) return std::nullopt;
   return dense(*t);
+}
+
+// Of one number, of the types that are made here.
+inline int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 1;
+  }
 }
 
 // A contiguous tensor on the device of `like`, not initialised. (torch::stable::new_empty goes through the dispatcher
@@ -69,7 +86,8 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
       aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), stride.data(), code, device_type,
                                like.get_device_index(), &made) == AOTI_TORCH_SUCCESS;
-  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not allocate ", step, " numbers: ", reason_of_torch());
+  STD_TORCH_CHECK(succeeded, "tokenpool_ext: torch could not allocate ", step * bytes_of(type),
+                  " bytes: ", reason_of_torch());
   return Tensor(made);
 }
 

@@ -161,8 +161,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         one_path = metafunc.definition.get_closest_marker("one_path")
-        # In the interpreter the planner's choice, which is one of the paths, is not repeated.
-        each_path = (INTERPRET and not one_path) or metafunc.definition.get_closest_marker("each_path")
+        each_path = metafunc.definition.get_closest_marker("each_path")
         forced = {t.name for t in TARGETS if t.env}
         targets = [t for t in TARGETS if not (one_path and t.env or each_path and t.name in forced and not t.env)]
         metafunc.parametrize("backend", targets, indirect=True, ids=[t.id for t in targets])

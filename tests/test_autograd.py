@@ -40,6 +40,27 @@ def test_gradcheck_clustering(backend, algorithm, weighted, masked):
     assert torch.autograd.gradcheck(centers, (x, w), eps=1e-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_sorted_clusters_have_the_same_gradient(backend, algorithm):
+    """Sorting puts the clusters in another order: the gradient of each still goes to its own members."""
+    B, N, D, K = 2, 20, 3, 5
+    x = tokens(B, N, D, device=backend.device).requires_grad_()
+    weight = tokens(B, K, D, device=backend.device, seed=1)
+    init = spread_indices(B, N, K, device=backend.device).flip(1)
+    found = []
+    for sort in (False, True):
+        clusters = getattr(tp, algorithm)(x, K, init=init, num_iters=2, sort=sort, backend=backend.name)
+        if sort:  # the weight of the cluster that each token was in
+            weight = torch.empty_like(weight).scatter_(
+                1,
+                clusters.assignment[..., None].expand_as(x),
+                weight.gather(1, found[0][0].assignment[..., None].expand_as(x)),
+            )
+        found.append((clusters, *torch.autograd.grad((clusters.centers * weight).sum(), x)))
+    assert not torch.equal(found[0][0].assignment, found[1][0].assignment)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_gradcheck_pool_and_unpool(backend, weighted):
     float64_or_skip(backend)

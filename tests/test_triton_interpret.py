@@ -32,7 +32,7 @@ PARTS = (
         "test_autograd": 30,
         "test_attention_received": 20,
         "test_invariance": 12,
-        "test_kmeans": 10,
+        "test_kmeans": 15,
         "test_kmedoids": 10,
         "test_pool": 25,
         "test_compile": 5,

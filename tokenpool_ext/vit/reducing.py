@@ -33,7 +33,8 @@ class State(NamedTuple):
     def with_rows(self) -> State:
         n, k = self.labels.shape[1], self.index.shape[1]
         labels = self.labels.clamp(min=0) if self.drops else self.labels
-        return self._replace(spreads=rows(labels, k), takes=rows(self.index, n))
+        # Not _replace: dynamo of torch 2.11 cannot make a tuple again whose class it reached through an instance.
+        return State(self.labels, self.index, self.sizes, self.drops, rows(labels, k), rows(self.index, n))
 
 
 @dataclass
