@@ -62,14 +62,10 @@ def named(block: nn.Module, args: tuple, kwargs: dict, at: int | str) -> list[tu
     return [(i, i if isinstance(i, str) else names[i] if i < len(names) else "", v) for i, v in sides]
 
 
-_PARAMETERS: dict[type, tuple[str, ...]] = {}
-
-
 def parameter_names(cls: type) -> tuple[str, ...]:
-    """Of the ``forward`` of a block's own class."""
-    if cls not in _PARAMETERS:
-        _PARAMETERS[cls] = tuple(inspect.signature(base_class(cls).forward).parameters)[1:]
-    return _PARAMETERS[cls]
+    """Of the ``forward`` of a block's own class; a class that pools keeps them (:func:`~.pooled.pooled_class`)."""
+    kept = getattr(cls, "_tokenpool_parameters", None)
+    return kept if kept is not None else tuple(inspect.signature(base_class(cls).forward).parameters)[1:]
 
 
 def base_class(cls: type) -> Any:

@@ -33,6 +33,7 @@ from .inputs import (
     follow_all,
     named,
     packed_ends,
+    parameter_names,
     put,
     take,
     valid_tokens,
@@ -81,8 +82,8 @@ _CLASSES: dict[type, type] = {}
 def pooled_class(base: type) -> type:
     """The subclass of a block's class that pools; one a class."""
     if base not in _CLASSES:
-        body = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-        body["_tokenpool_base"] = base
+        body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        body |= {"_tokenpool_base": base, "_tokenpool_parameters": parameter_names(base)}
         _CLASSES[base] = type(base.__name__, (PooledBlock, base), body)
     return _CLASSES[base]
 
