@@ -545,6 +545,25 @@ def test_accelerate_hooks(order):
 
 
 @torch.no_grad()
+def test_forwards_kept_on_a_block():
+    """transformers 4.57 leaves ``block.forward = block.forward`` behind when it records hidden states."""
+    model, x = plain()
+    whole, pooled = model(x), vit.patch(copy.deepcopy(model), num_tokens={1: 6, 2: 4})(x)
+    for _ in range(2):
+        for block in model.stages:
+            block.forward = block.forward
+        assert torch.equal(vit.patch(model, num_tokens={1: 6, 2: 4})(x), pooled)
+        for block in model.stages:
+            block.forward = block.forward
+        assert torch.equal(vit.unpatch(model)(x), whole)
+    kept = model.stages[1].forward
+    model.stages[1].forward = lambda *args: kept(*args)
+    with pytest.raises(ValueError, match="block 1 .* already has a forward put there by something else"):
+        vit.patch(model, num_tokens={1: 6, 2: 4})
+    assert torch.equal(model(x), whole)
+
+
+@torch.no_grad()
 def test_lora_after_patch():
     peft = pytest.importorskip("peft")
     model, _, kwargs = make("transformers ViT")

@@ -300,7 +300,7 @@ def accepted_options(make: Callable[..., nn.Module]) -> set[str] | None:
 
 def check_untouched(block: nn.Module, index: int) -> None:
     name = type(block).__name__
-    if "forward" in block.__dict__ and "_old_forward" not in block.__dict__:  # the latter: accelerate's, see pooled.py
+    if not pooled.follows_class(block):
         raise ValueError(
             f"patch: block {index} ({name}) already has a forward put there by something else; undo that first"
         )

@@ -112,10 +112,23 @@ def remove(block: nn.Module) -> None:
     _rebind(block)
 
 
+def _is_its_class_s(block: nn.Module, kept: Any) -> bool:
+    """Whether a forward kept on a block is its class's, pooling or not."""
+    functions = (PooledBlock.forward, base_class(type(block)).forward)
+    return getattr(kept, "__self__", None) is block and kept.__func__ in functions
+
+
+def follows_class(block: nn.Module) -> bool:
+    """Whether a call of the block ends in its class's forward, through what :func:`_rebind` can rebind."""
+    kept = block.__dict__.get("_old_forward", block.__dict__.get("forward"))
+    return kept is None or _is_its_class_s(block, kept)
+
+
 def _rebind(block: nn.Module) -> None:
-    """accelerate's hooks keep the ``forward`` they found; give them the one the block has now."""
-    if "_old_forward" in block.__dict__:
-        block._old_forward = type(block).forward.__get__(block)
+    """A forward kept on the block (by accelerate's hooks, by transformers 4.57's recording) is its new class's."""
+    for name in ("_old_forward", "forward"):
+        if _is_its_class_s(block, block.__dict__.get(name)):
+            block.__dict__[name] = type(block).forward.__get__(block)
 
 
 class _Run(threading.local):
