@@ -106,9 +106,29 @@ def lowpass(content: dict):
     return figure
 
 
+def reconstruction(content: dict):
+    from .report import RECONSTRUCTION
+
+    ways = {way["way"]: way for way in content["ways"]}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    for axes, kind, title in zip(panels, ("error", "weighted_error"), ("all tokens alike", "weighted by significance")):
+        for number, (name, (way, iterations)) in enumerate(RECONSTRUCTION.items()):
+            errors = ways[way][kind][content["iterations"].index(iterations)]
+            line = [(100 * rate, error) for rate, error in zip(content["rates"], errors) if error is not None]
+            style = "-" if "K-" in name else "--"
+            axes.plot(*zip(*line), style, marker="o", markersize=3, label=name, color=f"C{number % 10}")
+        axes.axhline(1, color="black", linewidth=0.5)
+        axes.invert_xaxis()
+        axes.set(xlabel="% of the tokens kept", title=f"Error, {title}", ylim=(0, 1.2))
+    panels[0].set_ylabel("reconstruction error (1: one token for all)")
+    panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 FIGURES = {
     "cost": cost,
     "images-stamps": images,
     "images-fashion": images,
     "lowpass": lowpass,
+    "reconstruction": reconstruction,
 }
