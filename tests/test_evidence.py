@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -95,3 +97,85 @@ def test_reciprocal_ranks():
     # the document itself in its unpooled form is no rival
     assert reciprocal_ranks(queries, gallery, 0.5 * gallery[:2]).tolist() == [1.0, 0.5]
     assert reciprocal_ranks(queries, gallery, 0.0 * gallery[:2]).tolist()[0] == 0.5
+
+
+def test_word_errors():
+    pytest.importorskip("skimage")
+    from bench.evidence.speech import edits, words
+
+    said = words("It's a plain, small Test.")
+    assert said == ["its", "a", "plain", "small", "test"]
+    assert edits(said, said) == 0
+    assert edits(said, []) == edits([], said) == 5
+    assert edits(said, ["its", "plain", "tall", "test", "too"]) == 3  # one left out, one changed, one added
+    assert edits(["a", "b"], ["b", "a"]) == 2
+
+
+@pytest.fixture(scope="module")
+def tiny_whisper():
+    pytest.importorskip("skimage")
+    transformers = pytest.importorskip("transformers")
+    shape = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "vocab_size": 50400, "max_target_positions": 16}
+    for side in ("encoder", "decoder"):
+        shape |= {f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
+    torch.manual_seed(0)
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**shape)).eval()
+
+
+@torch.inference_mode()
+def test_greedy_decoding_takes_the_likeliest_token_each_time(tiny_whisper):
+    from bench.evidence.whisper import NO_TIMESTAMPS, START, transcribe
+
+    hidden = torch.randn(2, 9, 16)
+    free = transcribe(tiny_whisper, hidden, 3)
+    banned = [*free[:, 0].tolist()], [*free[:, 1].tolist()]
+    found = transcribe(tiny_whisper, hidden, 8, banned)
+    assert found.shape == (2, 8)
+    prompt = torch.tensor([[START, NO_TIMESTAMPS]]).expand(2, 2)
+    logits = tiny_whisper(decoder_input_ids=torch.cat([prompt, found], 1), encoder_outputs=(hidden,)).logits[:, 1:-1]
+    logits[:, :, banned[0]] = -torch.inf
+    logits[:, 0, banned[1]] = -torch.inf
+    assert torch.equal(logits.argmax(2), found)
+    assert not torch.equal(found[:, :3], free)
+
+
+def test_greedy_decoding_ends_with_the_last_clip():
+    pytest.importorskip("skimage")
+    from bench.evidence.whisper import END, transcribe
+
+    said = iter(torch.tensor([[5, 5], [END, 6], [9, END], [3, 3]]))
+
+    def model(**_):
+        logits = torch.nn.functional.one_hot(next(said), END + 1).float()[:, None]
+        return SimpleNamespace(logits=logits, past_key_values=None)
+
+    assert transcribe(model, torch.zeros(2, 1, 1), 8).tolist() == [[5, END, END], [5, 6, END]]
+
+
+@torch.inference_mode()
+def test_encoders_of_the_speech_study(tiny_whisper):
+    from bench.evidence import speech, whisper
+
+    mel, encoder = torch.randn(1, 80, 3000), tiny_whisper.model.encoder
+    whole = encoder(mel).last_hidden_state
+    for method, tokens, _ in speech.variants("padded", 1.0):
+        if tokens in (250, 1500):
+            found = speech.encoder_for(encoder, method, tokens, 1.0, 300)(mel).last_hidden_state
+            assert found.shape[1] == (1500 if method.endswith("full") else tokens), method
+            assert torch.equal(found, whole) == (method == "all tokens"), method
+    assert torch.equal(whisper.trimmed(encoder, 1500)(mel).last_hidden_state, whole)
+    assert whisper.trimmed(encoder, 300)(mel[:, :, :600]).last_hidden_state.shape == (1, 300, 16)
+    assert torch.equal(encoder(mel).last_hidden_state, whole)  # copies leave it alone
+
+
+def test_speech_records():
+    pytest.importorskip("skimage")
+    from bench.evidence import speech
+
+    batch = {"words": [10, 30], "tokens": 1500, "encoder": 4.0, "decoder": 2.0}
+    grid = ("grid", 250, 0.0)
+    found = {speech.ALL: [{**batch, "errors": [1, 1]}], grid: [{**batch, "errors": [3, 7]}]}
+    whole, pooled = speech.records("dense", found)
+    assert whole["wer"] == 0.05 and "minus_all" not in whole
+    assert (pooled["wer"], pooled["minus_all"], pooled["encoder_ms"]) == (0.25, 0.2, 4.0)
+    assert pooled["minus_all_95"] == [0.1, 0.3]

@@ -71,7 +71,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     model = AutoModel.from_pretrained(get_model_path()).eval()
-    texts = retrieval_quality.descriptions(args.descriptions, args.documents, seed=1)
+    texts = retrieval_quality.descriptions(args.descriptions, args.documents, seed=1, skip=0)
     long = tokenizer([text for *_, text in texts], truncation=True, max_length=TOKENS, return_tensors="pt")
     assert long.pop("attention_mask").all()  # long enough, all of them: no padding
     short = tokenizer([text for _, text, _ in texts[: args.queries]], padding=True, return_tensors="pt")
