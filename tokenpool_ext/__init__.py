@@ -12,7 +12,7 @@ from .explain import Plan, explain
 from .functional import Clusters, assign, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
 from .visual import compress, select
-from .vit import patch, supported, unpatch
+from .vit import patch, search_schedule, supported, unpatch
 
 __all__ = [
     "BipartiteMatching",
@@ -33,6 +33,7 @@ __all__ = [
     "kmedoids",
     "patch",
     "pool",
+    "search_schedule",
     "select",
     "supported",
     "unpatch",

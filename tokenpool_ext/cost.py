@@ -107,6 +107,11 @@ def cost(model: nn.Module, *inputs: Any, **keywords: Any) -> Cost:
         inputs, keywords = (), example_input(model)
         if IMAGE in keywords:
             inputs = (keywords.pop(IMAGE),)
+    return _by_component(counted(model, inputs, keywords))
+
+
+def counted(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> list[_Event]:
+    """Every operator of one forward that has MACs, in eval mode and without gradients; modes are restored."""
     training = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator for a whole nn.TransformerEncoderLayer
@@ -119,7 +124,7 @@ def cost(model: nn.Module, *inputs: Any, **keywords: Any) -> Cost:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, mode in training:
             module.training = mode
-    return _by_component(counter.events)
+    return counter.events
 
 
 IMAGE = ""  # the name under which `example_input` gives what is positional

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .flops import Cost, ViTSpec, cost, gmacs, tokens_per_layer
 from .patching import Support, apply_patch, patched_blocks, remove_patch, support_of
 from .recording import Record, record
+from .search import search_schedule
 
 __all__ = [
     "Cost",
@@ -31,6 +32,7 @@ __all__ = [
     "patch",
     "patched_blocks",
     "record",
+    "search_schedule",
     "supported",
     "tokens_per_layer",
     "unpatch",

@@ -1,0 +1,238 @@
+"""search_schedule: the budget is kept, the dynamic program is exact, the model is left as it was."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import tokenpool_ext as tp
+from tokenpool_ext import search_schedule
+from tokenpool_ext.cost import cost
+from tokenpool_ext.vit import patched_blocks
+from tokenpool_ext.vit.search import _Search, cheapest, least_cost, steps_of, thinned
+
+transformers = pytest.importorskip("transformers")
+
+COUNTS = (12, 8, 4, 1)  # of 16: few, so that it is fast
+
+
+def build(seed: int = 0, **extra) -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        num_labels=5,
+        **extra,
+    )
+    torch.manual_seed(seed)
+    model = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():  # the initial weights are so small that attention is uniform
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+            elif "token" in name or "position" in name:
+                parameter.normal_()
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def share(model, images, counts, **options) -> float:
+    whole = cost(model, images).total
+    tp.patch(model, num_tokens=counts, **options)
+    try:
+        return cost(model, images).total / whole
+    finally:
+        tp.unpatch(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "bipartite", "position": "attention"}, {"layers": [1, -1]}])
+def test_the_budget_is_kept(images, options):
+    model = build()
+    layers = options.pop("layers", None)
+    for budget in (0.9, 0.7, 0.6):
+        if layers and budget < 0.9:
+            continue
+        given = {"budget": budget, "layers": layers, "counts": COUNTS, **options}
+        found = search_schedule(model, [images], **given)
+        used = share(model, images, found, **options)
+        assert budget - 0.1 < used <= budget, "within, and not for want of trying"
+        assert found == search_schedule(model, [images], **given), "deterministic"
+        assert set(found) <= set(range(4) if layers is None else (1, 3))
+
+
+def test_the_whole_budget_pools_nothing(images):
+    model = build()
+    plain = model(images).logits
+    found = search_schedule(model, [images], budget=1.0, counts=COUNTS)
+    assert torch.equal(tp.patch(model, num_tokens=found)(images).logits, plain)
+
+
+def test_found_for_the_given_counts(images):
+    found = search_schedule(build(), [images], budget=0.7, counts=[12, 5, 99])
+    assert found and set(found.values()) <= {12, 5}
+
+
+def test_the_dynamic_program_is_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    size, depth = 3, 4
+    for limit in (6, 9, 14, 30):
+        for _ in range(10):
+            losses = torch.rand(depth, size, size, generator=generator, dtype=torch.float64)
+            costs = torch.randint(0, 6, (depth, size, size), generator=generator)
+            losses[2, 0, 1] = torch.inf
+            losses.masked_fill_(torch.ones(size, size).tril(-1).bool(), torch.inf)
+            sums = {}
+            for path in itertools.product(range(size), repeat=depth):
+                steps = list(zip(range(depth), (0, *path), path))
+                sums[path] = (sum(losses[s].item() for s in steps), sum(costs[s].item() for s in steps))
+            allowed = {path: loss for path, (loss, c) in sums.items() if c <= limit and loss < torch.inf}
+            least = min(c for loss, c in sums.values() if loss < torch.inf)
+            assert least_cost(losses, costs) == least
+            path = cheapest(losses, costs, limit)
+            if not allowed:
+                assert path is None and limit < least
+                continue
+            assert allowed[tuple(path)] == pytest.approx(min(allowed.values()), abs=1e-12)
+
+
+def test_of_equal_losses_the_least_cost():
+    losses, costs = torch.zeros(2, 3, 3, dtype=torch.float64), torch.tensor([[5, 5, 6], [5, 4, 4], [5, 3, 3]])
+    assert cheapest(losses, torch.stack([costs, costs]), 10) == [1, 1]
+
+
+def test_pooled_where_it_is_harmless(images):
+    """Behind block 1 attention adds nothing, so the class token cannot tell what happened to the others."""
+    model = build()
+    with torch.no_grad():
+        for layer in (2, 3):
+            for parameter in model.vit.layers[layer].attention.o_proj.parameters():
+                parameter.zero_()
+    plain = model(images).logits
+    found = search_schedule(model, [images], budget=0.8, counts=COUNTS)
+    assert list(found) == [1]
+    torch.testing.assert_close(tp.patch(model, num_tokens=found)(images).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_left_as_it_was(images):
+    model = build(hidden_dropout_prob=0.5).train()
+    model.vit.layers[1].eval()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    modes = [m.training for m in model.modules()]
+    classes = [type(m) for m in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    for options in ({}, {"target": "latency"}, {"budget": 1e-6}):
+        try:
+            search_schedule(model, [images], **{"budget": 0.8, "counts": COUNTS, **options})
+        except ValueError:
+            assert options != {}
+    assert torch.equal(torch.rand(3), expected), "the random state"
+    assert [m.training for m in model.modules()] == modes and [type(m) for m in model.modules()] == classes
+    assert not calls and not patched_blocks(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_inputs_of_every_kind(images):
+    model = build()
+    found = search_schedule(model, [images], budget=0.7, counts=COUNTS)
+    assert found == search_schedule(model, ((images,),), budget=0.7, counts=COUNTS)
+    assert found == search_schedule(model, iter([{"pixel_values": images}]), budget=0.7, counts=COUNTS)
+    assert found == search_schedule(model, [images], budget=0.7, counts=COUNTS, feature=lambda output: output["logits"])
+    search_schedule(model.vit, [images], budget=0.7, counts=COUNTS)  # pooler_output
+
+
+@pytest.mark.parametrize(
+    "error, message, changed",
+    [
+        (ValueError, r"budget must be in \(0, 1\], got 0", {"budget": 0}),
+        (ValueError, r"budget must be in \(0, 1\], got 1.5", {"budget": 1.5}),
+        (TypeError, "budget must be a float, got str", {"budget": "half"}),
+        (ValueError, r"budget must be at least about 0\.\d+ .*got 0.01", {"budget": 0.01}),
+        (ValueError, "target must be .*macs.*latency.*got 'time'", {"target": "time"}),
+        (ValueError, "batches must hold at least one", {"batches": []}),
+        (TypeError, "batches must be an iterable of inputs, got one Tensor", {"batches": torch.zeros(1, 3, 56, 56)}),
+        (TypeError, "no list of transformer blocks in Linear", {"model": nn.Linear(2, 2)}),
+        (ValueError, "block index must be from 0 to 3", {"layers": [4]}),
+        (ValueError, "counts must be from 1 .*got 0", {"counts": [0]}),
+        (TypeError, "feature must give a floating tensor, got int", {"feature": lambda output: 3}),
+        (TypeError, "unexpected keyword argument 'colour'", {"colour": 1}),
+    ],
+)
+def test_errors(images, error, message, changed):
+    arguments = {"model": build(), "batches": [images], "budget": 0.7, "counts": COUNTS, **changed}
+    model, batches = arguments.pop("model"), arguments.pop("batches")
+    with pytest.raises(error, match=message):
+        search_schedule(model, batches, **arguments)
+    assert not patched_blocks(model)
+
+
+def test_patched_models_are_refused(images):
+    model = tp.patch(build(), keep_ratio=0.5)
+    with pytest.raises(ValueError, match="unpatch"):
+        search_schedule(model, [images], budget=0.7, counts=COUNTS)
+    assert patched_blocks(model), "and stay patched"
+
+
+def test_different_lengths_are_refused():
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=50
+    )
+    model = transformers.BertModel(config).eval()
+    long, short = torch.arange(24).view(2, 12), torch.arange(16).view(2, 8)
+    with pytest.raises(ValueError, match=r"one number of tokens, got \[\d+, \d+\]"):
+        search_schedule(model, [long, short], budget=0.7, counts=COUNTS)
+    assert search_schedule(model, [long, long], budget=0.7, counts=COUNTS)
+
+
+def test_steps():
+    """Of counts with the same time the largest, so never one just above a step."""
+    assert steps_of([32, 28, 24, 20, 16, 12], [8.0, 7.9, 5.0, 5.05, 4.95, 2.0]) == ([32, 24, 12], [8.0, 5.0, 2.0])
+    assert thinned(list(range(100, 0, -1)), [float(t) for t in range(100, 0, -1)], 4) == [100, 67, 34, 1]
+
+
+def test_latency(images, monkeypatch):
+    """On a made-up device whose blocks take a step every 8 tokens."""
+
+    def seconds(search, schedules):
+        rows = []
+        for counts in schedules:
+            left, row = 16, []
+            for i in range(4):
+                row.append(1.0 + -(-left // 8))
+                if counts.get(i, 16) < left:
+                    left, row[-1] = counts[i], row[-1] + 0.1
+            rows.append([*row, 0.5])
+        return rows
+
+    monkeypatch.setattr(_Search, "seconds", seconds)
+    model = build()
+    found = search_schedule(model, [images], budget=0.85, target="latency")
+    assert list(found.values()) == [8], "the one count below a step"
+    with pytest.raises(ValueError, match="at least about 0.768"):  # (0.5 + 3 + 3 * 2 + 0.1) / 12.5
+        search_schedule(model, [images], budget=0.7, target="latency")
+
+
+def test_measured_latency(images):
+    search_schedule(build(), [images], budget=1.0, target="latency", counts=[8, 4])

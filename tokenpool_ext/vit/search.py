@@ -1,0 +1,369 @@
+"""How many tokens to keep after which block, found by measuring: what each block loses, what each count costs.
+
+1. Every block that may pool does so alone, at every count of a grid: what the model's feature loses (1 - cosine).
+2. A few pooled forwards give what a block costs that m tokens enter and n leave, in MACs or seconds.
+3. A dynamic program over (block, tokens left, cost so far) finds the counts of least summed loss within the budget.
+4. The model pooled so is counted or timed; if it does not fit (blocks that are not alike), 3 has less to spend.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import cost as counting
+from ..checks import check_choice, check_int, check_ratio
+from ..reduction import TokenReduction
+from . import finding, probing, schedule
+from .inputs import batch_first, find_tokens
+from .patching import patched_blocks, patches, remove_patch
+
+__all__ = ["search_schedule"]
+
+NAME = "search_schedule"
+LEVELS = 12  # counts that are tried in every block
+FINE = 32  # counts that are timed to find the steps
+SAME = 0.02  # times that differ by less are the same
+ROUNDS = 5  # turns of a measured time
+UNITS = 1 << 13  # the budget in the dynamic program
+
+
+def search_schedule(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    budget: float,
+    target: str = "macs",
+    layers: Iterable[int] | None = None,
+    counts: Iterable[int] | None = None,
+    feature: Callable[[Any], Tensor] | None = None,
+    **options: Any,
+) -> dict[int, int]:
+    """Find how many tokens to keep after which block, for :func:`tokenpool_ext.patch`. The model is left as it was.
+
+        >>> found = tokenpool_ext.search_schedule(model, [images], budget=0.6)              # {4: 171, 7: 85}
+        >>> tokenpool_ext.patch(model, num_tokens=found)
+
+    What a block loses at a count is measured with that block pooling alone, and losses of several blocks are taken to
+    add up. That is an approximation: compare the found schedule on your own task.
+
+    Args:
+        model: any model that ``patch`` takes, not patched. It runs in eval mode, without gradients, autocast and hooks.
+        batches: inputs of the model, each a tensor, a tuple, or a dict of keywords; no labels. All with the same number
+            of tokens. Cost is measured on the first.
+        budget: share of the unpooled model's cost that may be used, in (0, 1].
+        target: ``"macs"``: multiply-accumulates as ``tokenpool_ext.cost`` counts them, pooling's own included; the
+            result depends on nothing but model and batches. ``"latency"``: median seconds of a forward on this device,
+            which are stepped: of counts that take the same time only the largest is used.
+        layers: block indices (from 0, or negative) that may pool. Default: all.
+        counts: numbers of tokens that may be kept. Default: twelfths of all (prefix tokens not counted).
+        feature: gives the (B, ...) tensor to compare of what the model returns. Default: ``logits``,
+            ``pooler_output`` or the first floating tensor, the mean over the tokens if it has more than two dimensions.
+        **options: of ``patch``, such as ``pooling=``, ``position=``, ``weighted=``; give the same to ``patch``.
+
+    Returns:
+        ``{block index: tokens kept}``, counts falling. One block that keeps all where nothing need be pooled.
+
+    Cost: one forward of every batch for every block and count (132 for 12 blocks), and some 78 of the first batch.
+
+    Raises:
+        TypeError: as ``patch``; a pooling that has no number of tokens; a feature that is no floating tensor.
+        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens; a budget out of range
+            or that pooling these blocks to these counts cannot come down to (the least is named).
+    """
+    budget = check_ratio(NAME, "budget", budget)
+    check_choice(NAME, "target", target, ("macs", "latency"))
+    found = finding.find_blocks(model, options.get("blocks"), NAME)
+    if patches(model):
+        raise ValueError(f"{NAME}: model must not be patched; unpatch(model) first")
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"{NAME}: batches must be an iterable of inputs, got one {type(batches).__name__}; write [it]")
+    batches = list(batches)
+    if not batches:
+        raise ValueError(f"{NAME}: batches must hold at least one input of the model, got none")
+    depth = len(found.blocks)
+    layers = range(depth) if layers is None else schedule.block_indices(layers)
+    places = sorted(schedule.constant(depth, 1.0, layers))
+    from . import patch
+
+    try:
+        patch(model, keep_ratio=1.0, layers=places, **{"example": batches[0], **options})
+        with probing.quiet(model):
+            calls = [probing.as_call(batch) for batch in batches]
+            search = _Search(model, found.blocks, places, calls, feature or _feature)
+            return search.run(budget, target, counts)
+    finally:
+        remove_patch(model)
+
+
+class _Search:
+    """A patched model whose blocks are told between forwards how many tokens to keep.
+
+    L blocks; the last entry of a list of costs, L + 1 long, is what is outside the blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], places: list[int], calls: list, feature) -> None:
+        self.model, self.blocks, self.places, self.calls, self.feature = model, list(blocks), places, calls, feature
+        self.pools: dict[int, Any] = patched_blocks(model)
+        for module in self.pools.values():
+            if not isinstance(module, TokenReduction):
+                raise TypeError(f"{NAME}: pooling must make a TokenReduction, got {type(module).__name__}")
+        self.whole, lengths = [], set()
+        for call in calls:
+            with self.length() as seen:
+                self.whole.append(self.output(call))
+            lengths |= seen
+        if len(lengths) > 1:
+            raise ValueError(f"{NAME}: batches must have one number of tokens, got {sorted(lengths)}")
+        self.n = lengths.pop()
+
+    @contextmanager
+    def length(self) -> Iterator[set[int]]:
+        """The numbers of tokens that may be pooled of the forwards inside."""
+        plan = patches(self.model)[0][1].plan
+        seen: set[int] = set()
+
+        def note(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.add(batch_first(find_tokens(args, kwargs)[1], plan.form.layout).shape[1] - plan.num_protected)
+
+        hook = self.blocks[self.places[0]].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    def keep(self, counts: Mapping[int, int]) -> None:
+        for i, module in self.pools.items():
+            module.num_tokens = counts.get(i, self.n)
+
+    def output(self, call: tuple) -> Tensor:
+        """(B, D) float64 feature of one batch."""
+        torch.manual_seed(0)
+        feature = self.feature(self.model(*call[0], **call[1]))
+        if not isinstance(feature, Tensor) or not feature.is_floating_point():
+            raise TypeError(f"{NAME}: feature must give a floating tensor, got {type(feature).__name__}")
+        return feature.flatten(1).double()
+
+    def loss(self, counts: Mapping[int, int]) -> float:
+        """Mean of 1 - cosine over all inputs."""
+        self.keep(counts)
+        pairs = zip(self.whole, self.calls)
+        return torch.cat([1 - F.cosine_similarity(whole, self.output(call)) for whole, call in pairs]).mean().item()
+
+    def run(self, budget: float, target: str, counts: Iterable[int] | None) -> dict[int, int]:
+        levels = self.levels(counts)
+        measure = self.macs if target == "macs" else self.seconds
+        if target == "latency":
+            levels = self.plateaus(levels if counts is not None else self.even(FINE))
+        costs = self.costs(levels, measure)
+        losses = torch.full((len(self.blocks), len(levels), len(levels)), torch.inf, dtype=torch.float64)
+        for table in losses:
+            table.fill_diagonal_(0)
+        for i in self.places:
+            lost = torch.tensor([0.0, *(self.loss({i: n}) for n in levels[1:])], dtype=torch.float64)
+            lost = lost.clamp(min=0).cummax(0).values
+            pools = torch.ones(len(levels), len(levels)).triu(1).bool()
+            losses[i] = torch.where(pools, lost, losses[i])
+        return self.fit(budget, levels, losses, costs, measure)
+
+    def even(self, parts: int) -> list[int]:
+        return sorted({max(1, round(self.n * k / parts)) for k in range(1, parts + 1)}, reverse=True)
+
+    def levels(self, counts: Iterable[int] | None) -> list[int]:
+        """Counts, falling from all."""
+        if counts is None:
+            return self.even(LEVELS)
+        given = {check_int(NAME, "counts", count, 1) for count in counts}
+        return sorted({self.n, *(count for count in given if count < self.n)}, reverse=True)
+
+    def fit(self, budget: float, levels: list[int], losses: Tensor, costs: Tensor, measure: Callable) -> dict[int, int]:
+        """The path of least loss that is within the budget when measured."""
+        rest, steps = costs[-1, 0, 0].item(), costs[:-1]
+        whole = rest + steps[:, 0, 0].sum().item()
+        allowed, over = budget * whole, torch.inf
+        for _ in range(8):
+            unit = (allowed - rest) / UNITS
+            path = None
+            if unit > 0:
+                path = cheapest(losses, (steps / unit).floor().clamp(min=0).long(), UNITS)
+            if path is None:
+                break
+            counts, before = {}, 0
+            for i, level in enumerate(path):
+                if level != before:
+                    counts[i] = levels[level]
+                before = level
+            if not counts:
+                return {self.places[-1]: self.n}
+            used, unpooled = (sum(values) for values in measure([counts, {}]))
+            if used <= budget * unpooled:
+                return counts
+            over = min(over, used / unpooled)
+            allowed *= 0.9998 * budget * unpooled / used
+        least = over if over < torch.inf else (rest + least_cost(losses, steps)) / whole
+        raise ValueError(
+            f"{NAME}: budget must be at least about {least:.3f} where these blocks pool to these counts, got"
+            f" {budget:g}; pool in earlier blocks or to fewer tokens"
+        )
+
+    # --------------------------------------------------------------------------------------------------------- costs
+
+    def costs(self, levels: list[int], measure: Callable) -> Tensor:
+        """(L + 1, G, G) what a block costs that levels[m] tokens enter and levels[n] leave.
+
+        Blocks that pool are taken to be alike in what pooling costs: it is measured in the first, which all tokens
+        enter, and in the second.
+        """
+        first, *later = self.places
+        size = len(levels)
+        pairs = [(m, n) for m in range(size) for n in range(m, size) if m == n or (m and later)]
+        schedules = [{first: levels[m]} | ({} if m == n else {later[0]: levels[n]}) for m, n in pairs]
+        table = {pair: torch.tensor(row, dtype=torch.float64) for pair, row in zip(pairs, measure(schedules))}
+        whole = table[0, 0]
+        costs = torch.empty(len(self.blocks) + 1, size, size, dtype=torch.float64)
+        for m in range(size):
+            own = torch.cat([whole[: first + 1], table[m, m][first + 1 : -1], whole[-1:]])
+            costs[:, m] = own[:, None]
+            for n in range(m + 1, size):
+                if m == 0:
+                    costs[:-1, m, n] += table[n, n][first] - whole[first]
+                elif later:
+                    costs[:-1, m, n] += table[m, n][later[0]] - own[later[0]]
+        return costs
+
+    def macs(self, schedules: list[dict[int, int]]) -> list[list[int]]:
+        """MACs of every block and of what is outside them."""
+        place = {block: i for i, block in enumerate(self.blocks)}
+        rows = []
+        for counts in schedules:
+            self.keep(counts)
+            row = [0] * (len(place) + 1)
+            for event in counting.counted(self.model, *self.calls[0]):
+                row[next((place[m] for m in event.stack if m in place), -1)] += event.macs
+            rows.append(row)
+        return rows
+
+    def seconds(self, schedules: list[dict[int, int]]) -> list[list[float]]:
+        """Medians of the seconds of every block and of what is outside them, measured in turns."""
+        rows: list[list[list[float]]] = [[] for _ in schedules]
+        for turn in range(ROUNDS + 1):
+            for row, counts in zip(rows, schedules):
+                self.keep(counts)
+                found = self.timed()
+                if turn:
+                    row.append(found)
+        return [[statistics.median(column) for column in zip(*row)] for row in rows]
+
+    def timed(self) -> list[float]:
+        spent = [0.0] * (len(self.blocks) + 1)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+        def now() -> float:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            return time.perf_counter()
+
+        def enter(i: int) -> None:
+            spent[i] -= now()
+
+        def leave(i: int) -> None:
+            spent[i] += now()
+
+        hooks = []
+        for i, block in enumerate(self.blocks):
+            hooks.append(block.register_forward_pre_hook(lambda *_, i=i: enter(i)))
+            hooks.append(block.register_forward_hook(lambda *_, i=i: leave(i)))
+        try:
+            start = now()
+            self.model(*self.calls[0][0], **self.calls[0][1])
+            spent[-1] = now() - start - sum(spent[:-1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return spent
+
+    def plateaus(self, levels: list[int]) -> list[int]:
+        """At most LEVELS of the counts, none of which takes as long as a larger one."""
+        first = self.places[0]
+        times = [sum(row[first + 1 :]) for row in self.seconds([{first: n} for n in levels])]
+        return thinned(*steps_of(levels, times), LEVELS)
+
+
+def _feature(output: Any) -> Any:
+    for name in ("logits", "pooler_output"):
+        if isinstance(value := getattr(output, name, None), Tensor):
+            return value
+    values: Any = [output] if isinstance(output, Tensor) else output
+    values = values.values() if isinstance(values, Mapping) else values
+    first = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    return first.flatten(1, -2).mean(1) if first is not None and first.dim() > 2 else first
+
+
+def steps_of(levels: list[int], times: list[float]) -> tuple[list[int], list[float]]:
+    """Counts, falling, and their times without those that take as long as a larger count."""
+    kept: list[tuple[int, float]] = []
+    for count, spent in zip(levels, times):
+        if not kept or spent < (1 - SAME) * kept[-1][1]:
+            kept.append((count, spent))
+    return [count for count, _ in kept], [spent for _, spent in kept]
+
+
+def thinned(levels: list[int], times: list[float], most: int) -> list[int]:
+    """Those nearest to even steps of time, the first and the last among them."""
+    if len(levels) <= most:
+        return levels
+    aims = [times[0] + (times[-1] - times[0]) * k / (most - 1) for k in range(most)]
+    return sorted({min(zip(levels, times), key=lambda pair: abs(pair[1] - aim))[0] for aim in aims}, reverse=True)
+
+
+def cheapest(losses: Tensor, costs: Tensor, limit: int) -> list[int] | None:
+    """The level that leaves each block, for the least summed loss at a summed cost of at most ``limit``.
+
+    losses (L, G, G) float64, costs (L, G, G) int64: of a block that level m enters and level n leaves; level 0 enters
+    the first. An infinite loss forbids. Of paths of equal loss one of the least cost. None: there is no path.
+    """
+    depth, size, _ = losses.shape
+    best = torch.full((size, limit + 1), torch.inf, dtype=torch.float64)
+    best[0, 0] = 0
+    origins = []
+    for i in range(depth):
+        found = torch.full_like(best, torch.inf)
+        origin = torch.zeros(size, limit + 1, dtype=torch.int16)
+        for m in range(size):
+            for n in range(size):
+                c = int(costs[i, m, n])
+                if c > limit or losses[i, m, n] == torch.inf:
+                    continue
+                sums = best[m, : limit + 1 - c] + losses[i, m, n]
+                origin[n, c:].masked_fill_(sums < found[n, c:], m)
+                torch.minimum(found[n, c:], sums, out=found[n, c:])
+        best = found
+        origins.append(origin)
+    least = best.min()
+    if least == torch.inf:
+        return None
+    spent = int((best == least).any(0).nonzero().min())
+    level = int((best[:, spent] == least).nonzero().min())
+    path = []
+    for i in reversed(range(depth)):
+        path.append(level)
+        before = int(origins[i][level, spent])
+        spent -= int(costs[i, before, level])
+        level = before
+    return path[::-1]
+
+
+def least_cost(losses: Tensor, costs: Tensor) -> float:
+    """The least summed cost of any path that no infinite loss forbids."""
+    best = torch.full((losses.shape[1],), torch.inf, dtype=torch.float64)
+    best[0] = 0
+    for loss, cost in zip(losses, costs):
+        best = (best[:, None] + torch.where(loss == torch.inf, torch.inf, cost)).amin(0)
+    return best.min().item()
