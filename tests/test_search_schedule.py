@@ -1,4 +1,4 @@
-"""search_schedule: the budget is kept, the dynamic program is exact, the model is left as it was."""
+"""search_schedule: the budget is kept, the dynamic program is exact; learn_schedule; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import tokenpool_ext as tp
-from tokenpool_ext import search_schedule
+from tokenpool_ext import learn_schedule, search_schedule
 from tokenpool_ext.cost import cost
 from tokenpool_ext.vit import patched_blocks
+from tokenpool_ext.vit.learn import SoftExtract
 from tokenpool_ext.vit.search import _Search, cheapest, least_cost, steps_of, thinned
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +75,6 @@ def test_the_budget_is_kept(images, options):
         found = search_schedule(model, [images], **given)
         used = share(model, images, found, **options)
         assert budget - 0.1 < used <= budget, "within, and not for want of trying"
-        assert found == search_schedule(model, [images], **given), "deterministic"
         assert set(found) <= set(range(4) if layers is None else (1, 3))
 
 
@@ -88,6 +88,7 @@ def test_the_whole_budget_pools_nothing(images):
 def test_found_for_the_given_counts(images):
     found = search_schedule(build(), [images], budget=0.7, counts=[12, 5, 99])
     assert found and set(found.values()) <= {12, 5}
+    assert found == search_schedule(build(), [images], budget=0.7, counts=[12, 5, 99]), "deterministic"
 
 
 def test_the_dynamic_program_is_brute_force():
@@ -236,3 +237,96 @@ def test_latency(images, monkeypatch):
 
 def test_measured_latency(images):
     search_schedule(build(), [images], budget=1.0, target="latency", counts=[8, 4])
+
+
+# --- learn_schedule: PoWER-BERT's soft extraction
+
+
+def test_soft_extract_by_hand():
+    x, sizes = torch.rand(1, 4, 2), torch.tensor([[1.0, 1.0, 2.0, 4.0]])
+    layer = SoftExtract(keep_ratio=1.0, num_prefix_tokens=1)
+    scores = torch.tensor([[9.0, 0.1, 0.7, 0.2]])
+    assert torch.equal(layer(x, scores, sizes=sizes)[2], sizes)
+    layer.retention = torch.tensor([1.0, 0.5, 0.25])
+    tokens, clusters, new = layer(x, scores, sizes=sizes)
+    assert new.tolist() == [[1.0, 0.25, 2.0, 2.0]], "prefix, third, first and second by score"
+    assert tokens is x and clusters.assignment.tolist() == [[0, 1, 2]]
+    mask = torch.tensor([[True, True, False, True]])
+    assert layer(x, scores, mask=mask, sizes=sizes)[2].tolist() == [[1.0, 0.5, 0.5, 4.0]], "padding has the last rank"
+
+
+def test_more_penalty_keeps_fewer(images):
+    model = build()
+    sums = []
+    for penalty in (1e-4, 1e-3, 1.0):
+        found = learn_schedule(model, [images], penalty=penalty, steps=15, lr=0.1)
+        counts = list(found.values())
+        assert counts == sorted(counts, reverse=True) and list(found) == sorted(found) and counts[-1] >= 1
+        sums.append(sum(min([16, *(n for j, n in found.items() if j <= i)]) for i in range(4)))
+        assert torch.isfinite(tp.patch(model, num_tokens=found)(images).logits).all()
+        tp.unpatch(model)
+    assert sums[0] > sums[1] > sums[2] == 4, "one token a block"
+    assert learn_schedule(model, [images], penalty=0.0, steps=1, lr=0.0) == {2: 16}, "nothing drawn down"
+
+
+def test_drawn_down_where_it_is_harmless(images):
+    """Behind block 1 attention adds nothing: the loss holds block 0 alone."""
+    model = build()
+    with torch.no_grad():
+        for layer in (2, 3):
+            for parameter in model.vit.layers[layer].attention.o_proj.parameters():
+                parameter.zero_()
+    found = learn_schedule(model, [images], penalty=1e-4, steps=30, lr=0.05, layers=[0, 1], loss=held)
+    assert found[1] == 1 and found.get(0, 16) > 8
+
+
+def held(output, batch):
+    """That of block 0 is worth far more than its penalty."""
+    plain = build()
+    with torch.no_grad():
+        for layer in (2, 3):
+            for parameter in plain.vit.layers[layer].attention.o_proj.parameters():
+                parameter.zero_()
+        target = plain(batch).logits
+    return 100 * (output.logits - target).square().mean()
+
+
+def test_learning_leaves_the_model_as_it_was(images):
+    model = build(hidden_dropout_prob=0.5).train()
+    modes, classes = [m.training for m in model.modules()], [type(m) for m in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    found = learn_schedule(model, [images, images], penalty=1e-2, steps=3)
+    assert torch.equal(torch.rand(3), expected), "the random state"
+    assert found == learn_schedule(model, [{"pixel_values": images}], penalty=1e-2, steps=3), "deterministic"
+    with pytest.raises(RuntimeError, match="stop"):
+        learn_schedule(model, [images], penalty=1e-2, steps=3, loss=fail)
+    assert [m.training for m in model.modules()] == modes and [type(m) for m in model.modules()] == classes
+    assert not patched_blocks(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def fail(output, batch):
+    raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize(
+    "error, message, changed",
+    [
+        (ValueError, "penalty must be finite and at least 0, got -1", {"penalty": -1}),
+        (ValueError, "steps must be", {"steps": 0}),
+        (ValueError, "batches must hold at least one", {"batches": []}),
+        (TypeError, "no list of transformer blocks in Linear", {"model": nn.Linear(2, 2)}),
+        (TypeError, "unexpected keyword argument 'weighted'", {"weighted": True}),
+        (ValueError, "unpatch", {"model": "patched"}),
+    ],
+)
+def test_errors_of_learning(images, error, message, changed):
+    arguments = {"model": build(), "batches": [images], "penalty": 1e-3, "steps": 1, **changed}
+    model, batches = arguments.pop("model"), arguments.pop("batches")
+    model = tp.patch(build()) if model == "patched" else model
+    with pytest.raises(error, match=message):
+        learn_schedule(model, batches, **arguments)

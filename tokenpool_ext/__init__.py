@@ -12,7 +12,7 @@ from .explain import Plan, explain
 from .functional import Clusters, assign, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
 from .visual import compress, select
-from .vit import patch, search_schedule, supported, unpatch
+from .vit import learn_schedule, patch, search_schedule, supported, unpatch
 
 __all__ = [
     "BipartiteMatching",
@@ -31,6 +31,7 @@ __all__ = [
     "explain",
     "kmeans",
     "kmedoids",
+    "learn_schedule",
     "patch",
     "pool",
     "search_schedule",

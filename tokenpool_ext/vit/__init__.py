@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .flops import Cost, ViTSpec, cost, gmacs, tokens_per_layer
+from .learn import learn_schedule
 from .patching import Support, apply_patch, patched_blocks, remove_patch, support_of
 from .recording import Record, record
 from .search import search_schedule
@@ -29,6 +30,7 @@ __all__ = [
     "ViTSpec",
     "cost",
     "gmacs",
+    "learn_schedule",
     "patch",
     "patched_blocks",
     "record",

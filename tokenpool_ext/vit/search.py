@@ -81,23 +81,16 @@ def search_schedule(
     budget = check_ratio(NAME, "budget", budget)
     check_choice(NAME, "target", target, ("macs", "latency"))
     found = finding.find_blocks(model, options.get("blocks"), NAME)
-    if patches(model):
-        raise ValueError(f"{NAME}: model must not be patched; unpatch(model) first")
-    if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError(f"{NAME}: batches must be an iterable of inputs, got one {type(batches).__name__}; write [it]")
-    batches = list(batches)
-    if not batches:
-        raise ValueError(f"{NAME}: batches must hold at least one input of the model, got none")
-    depth = len(found.blocks)
-    layers = range(depth) if layers is None else schedule.block_indices(layers)
-    places = sorted(schedule.constant(depth, 1.0, layers))
+    refuse_patched(NAME, model)
+    batches = inputs_of(NAME, batches)
+    places = places_of(len(found.blocks), layers)
     from . import patch
 
     try:
         patch(model, keep_ratio=1.0, layers=places, **{"example": batches[0], **options})
         with probing.quiet(model):
             calls = [probing.as_call(batch) for batch in batches]
-            search = _Search(model, found.blocks, places, calls, feature or _feature)
+            search = _Search(model, found.blocks, places, calls, feature or feature_of)
             return search.run(budget, target, counts)
     finally:
         remove_patch(model)
@@ -146,10 +139,7 @@ class _Search:
     def output(self, call: tuple) -> Tensor:
         """(B, D) float64 feature of one batch."""
         torch.manual_seed(0)
-        feature = self.feature(self.model(*call[0], **call[1]))
-        if not isinstance(feature, Tensor) or not feature.is_floating_point():
-            raise TypeError(f"{NAME}: feature must give a floating tensor, got {type(feature).__name__}")
-        return feature.flatten(1).double()
+        return compared(NAME, self.model(*call[0], **call[1]), self.feature)
 
     def loss(self, counts: Mapping[int, int]) -> float:
         """Mean of 1 - cosine over all inputs."""
@@ -296,7 +286,26 @@ class _Search:
         return thinned(*steps_of(levels, times), LEVELS)
 
 
-def _feature(output: Any) -> Any:
+def refuse_patched(name: str, model: nn.Module) -> None:
+    if patches(model):
+        raise ValueError(f"{name}: model must not be patched; unpatch(model) first")
+
+
+def inputs_of(name: str, batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"{name}: batches must be an iterable of inputs, got one {type(batches).__name__}; write [it]")
+    listed = list(batches)
+    if not listed:
+        raise ValueError(f"{name}: batches must hold at least one input of the model, got none")
+    return listed
+
+
+def places_of(depth: int, layers: Iterable[int] | None) -> list[int]:
+    return sorted(schedule.constant(depth, 1.0, range(depth) if layers is None else layers))
+
+
+def feature_of(output: Any) -> Any:
+    """``logits``, ``pooler_output`` or the first floating tensor, the mean over the tokens where there are some."""
     for name in ("logits", "pooler_output"):
         if isinstance(value := getattr(output, name, None), Tensor):
             return value
@@ -304,6 +313,14 @@ def _feature(output: Any) -> Any:
     values = values.values() if isinstance(values, Mapping) else values
     first = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
     return first.flatten(1, -2).mean(1) if first is not None and first.dim() > 2 else first
+
+
+def compared(name: str, output: Any, feature: Callable[[Any], Any] = feature_of) -> Tensor:
+    """(B, D) float64 feature of what a model returns."""
+    value = feature(output)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: feature must give a floating tensor, got {type(value).__name__}")
+    return value.flatten(1).double()
 
 
 def steps_of(levels: list[int], times: list[float]) -> tuple[list[int], list[float]]:
