@@ -17,7 +17,7 @@ from .functional import Clusters, pool, unpool
 from .matching import match
 from .ops import accumulate_dtype, falling
 from .reduction import TokenReduction, cached, take_tokens
-from .reference import nearest_members, sort_clusters
+from .reference_steps import nearest_members, sort_clusters
 
 __all__ = ["ScorePruning", "ImportanceSampling", "RandomSelection", "GridPooling", "BipartiteMatching"]
 

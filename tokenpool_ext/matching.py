@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .ops import accumulate_dtype, falling
-from .reference import power_of_two_scale
+from .reference_steps import power_of_two_scale
 
 
 def match(

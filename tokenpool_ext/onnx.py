@@ -51,7 +51,7 @@ def _farthest(apart: Tensor, w: Tensor, valid: Tensor, k: int) -> Tensor:
 
 
 def _repair(assignment: Tensor, cost: Tensor, valid: Tensor, active: Tensor) -> Tensor:
-    """The m-th costliest token that its cluster can spare goes to the m-th empty cluster (see reference._repair)."""
+    """The m-th costliest token that its cluster can spare goes to the m-th empty cluster (reference_steps.repair)."""
     n, k = cost.shape[1], active.shape[1]
     token = torch.arange(n, device=cost.device)
     cost = torch.where(valid, cost, -1.0)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..checks import FLOATING, INTEGER, check_bool, check_int
 from ..functional import kmeans, pool, unpool
-from ..reference import accumulate_dtype
+from ..ops import accumulate_dtype
 from .refine import refined
 
 BATCH_ELEMENTS = 1 << 19  # of the padded tokens of one call of kmeans: 32 MB in float32, whatever the corpus holds

@@ -13,7 +13,7 @@ from ..baselines import BipartiteMatching, GridPooling
 from ..modules import TokenPooling
 from ..positions import grid_positions
 from ..reduction import TokenReduction
-from ..reference import nearest_members
+from ..reference_steps import nearest_members
 from . import recording
 from .inputs import Form, rows, take
 
