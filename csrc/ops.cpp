@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu/api.h"
+#include "host_checks.h"
 #include "tensors.h"
 
 namespace tokenpool {
@@ -36,19 +37,6 @@ DType dtype_of(const Tensor& x, const char* op) {
 
 ScalarType acc_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType type, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), op, ": ", name, " must have ", shape.size(),
-                  " dimensions, got ", t.dim());
-  int64_t axis = 0;
-  for (int64_t size : shape) {
-    STD_TORCH_CHECK(t.size(axis) == size, op, ": ", name, " must have size ", size, " along axis ", axis, ", got ",
-                    t.size(axis));
-    ++axis;
-  }
 }
 
 // The tensor with features side by side (batch and token strides are free).
@@ -99,21 +87,11 @@ Clusters run_cluster(const char* op, bool medoids, const Tensor& tokens, const s
                      int64_t num_clusters, int64_t num_iters, bool sort) {
   STD_TORCH_CHECK(tokens.is_cpu() && tokens.dim() == 3, op, ": x must be a CPU tensor of shape (B, N, D)");
   const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), K = num_clusters;
-  STD_TORCH_CHECK(K >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", K, " and ",
-                  num_iters);
   STD_TORCH_CHECK(N < (int64_t(1) << 31) && K < (int64_t(1) << 31), op, ": more than 2^31 tokens or clusters an image");
+  const ScalarType acc = acc_of(tokens);
+  const auto [by_index, farthest] =
+      check_clustering(tokens, weights, mask, counts, start, K, num_iters, medoids, acc, op);
   const Tensor x = feature_rows(tokens), init = dense(start);
-  const ScalarType acc = acc_of(x);
-  if (weights) check(*weights, {B, N}, acc, op, "weights");
-  if (mask) check(*mask, {B, N}, ScalarType::Bool, op, "mask");
-  if (counts) check(*counts, {B}, ScalarType::Long, op, "counts");
-  const bool by_index = init.scalar_type() == ScalarType::Long;
-  const bool farthest = by_index && init.dim() == 2 && init.size(1) == 0;  // no indices given: chosen inside
-  STD_TORCH_CHECK(by_index || !medoids, op, ": init must be token indices");
-  if (by_index)
-    check(init, {B, farthest ? 0 : K}, ScalarType::Long, op, "init");
-  else
-    check(init, {B, K, D}, acc, op, "init");
   const auto weights_dense = dense(weights), mask_dense = dense(mask), counts_dense = dense(counts);
 
   Tensor centers = new_output(x, B, K, D);
@@ -168,8 +146,8 @@ Tensor assign_cpu(Tensor tokens, Tensor given, std::optional<Tensor> mask) {
   const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), K = given.size(1);
   STD_TORCH_CHECK(K >= 1 && N < (int64_t(1) << 31) && K < (int64_t(1) << 31), op,
                   ": no center, or more than 2^31 tokens or clusters an image");
-  check(given, {B, K, D}, acc_of(tokens), op, "centers");
-  if (mask) check(*mask, {B, N}, ScalarType::Bool, op, "mask");
+  check(given, tokens, {B, K, D}, acc_of(tokens), op, "centers");
+  if (mask) check(*mask, tokens, {B, N}, ScalarType::Bool, op, "mask");
   const Tensor x = feature_rows(tokens), centers = dense(given);
   const auto mask_dense = dense(mask);
   Tensor assignment = new_tensor(x, {B, N}, ScalarType::Long);
@@ -196,8 +174,7 @@ PoolArgs pool_args(const Tensor& x, const Tensor& assignment, const std::optiona
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, op, ": x must be a CPU tensor of shape (B, N, D)");
   STD_TORCH_CHECK(clusters >= 0 && x.size(1) < (int64_t(1) << 31) && clusters < (int64_t(1) << 31), op,
                   ": more than 2^31 tokens or clusters an image");
-  check(assignment, {x.size(0), x.size(1)}, ScalarType::Long, op, "assignment");
-  if (weights) check(*weights, {x.size(0), x.size(1)}, acc_of(x), op, "weights");
+  check_members(x, assignment, weights, acc_of(x), op);
   PoolArgs a{};
   a.dtype = dtype_of(x, op);
   a.images = x.size(0);
@@ -234,9 +211,7 @@ std::tuple<Tensor, Tensor> pool_backward_cpu(Tensor grad, Tensor tokens, Tensor 
   const auto weights_dense = dense(weights);
   const int64_t K = centers.dim() == 3 ? centers.size(1) : 0;
   PoolArgs a = pool_args(x, assignment, weights_dense, K, op);
-  check(centers, {a.images, K, a.features}, x.scalar_type(), op, "centers");
-  check(grad_centers, {a.images, K, a.features}, x.scalar_type(), op, "grad_centers");
-  check(mass, {a.images, K}, acc_of(x), op, "mass");
+  check_pool_backward(x, centers, grad_centers, mass, K, acc_of(x), op);
   Tensor grad_x = new_output(x, a.images, a.tokens, a.features);
   Tensor grad_weights = weights_dense ? new_tensor(x, {a.images, a.tokens}, acc_of(x))
                                       : filled(new_tensor(x, {a.images, a.tokens}, acc_of(x)), 0);
@@ -259,7 +234,7 @@ Tensor unpool_cpu(Tensor means, Tensor labels) {
                   ": centers must be a CPU tensor of shape (B, K, D), assignment of shape (B, N)");
   const Tensor centers = feature_rows(means), assignment = dense(labels);
   const int64_t B = centers.size(0), N = assignment.size(1), D = centers.size(2);
-  check(assignment, {B, N}, ScalarType::Long, op, "assignment");
+  check(assignment, centers, {B, N}, ScalarType::Long, op, "assignment");
   Tensor out = new_output(centers, B, N, D);
   PoolArgs a{};
   a.dtype = dtype_of(centers, op);
@@ -293,8 +268,8 @@ Tensor attention_received_cpu(Tensor queries, Tensor keys, double scale, std::op
   STD_TORCH_CHECK(queries.is_cpu() && queries.dim() == 4 && keys.dim() == 4, op,
                   ": q and k must be CPU tensors of shape (B, H, N, d)");
   const Tensor q = feature_rows(queries), k = feature_rows(keys);
-  check(k, {q.size(0), q.size(1), k.size(2), q.size(3)}, q.scalar_type(), op, "k");
-  if (lse) check(*lse, {q.size(0), q.size(1), q.size(2)}, acc_of(q), op, "lse");
+  check(k, q, {q.size(0), q.size(1), k.size(2), q.size(3)}, q.scalar_type(), op, "k");
+  if (lse) check(*lse, q, {q.size(0), q.size(1), q.size(2)}, acc_of(q), op, "lse");
   const auto lse_dense = dense(lse);
   AttentionArgs a{};
   a.dtype = dtype_of(q, op);

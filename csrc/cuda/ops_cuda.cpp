@@ -1,5 +1,5 @@
 // CUDA implementations of torch.ops.tokenpool_ext.* on torch's stable ABI. Plain C++: compiled once, whatever the
-// architectures. The schemas live in csrc/ops.cpp (library _C), which must be loaded first.
+// architectures. The schemas live in csrc/ops.cpp (library _ops), which must be loaded first.
 //
 // Nothing here synchronises with the host. Device properties are read once per device.
 #include <cuda_runtime_api.h>
@@ -8,13 +8,13 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <initializer_list>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../host_checks.h"
 #include "../tensors.h"
 #include "pipeline.h"
 #include "workspace.h"
@@ -91,21 +91,6 @@ int to_int(int64_t value, const char* op, const char* name) {
   return static_cast<int>(value);
 }
 
-void check(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type, const char* op,
-           const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-                  " must be on the CUDA device of the first tensor");
-  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), op, ": ", name, " must have ", shape.size(),
-                  " dimensions, got ", t.dim());
-  int64_t axis = 0;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(t.size(axis) == size, op, ": ", name, " must have size ", size, " along axis ", axis, ", got ",
-                    t.size(axis));
-    ++axis;
-  }
-}
-
 void check_tokens(const Tensor& t, int64_t dims, const char* op, const char* name) {
   STD_TORCH_CHECK(t.is_cuda() && t.dim() == dims, op, ": ", name, " must be a CUDA tensor with ", dims,
                   " dimensions, got ", t.dim());
@@ -146,8 +131,6 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
                      int64_t num_clusters, int64_t num_iters, bool sort) {
   check_tokens(x, 3, op, "x");
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2), k = num_clusters;
-  STD_TORCH_CHECK(k >= 1 && num_iters >= 1, op, ": num_clusters and num_iters must be at least 1, got ", k, " and ",
-                  num_iters);
   CudaProblem problem;
   problem.batch = b;
   problem.tokens = to_int(n, op, "the number of tokens");
@@ -157,16 +140,8 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   problem.dtype = dtype_of(x, op);
   problem.with_medoids = with_medoids;
   problem.per_image_k = counts.has_value();
-  if (weights) check(*weights, x, {b, n}, ScalarType::Float, op, "weights");
-  if (mask) check(*mask, x, {b, n}, ScalarType::Bool, op, "mask");
-  if (counts) check(*counts, x, {b}, ScalarType::Long, op, "counts");
-  const bool by_index = start.scalar_type() == ScalarType::Long;
-  const bool farthest = by_index && start.dim() == 2 && start.size(1) == 0;  // no indices given: chosen by the kernels
-  STD_TORCH_CHECK(by_index || !with_medoids, op, ": init must be token indices");
-  if (by_index)
-    check(start, x, {b, farthest ? 0 : k}, ScalarType::Long, op, "init");
-  else
-    check(start, x, {b, k, d}, ScalarType::Float, op, "init");
+  const auto [by_index, farthest] =
+      check_clustering(x, weights, mask, counts, start, k, num_iters, with_medoids, ScalarType::Float, op);
   problem.init_is_centers = !by_index;
   problem.farthest = farthest;
 
@@ -228,8 +203,7 @@ std::tuple<Tensor, Tensor> cluster_sums(const char* op, const Tensor& x, const T
   check_tokens(x, 3, op, mode == MeansMode::kSum ? "grad" : "x");
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2), k = num_clusters;
   STD_TORCH_CHECK(k >= 1, op, ": num_clusters must be at least 1, got ", k);
-  check(labels, x, {b, n}, ScalarType::Long, op, "assignment");
-  if (weights) check(*weights, x, {b, n}, ScalarType::Float, op, "weights");
+  check_members(x, labels, weights, ScalarType::Float, op);
   PoolCall call{};
   call.shape = Shape{b, to_int(n, op, "the number of tokens"), to_int(d, op, "the number of features"),
                      to_int(k, op, "num_clusters")};
@@ -266,11 +240,8 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_centers, Tensor x, Tensor c
   check_tokens(centers, 3, op, "centers");
   const int64_t b = x.size(0), n = x.size(1), d = x.size(2), k = centers.size(1);
   const DType dtype = dtype_of(x, op);
-  check(centers, x, {b, k, d}, x.scalar_type(), op, "centers");
-  check(grad_centers, x, {b, k, d}, x.scalar_type(), op, "grad_centers");
-  check(labels, x, {b, n}, ScalarType::Long, op, "assignment");
-  check(given_mass, x, {b, k}, ScalarType::Float, op, "mass");
-  if (weights) check(*weights, x, {b, n}, ScalarType::Float, op, "weights");
+  check_members(x, labels, weights, ScalarType::Float, op);
+  check_pool_backward(x, centers, grad_centers, given_mass, k, ScalarType::Float, op);
   const OnDevice device(x);
   const Tensor assignment = dense(labels), mass = dense(given_mass);
   const auto weights_dense = dense(weights);
