@@ -237,6 +237,29 @@ def against_tome() -> str:
     return markdown(["start", "weighted", "kept", "above ToMe's", "mean ratio", "worst"], rows)
 
 
+def schedules() -> str:
+    rows = []
+    for row in data.load("schedules")["records"]:
+        if "cosine" not in row:
+            rows.append([row["pictures"], "", row["method"], "", "", "", "", f"{100 * row['accuracy']:.1f}", ""])
+            continue
+        line = [
+            row["pictures"],
+            f"{100 * row['macs']:.1f}",
+            row["method"],
+            f"{row['cosine']:.4f}",
+            f"{row['worst']:.3f}",
+        ]
+        gain = ["", ""]
+        if "cosine_minus_searched" in row:
+            low, high = row["cosine_minus_searched_95"]
+            gain[0] = f"{row['cosine_minus_searched']:+.4f} ({low:.4f} to {high:.4f})"
+            gain[1] = points(row, "accuracy_minus_searched") if "accuracy" in row else ""
+        rows.append([*line, gain[0], f"{100 * row['accuracy']:.1f}" if "accuracy" in row else "", gain[1]])
+    head = ["pictures", "% of MACs", "schedule", "class token", "worst", "against the search", "accuracy", "against it"]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "one-line": one_line,
@@ -252,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stamps-today": today,
     "text": text,
     "positions": positions,
+    "schedules": schedules,
 }
 
 
