@@ -5,7 +5,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-STUDIES = ("cost", "one_line", "images", "reconstruction", "lowpass", "positions", "text", "speech", "schedules", "report")
+STUDIES = (
+    "cost",
+    "one_line",
+    "images",
+    "reconstruction",
+    "lowpass",
+    "positions",
+    "text",
+    "speech",
+    "schedules",
+    "report",
+)
 
 
 def main() -> int:

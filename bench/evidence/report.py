@@ -240,22 +240,17 @@ def against_tome() -> str:
 def schedules() -> str:
     rows = []
     for row in data.load("schedules")["records"]:
+        accuracy = f"{100 * row['accuracy']:.1f}" if "accuracy" in row else ""
         if "cosine" not in row:
-            rows.append([row["pictures"], "", row["method"], "", "", "", "", f"{100 * row['accuracy']:.1f}", ""])
+            rows += [[row["pictures"], "100", row["method"], "", "", "", accuracy, ""]] if accuracy else []
             continue
-        line = [
-            row["pictures"],
-            f"{100 * row['macs']:.1f}",
-            row["method"],
-            f"{row['cosine']:.4f}",
-            f"{row['worst']:.3f}",
-        ]
         gain = ["", ""]
         if "cosine_minus_searched" in row:
             low, high = row["cosine_minus_searched_95"]
             gain[0] = f"{row['cosine_minus_searched']:+.4f} ({low:.4f} to {high:.4f})"
-            gain[1] = points(row, "accuracy_minus_searched") if "accuracy" in row else ""
-        rows.append([*line, gain[0], f"{100 * row['accuracy']:.1f}" if "accuracy" in row else "", gain[1]])
+            gain[1] = points(row, "accuracy_minus_searched") if accuracy else ""
+        line = [row["pictures"], f"{100 * row['macs']:.1f}", row["method"]]
+        rows.append([*line, number(row["cosine"], 4), number(row["worst"]), gain[0], accuracy, gain[1]])
     head = ["pictures", "% of MACs", "schedule", "class token", "worst", "against the search", "accuracy", "against it"]
     return markdown(head, rows)
 
