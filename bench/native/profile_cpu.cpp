@@ -46,40 +46,81 @@ __attribute__((noinline)) static float multiply_adds(long n) {  // twelve indepe
   return sum;
 }
 
-struct Profile : Clustering<float> {
-  Profile(const ClusterArgs& args, Watch& watch) : Clustering<float>(args, false, watch) {}
+struct Profile {
+  static constexpr int P = kPanel<float>;
+
+  explicit Profile(const ClusterArgs& args)
+      : a(args), tokens(args, false), gram(tokens, centers, assigned), direct(tokens, centers, assigned) {}
 
   void phases(double floor) {
-    run(0, 1);
-    std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", best([&] { run(0, 1); }),
-                best([&] { run(0, 1); }) / floor,
-                gram_path_         ? "gram"
-                : this->group_ > 1 ? "streamed"
-                                   : "direct");
-    std::printf("  mean, scale      %8.1f\n", best([&] { measure(); }));
-    if (gram_path_) {
-      std::printf("  pack             %8.1f\n", best([&] {
-                    for (int64_t p = 0; p < padded_ / P; ++p) pack(p * P, packed_ + p * P * a.features);
-                  }));
-      const int64_t panels = padded_ / P;
-      std::printf("  Gram product     %8.1f\n",
-                  best([&] { gram_tiles(packed_, a.features, n_, 0, panels * (panels + 1) / 2, gram_, row_stride_); }));
-      std::printf("  mirror           %8.1f\n", best([&] { mirror(n_, gram_, row_stride_); }));
-      std::printf("  one assignment   %8.1f\n", best([&] { assign_gram(); }));
-    } else {
-      begin(0, 1);
-      std::printf("  pack, multiply   %8.1f  (floor %.1f)\n", best([&] { assign_first(1); }), floor * 2 * k_ / n_);
-      repair_empty(n_, k_, weight_, best_, ascending_, label_, count_);
-      mark_changes(0);
-      group_members();
-      std::printf("  first update     %8.1f\n", best([&] { update_direct(true); }));
-      std::memcpy(previous_, label_, size_t(n_) * sizeof(I));
-      std::printf("  bounds           %8.1f  (nothing moved since the last)\n",
-                  best([&] { assign_bounded(previous_); }));
-    }
-    run(0, 1);
-    std::printf("  means, inertia   %8.1f\n", best([&] { finish(); }));
+    Watch watch;
+    Clustering<float> clustering(a, false, watch);
+    const auto whole = [&] { clustering.run(0, 1); };
+    const double least = best(whole);
+    begin();
+    Measure<float> measure(tokens);
+    const bool streamed = a.path == int(Path::Streamed) || center_group(tokens.n, centers.k, sizeof(float)) > 1;
+    std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", least, least / floor,
+                clustering.on_gram() ? "gram"
+                : streamed           ? "streamed"
+                                     : "direct");
+    std::printf("  mean, scale      %8.1f\n", best([&] { measure.run(); }));
+    if (clustering.on_gram())
+      gram_phases();
+    else
+      direct_phases(floor);
   }
+
+ private:
+  void begin() {
+    tokens.take(0);
+    centers.take(tokens.arena, std::min(a.clusters, tokens.n), a.clusters);
+    assigned.take(tokens.arena, tokens.padded, a.clusters);
+    for (int64_t j = 0; j < centers.k; ++j) centers.medoid[j] = int32_t(a.init_index[j]);
+    centers.row = tokens.arena.take<float>(centers.k * a.features);
+    Measure<float>(tokens).run();
+  }
+
+  void group_and_report() {
+    repair_empty(tokens.n, centers.k, tokens.weight, assigned.best, tokens.ascending, assigned.label, assigned.count);
+    assigned.mark_changes(tokens.n, centers.k, true);
+    assigned.group_members(tokens, centers.k);
+    std::printf("  means, inertia   %8.1f\n", best([&] { Result<float>(tokens, centers, assigned).write(); }));
+  }
+
+  void gram_phases() {
+    const int64_t panels = tokens.padded / P, stride = tokens.padded;
+    Buffer<float> packed(tokens.padded * a.features), product(tokens.padded * stride);
+    std::printf("  pack             %8.1f\n", best([&] {
+                  for (int64_t p = 0; p < panels; ++p) tokens.pack(p * P, packed + p * P * a.features);
+                }));
+    std::printf("  Gram product     %8.1f\n", best([&] {
+                  gram_tiles<float>(packed, a.features, tokens.n, 0, panels * (panels + 1) / 2, product, stride);
+                }));
+    std::printf("  mirror           %8.1f\n", best([&] { mirror<float>(tokens.n, product, stride); }));
+    gram.build(1);
+    gram.start();
+    std::printf("  one assignment   %8.1f\n", best([&] { gram.assign(); }));
+    group_and_report();
+  }
+
+  void direct_phases(double floor) {
+    direct.start();
+    std::printf("  pack, multiply   %8.1f  (floor %.1f)\n", best([&] { direct.assign_first(1); }),
+                floor * 2 * centers.k / tokens.n);
+    group_and_report();
+    std::printf("  first update     %8.1f\n", best([&] { direct.update(true); }));
+    std::swap(assigned.label, assigned.previous);
+    std::printf("  bounds           %8.1f  (nothing moved since the last)\n",
+                best([&] { direct.assign_bounded(assigned.previous); }));
+  }
+
+  const ClusterArgs& a;
+  Tokens<float> tokens;
+  Centers<float> centers;
+  Assignment<float> assigned;
+  GramPath<float> gram;
+  DirectPath<float> direct;
 };
 
 int main(int argc, char** argv) {
@@ -114,6 +155,5 @@ int main(int argc, char** argv) {
   const double floor = double(N) * N * D / rate;
   std::printf("%s: %ld tokens x %ld features -> %ld clusters, 5 iterations; peak %.1f GFLOP/s, floor N^2 D %.1f us\n",
               TP_STRING(TP_ISA), long(N), long(D), long(K), rate / 1e3, floor);
-  Watch watch;
-  Profile(a, watch).phases(floor);
+  Profile(a).phases(floor);
 }

@@ -42,6 +42,8 @@ class Clustering {
     Result<In>(tokens_, centers_, assigned_).write();
   }
 
+  bool on_gram() const { return on_gram_; }  // the path that the last image took
+
  private:
   bool plan() const {
     CpuProblem problem;
