@@ -179,3 +179,6 @@ def test_speech_records():
     assert whole["wer"] == 0.05 and "minus_all" not in whole
     assert (pooled["wer"], pooled["minus_all"], pooled["encoder_ms"]) == (0.25, 0.2, 4.0)
     assert pooled["minus_all_95"] == [0.1, 0.3]
+    found[speech.ALL].append({**batch, "errors": [9, 9]})  # of clips the grid did not get
+    whole, pooled = speech.records("dense", found)
+    assert (whole["clips"], whole["wer"]) == (4, 0.25) and (pooled["clips"], pooled["minus_all"]) == (2, 0.2)

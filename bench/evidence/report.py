@@ -229,6 +229,39 @@ def text() -> str:
     return markdown(head, rows)
 
 
+def speech(kind: str) -> str:
+    content = data.load("speech")
+    found = [row for row in content["records"] if row["kind"] == kind]
+    rows = []
+    for row in found:
+        name = row["method"] + (f"={row['strength']:g}" if row["strength"] else "")
+        name += f" ({row['clips']} clips)" if row["clips"] < found[0]["clips"] else ""
+        fields = [f"minus_{other}" for other in ("all", "grid", "wkmeans")]
+        others = [points(row, field) if field in row else "" for field in fields]
+        rows.append([name, f"{row['tokens']:g}", f"{100 * row['wer']:.1f}", *others])
+        rows[-1] += [f"{row[f'{part}_ms']:.0f}" for part in ("encoder", "decoder")]
+    head = [
+        "method",
+        "tokens",
+        "word error rate %",
+        "points against all tokens",
+        "against the grid",
+        "against WK-Means",
+    ]
+    words = f"{found[0]['clips']} clips, {found[0]['words']:,} words."
+    return words + "\n\n" + markdown([*head, "encoder, ms", "decoder, ms"], rows)
+
+
+def strengths() -> str:
+    """Word error rate by strength of the time coordinate, on the clips that chose it."""
+    found: dict[float, dict[int, str]] = {}
+    for row in data.load("speech")["calibration"]:
+        found.setdefault(row["strength"], {})[row["tokens"]] = f"{100 * row['wer']:.1f}"
+    tokens = list(next(iter(found.values())))
+    rows = [[f"{weight:g}", *(row[k] for k in tokens)] for weight, row in found.items()]
+    return markdown(["position_weight", *(f"{k} tokens: word error rate %" for k in tokens)], rows)
+
+
 def against_tome() -> str:
     rows = []
     for row in data.load("reconstruction")["against ToMe"]:
@@ -271,6 +304,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "text": text,
     "positions": positions,
     "schedules": schedules,
+    "speech-strengths": strengths,
+    "speech-dense": lambda: speech("dense"),
+    "speech-padded": lambda: speech("padded"),
 }
 
 
