@@ -1,10 +1,10 @@
 """``python -m bench.evidence schedules``: counts per block that were searched for, against fixed ones at equal MACs.
 
-A real DINOv2 ViT-S/14. The search sees 8 crops of the demo's photographs and the class token, no labels. Tested on
-crops of pictures that nothing was chosen with (cosine of the class token to the unpooled one), and on Fashion-MNIST as
-in ``images`` (k-NN of pooled queries, k = 10, in a gallery that is not pooled). Every method may use the same share of
-the unpooled model's MACs, clustering and scores counted, and comes as near as its steps allow. Features are kept in
-bench/.cache: an interrupted run goes on.
+A real DINOv2 ViT-S/14. The search sees 8 crops of the demo's photographs (or 8 training pictures of Fashion-MNIST) and
+the class token, no labels. Tested on crops of pictures that nothing was chosen with (cosine of the class token to the
+unpooled one), and on Fashion-MNIST as in ``images`` (k-NN of pooled queries, k = 10, in a gallery that is not pooled).
+Every method may use the same share of the unpooled model's MACs, clustering and scores counted, and comes as near as
+its steps allow. Features are kept in bench/.cache: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .images import Task, features, vote
 
 BUDGETS = (0.8, 0.6, 0.5)
 SEARCHED = "search_schedule"
+OWN = "search_schedule, Fashion-MNIST"
 
 
 def counts_of_r(total: int, depth: int = 12) -> dict[int, int]:
@@ -41,8 +42,23 @@ def loss(search, counts: dict[int, int], known: dict, measure=_Search.loss) -> f
     return known[key]
 
 
-def schedules(budget: float, seen: torch.Tensor, model, losses: dict, say) -> dict[str, dict]:
-    """Method -> arguments of ``patch`` for a share of the MACs."""
+def searched(budget: float, seen: torch.Tensor, model, losses: dict, say) -> dict:
+    """Arguments of ``patch`` that a search on some pictures found."""
+
+    def search() -> dict:
+        start = time.process_time()
+        with mock.patch.object(_Search, "loss", lambda search, counts: loss(search, counts, losses)):
+            found = search_schedule(model, [seen[:1], seen[1:]], budget=budget)  # MACs are counted on one
+        return {"found": found, "seconds": time.process_time() - start}
+
+    key = hashlib.sha256(seen.numpy().tobytes()).hexdigest()[:10]
+    found = data.cached(f"schedule-{key}-{budget:g}", search)
+    say(f"{budget:g}: {found['found']} in {found['seconds']:.0f} s of the processor")
+    return {"num_tokens": found["found"]}
+
+
+def fixed(budget: float, model) -> dict[str, dict]:
+    """Schedule -> arguments of ``patch`` for a share of the MACs."""
     whole = cost(model).total
 
     def constant_r(**options) -> dict:
@@ -54,17 +70,7 @@ def schedules(budget: float, seen: torch.Tensor, model, losses: dict, say) -> di
         unpatch(model)
         return {"num_tokens": counts_of_r(low), **options}
 
-    def search() -> dict:
-        start = time.process_time()
-        with mock.patch.object(_Search, "loss", lambda search, counts: loss(search, counts, losses)):
-            found = search_schedule(model, [seen[:1], seen[1:]], budget=budget)  # MACs are counted on one
-        return {"found": found, "seconds": time.process_time() - start}
-
-    key = hashlib.sha256(seen.numpy().tobytes()).hexdigest()[:10]
-    found = data.cached(f"schedule-{key}-{budget:g}", search)
-    say(f"{budget:g}: {found['found']} in {found['seconds']:.0f} s of the processor")
     return {
-        SEARCHED: {"num_tokens": found["found"]},
         "one ratio after blocks 3, 6, 9": {"budget": budget},
         "one ratio after every block": {"budget": budget, "layers": range(12)},
         "r tokens fewer in every block": constant_r(),
@@ -98,9 +104,17 @@ def main(argv=None) -> int:
         print(line, flush=True)
 
     model = load_dinov2_small()
-    seen = data.crops(8, held_out=False, seed=5)
-    whole, records, losses = cost(model).total, [], {}
-    methods = {budget: schedules(budget, seen, model, losses, say) for budget in BUDGETS}
+    pictures, _ = data.fashion("train")
+    some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(5))[:8].numpy()
+    seen = {SEARCHED: data.crops(8, held_out=False, seed=5), OWN: data.fashion_pixels(pictures[some])}
+    whole, records = cost(model).total, []
+    methods: dict[float, dict] = {budget: {} for budget in BUDGETS}
+    for name, pixels in seen.items():
+        losses: dict = {}
+        for budget in BUDGETS:
+            methods[budget][name] = searched(budget, pixels, model, losses, say)
+    for budget in BUDGETS:
+        methods[budget] |= fixed(budget, model)
     for name, count in (("photographs", args.crops), ("Fashion-MNIST", args.queries)):
         parts, task = tested(name, count, args.gallery)
 
@@ -129,7 +143,9 @@ def main(argv=None) -> int:
         records.append({"pictures": name, "queries": len(base), "budget": 1.0, "method": "all tokens"})
         records[-1] |= {} if task is None else {"accuracy": measures(base)[1].mean().item()}
         for budget, variants in methods.items():
-            results = {method: measures(run(arguments)) for method, arguments in variants.items()}
+            results = {
+                method: measures(run(arguments)) for method, arguments in variants.items() if task or method != OWN
+            }
             for method, result in results.items():
                 patch(model, **variants[method])
                 share = cost(model).total / whole
@@ -141,7 +157,7 @@ def main(argv=None) -> int:
                     if method != SEARCHED:
                         row[f"{label}_minus_searched"] = (own - reference).mean().item()
                         row[f"{label}_minus_searched_95"] = data.interval(own - reference)
-                if method == SEARCHED:
+                if method in seen:
                     row["num_tokens"] = variants[method]["num_tokens"]
                 records.append(row)
                 say(str(row))
