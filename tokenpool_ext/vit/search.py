@@ -31,7 +31,7 @@ NAME = "search_schedule"
 LEVELS = 12  # counts that are tried in every block
 FINE = 32  # counts that are timed to find the steps
 SAME = 0.02  # times that differ by less are the same
-ROUNDS = 5  # turns of a measured time
+ROUNDS = 3  # turns of a measured time
 UNITS = 1 << 13  # the budget in the dynamic program
 
 
