@@ -262,6 +262,31 @@ def strengths() -> str:
     return markdown(["position_weight", *(f"{k} tokens: word error rate %" for k in tokens)], rows)
 
 
+def speed() -> str:
+    rows = []
+    for model in ("deit-s", "deit-b"):
+        for row in data.load(f"speed-{model}")["rows"]:
+            times = [f"{row[f'{name}_ms']:.0f}" for name in ("whole", "pooled", "tome")]
+            gains = [f"{row[f'{name}_speedup']:.2f}x" for name in ("pooled", "tome")]
+            rows.append(
+                [model, str(row["batch"]), *times, *gains, f"{row['pooled_own']:.1%}", f"{row['break_even']:.1%}"]
+            )
+    return markdown(
+        [
+            "model",
+            "batch",
+            "whole, ms",
+            "pooled, ms",
+            "ToMe's schedule, ms",
+            "pooled",
+            "ToMe's",
+            "pooling's share of the time",
+            "gains when it removes, of the MACs",
+        ],
+        rows,
+    )
+
+
 def against_tome() -> str:
     rows = []
     for row in data.load("reconstruction")["against ToMe"]:
@@ -290,6 +315,7 @@ def schedules() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
+    "speed": speed,
     "one-line": one_line,
     "stamps": lambda: accuracy("stamps"),
     "stamps-intervals": lambda: against_all("stamps"),
