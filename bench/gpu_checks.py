@@ -1,6 +1,7 @@
 """Checks for bench/gpu.sh: parity with the float64 reference, invariants, small runs for the tools, times.
 
-Each path is forced, on a ViT's shapes. What the planner's choice promises on small ones stands in tests/ (stage tests).
+Each path is forced, and the planner's choice taken, on a ViT's shapes. What holds on small ones stands in tests/
+(stages tests_cuda and tests_triton).
 
     python -m bench.gpu_checks parity|invariants|small|speed|profile [--backend cuda|triton] [--json FILE]
     python -m bench.gpu_checks parity --device cpu     the same code on the cpu backend: a rehearsal without a GPU

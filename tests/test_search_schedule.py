@@ -178,6 +178,9 @@ def test_inputs_of_every_kind(images):
         (ValueError, "block index must be from 0 to 3", {"layers": [4]}),
         (ValueError, "counts must be from 1 .*got 0", {"counts": [0]}),
         (TypeError, "feature must give a floating tensor, got int", {"feature": lambda output: 3}),
+        (TypeError, r"feature must give .*2 dimensions or more, got \(3,\)", {"feature": lambda out: out.logits[:, 0]}),
+        (ValueError, "search_schedule: layers must name at least one block", {"layers": []}),
+        (ValueError, "counts must be from 8 .*got 4", {"init": "bipartite"}),
         (TypeError, "unexpected keyword argument 'colour'", {"colour": 1}),
     ],
 )
@@ -235,8 +238,45 @@ def test_latency(images, monkeypatch):
         search_schedule(model, [images], budget=0.7, target="latency")
 
 
-def test_measured_latency(images):
-    search_schedule(build(), [images], budget=1.0, target="latency", counts=[8, 4])
+def test_measured_latency(images, monkeypatch):
+    """A clock that only a block's own tokens move."""
+    clock = [0.0]
+    monkeypatch.setattr("tokenpool_ext.vit.search.time.perf_counter", lambda: clock[0])
+    model = build()
+    for layer in model.vit.layers:
+        forward = layer.mlp.forward
+
+        def slow(x, *args, forward=forward):
+            clock[0] += x.shape[1]
+            return forward(x, *args)
+
+        layer.mlp.forward = slow
+    found = search_schedule(model, [images], budget=0.7, target="latency", counts=[8, 4])
+    left, spent = 16, 0
+    for i in range(4):
+        spent += 1 + left  # a class token, and pooled after the block
+        left = found.get(i, left)
+    assert 0.5 < spent / (4 * 17) <= 0.7
+    assert search_schedule(model, [images], budget=1.0, target="latency", counts=[8, 4]) == {3: 16}
+
+
+def test_options_are_as_patch_has_them(images):
+    model = build()
+    found = search_schedule(model, [images], budget=0.8, counts=COUNTS)
+    assert found == search_schedule(model, [images], budget=0.8, counts=COUNTS, blocks=iter(model.vit.layers))
+    assert min(search_schedule(model, [images], budget=0.9, init="bipartite").values()) >= 8
+
+
+def test_no_other_generator_is_seeded(images, monkeypatch):
+    def fail(seed):
+        raise AssertionError("seeds generators that are not restored")
+
+    model = build()
+    monkeypatch.setattr(torch, "manual_seed", fail)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
+    before = torch.get_rng_state()
+    search_schedule(model, [images], budget=0.8, counts=COUNTS)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- learn_schedule: PoWER-BERT's soft extraction

@@ -164,7 +164,7 @@ def main(argv=None) -> int:
     about = {
         "seed": 2026,
         "seed_searched": 5,
-        "searched_on": len(seen),
+        "searched_on": len(next(iter(seen.values()))),
         "threads": args.threads,
         "gallery": args.gallery,
     }

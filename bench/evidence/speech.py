@@ -15,6 +15,7 @@ goes on where it stopped; ``--report`` makes the record from the batches that ar
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import statistics
 import subprocess
@@ -49,7 +50,7 @@ METHODS: dict[str, dict] = {
     "score pruning": {"pooling": "prune"},
     "WK-Means, outside full": {"outside": "full"},
 }
-# slow, as what fails goes on until the limit: measured on the first batch of dense clips alone
+# measured on the first batch of dense clips alone, to save time: what fails goes on until the limit, or is told already
 FEW = {(name, k) for name in ("random", "score pruning") for k in TOKENS[1:]} | {("WK-Means, outside full", 750)}
 PLACES = "WK-Means, position_weight"
 TRIMMED = {"trimmed silence": 0, "trimmed, 4 s of silence left": 200}  # tokens of silence left
@@ -115,7 +116,12 @@ def clips(path: str, counts: dict[str, int]) -> dict[str, list[dict]]:
         found["padded"].sort(key=lambda clip: len(clip["samples"]))
         return found
 
-    return data.cached("speech-clips-" + "-".join(map(str, counts.values())), make)
+    lines = digest([Path(path).read_text()])
+    return data.cached("-".join(["speech-clips", lines, *map(str, counts.values())]), make)
+
+
+def digest(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 # ---- the study -------------------------------------------------------------------------------------------------------
@@ -163,7 +169,8 @@ def run(whisper, kind: str, spoken: list[dict], strength: float, say) -> dict[tu
     for n, part in enumerate(data.batches(len(spoken), BATCH)):
         batch = spoken[part]
         rows = [row for row in variants(kind, strength) if kind != "dense" or n == 0 or row[:2] not in FEW]
-        files = {row: re.sub(r"[^\w.]+", "-", f"speech-{kind}-{n}-{row[0]}-{row[1]}-{row[2]:g}") for row in rows}
+        texts = digest([clip["text"] for clip in batch])
+        files = {row: re.sub(r"[^\w.]+", "-", f"speech-{kind}-{texts}-{row[0]}-{row[1]}-{row[2]:g}") for row in rows}
         if say is None and not all((data.CACHE / f"{file}.pt").is_file() for file in files.values()):
             continue
         sounds = [clip["samples"].numpy() for clip in batch]

@@ -16,7 +16,8 @@
 // say of the rounded ones bounds the distances of the true ones; a token whose nearest center that leaves open is
 // settled by differences.
 //
-// Writes Tokens::norm, Centers::row and norm, and label and best of the assignment.
+// Writes Tokens::norm, Centers, and label and best of the assignment; where starting tokens are brought to the front,
+// also the order of the tokens.
 #pragma once
 
 #include "candidates.h"

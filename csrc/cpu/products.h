@@ -3,7 +3,8 @@
 //   score_ij = ||c_j||^2 - 2 <y_i, c_j>,   label_i = argmin_j score_ij,   bound_ig = min over j in g of score_ij, less
 //   the room that rounding needs                  T: C for packed panels, int32_t for panels of rounded tokens
 //
-// Writes bounds, label and best of the panels asked for; where they are rounded, best is an upper bound.
+// Writes bounds, label and best of the panels asked for; where they are rounded, best is an upper bound, and the
+// rounded panels, centers and norms are made here.
 #pragma once
 
 #include "bounds.h"

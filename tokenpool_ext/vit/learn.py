@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..checks import check_int
 from ..reduction import TokenReduction, _identity
 from . import finding, probing
+from .calibration import blocks_of, compared, inputs_of, places_of, refuse_patched
 from .patching import patched_blocks, remove_patch
-from .search import compared, inputs_of, places_of, refuse_patched
 
 __all__ = ["learn_schedule"]
 
@@ -44,7 +44,16 @@ class SoftExtract(TokenReduction):
         """Fewer than come, so that a patched block calls it."""
         return num_patches - 1
 
-    def forward(self, x, scores=None, *, features=None, positions=None, mask=None, sizes=None) -> tuple[Any, ...]:
+    def forward(
+        self,
+        x: Tensor,
+        scores: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> tuple[Any, ...]:
         p = self.num_prefix_tokens
         n = x.shape[1] - p
         if scores is None or sizes is None:
@@ -105,11 +114,11 @@ def learn_schedule(
     for name, value in (("penalty", penalty), ("lr", lr)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{NAME}: {name} must be finite and at least 0, got {value}")
-    found = finding.find_blocks(model, options.get("blocks"), NAME)
+    found = finding.find_blocks(model, blocks_of(options), NAME)
     refuse_patched(NAME, model)
     batches = inputs_of(NAME, batches)
     depth = len(found.blocks)
-    places = places_of(depth, range(max(depth - 1, 1)) if layers is None else layers)
+    places = places_of(NAME, depth, range(max(depth - 1, 1)) if layers is None else layers)
     from . import patch
 
     try:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from .. import cost as counting
 from ..checks import check_choice, check_int, check_ratio
 from ..reduction import TokenReduction
-from . import finding, probing, schedule
-from .inputs import batch_first, find_tokens
+from . import finding, probing
+from .calibration import blocks_of, compared, feature_of, inputs_of, places_of, refuse_patched
+from .inputs import batch_first, find_tokens, named, packed_ends
 from .patching import patched_blocks, patches, remove_patch
 
 __all__ = ["search_schedule"]
@@ -63,7 +64,8 @@ def search_schedule(
             result depends on nothing but model and batches. ``"latency"``: median seconds of a forward on this device,
             which are stepped: of counts that take the same time only the largest is used.
         layers: block indices (from 0, or negative) that may pool. Default: all.
-        counts: numbers of tokens that may be kept. Default: twelfths of all (prefix tokens not counted).
+        counts: numbers of tokens that may be kept. Default: twelfths of all (prefix tokens not counted; with
+            ``init="bipartite"`` at least half of them).
         feature: gives the (B, ...) tensor to compare of what the model returns. Default: ``logits``,
             ``pooler_output`` or the first floating tensor, the mean over the tokens if it has more than two dimensions.
         **options: of ``patch``, such as ``pooling=``, ``position=``, ``weighted=``; give the same to ``patch``.
@@ -81,10 +83,10 @@ def search_schedule(
     """
     budget = check_ratio(NAME, "budget", budget)
     check_choice(NAME, "target", target, ("macs", "latency"))
-    found = finding.find_blocks(model, options.get("blocks"), NAME)
+    found = finding.find_blocks(model, blocks_of(options), NAME)
     refuse_patched(NAME, model)
     batches = inputs_of(NAME, batches)
-    places = places_of(len(found.blocks), layers)
+    places = places_of(NAME, len(found.blocks), layers)
     from . import patch
 
     try:
@@ -92,6 +94,7 @@ def search_schedule(
         with probing.quiet(model):
             calls = [probing.as_call(batch) for batch in batches]
             search = _Search(model, found.blocks, places, calls, feature or feature_of)
+            search.least = -(-search.n // 2) if options.get("init") == "bipartite" else 1
             return search.run(budget, target, counts)
     finally:
         remove_patch(model)
@@ -103,8 +106,18 @@ class _Search:
     L blocks; the last entry of a list of costs, L + 1 long, is what is outside the blocks.
     """
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], places: list[int], calls: list, feature) -> None:
+    least = 1  # tokens that may be left
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Iterable[nn.Module],
+        places: list[int],
+        calls: list[Any],
+        feature: Callable[[Any], Any],
+    ) -> None:
         self.model, self.blocks, self.places, self.calls, self.feature = model, list(blocks), places, calls, feature
+        self.cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self.pools: dict[int, Any] = patched_blocks(model)
         for module in self.pools.values():
             if not isinstance(module, TokenReduction):
@@ -124,8 +137,11 @@ class _Search:
         plan = patches(self.model)[0][1].plan
         seen: set[int] = set()
 
-        def note(block: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.add(batch_first(find_tokens(args, kwargs)[1], plan.form.layout).shape[1] - plan.num_protected)
+        def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            at, tokens = find_tokens(args, kwargs)
+            if plan.form.layout == "packed" and packed_ends(named(block, args, kwargs, at)):
+                raise ValueError(f"{NAME}: batches must hold one sequence where the model takes them packed")
+            seen.add(batch_first(tokens, plan.form.layout).shape[1] - plan.num_protected)
 
         hook = self.blocks[self.places[0]].register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -137,9 +153,11 @@ class _Search:
         for i, module in self.pools.items():
             module.num_tokens = counts.get(i, self.n)
 
-    def output(self, call: tuple) -> Tensor:
+    def output(self, call: tuple[Any, ...]) -> Tensor:
         """(B, D) float64 feature of one batch."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not manual_seed: quiet() restores these alone
+        for device in self.cuda:
+            torch.cuda.default_generators[device.index].manual_seed(0)
         return compared(NAME, self.model(*call[0], **call[1]), self.feature)
 
     def loss(self, counts: Mapping[int, int]) -> float:
@@ -165,16 +183,19 @@ class _Search:
         return self.fit(budget, levels, losses, costs, measure)
 
     def even(self, parts: int) -> list[int]:
-        return sorted({max(1, round(self.n * k / parts)) for k in range(1, parts + 1)}, reverse=True)
+        counts = {max(1, round(self.n * k / parts)) for k in range(1, parts + 1)}
+        return sorted((count for count in counts if count >= self.least), reverse=True)
 
     def levels(self, counts: Iterable[int] | None) -> list[int]:
         """Counts, falling from all."""
         if counts is None:
             return self.even(LEVELS)
-        given = {check_int(NAME, "counts", count, 1) for count in counts}
+        given = {check_int(NAME, "counts", count, self.least) for count in counts}
         return sorted({self.n, *(count for count in given if count < self.n)}, reverse=True)
 
-    def fit(self, budget: float, levels: list[int], losses: Tensor, costs: Tensor, measure: Callable) -> dict[int, int]:
+    def fit(
+        self, budget: float, levels: list[int], losses: Tensor, costs: Tensor, measure: Callable[..., Any]
+    ) -> dict[int, int]:
         """The path of least loss that is within the budget when measured."""
         rest, steps = costs[-1, 0, 0].item(), costs[:-1]
         whole = rest + steps[:, 0, 0].sum().item()
@@ -206,7 +227,7 @@ class _Search:
 
     # --------------------------------------------------------------------------------------------------------- costs
 
-    def costs(self, levels: list[int], measure: Callable) -> Tensor:
+    def costs(self, levels: list[int], measure: Callable[..., Any]) -> Tensor:
         """(L + 1, G, G) what a block costs that levels[m] tokens enter and levels[n] leave.
 
         Blocks that pool are taken to be alike in what pooling costs: it is measured in the first, which all tokens
@@ -283,45 +304,8 @@ class _Search:
     def plateaus(self, levels: list[int]) -> list[int]:
         """At most LEVELS of the counts, none of which takes as long as a larger one."""
         first = self.places[0]
-        times = [sum(row[first + 1 :]) for row in self.seconds([{first: n} for n in levels])]
+        times = [sum(row[first:]) for row in self.seconds([{first: n} for n in levels])]
         return thinned(*steps_of(levels, times), LEVELS)
-
-
-def refuse_patched(name: str, model: nn.Module) -> None:
-    if patches(model):
-        raise ValueError(f"{name}: model must not be patched; unpatch(model) first")
-
-
-def inputs_of(name: str, batches: Iterable[Any]) -> list[Any]:
-    if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError(f"{name}: batches must be an iterable of inputs, got one {type(batches).__name__}; write [it]")
-    listed = list(batches)
-    if not listed:
-        raise ValueError(f"{name}: batches must hold at least one input of the model, got none")
-    return listed
-
-
-def places_of(depth: int, layers: Iterable[int] | None) -> list[int]:
-    return sorted(schedule.constant(depth, 1.0, range(depth) if layers is None else layers))
-
-
-def feature_of(output: Any) -> Any:
-    """``logits``, ``pooler_output`` or the first floating tensor, the mean over the tokens where there are some."""
-    for name in ("logits", "pooler_output"):
-        if isinstance(value := getattr(output, name, None), Tensor):
-            return value
-    values: Any = [output] if isinstance(output, Tensor) else output
-    values = values.values() if isinstance(values, Mapping) else values
-    first = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
-    return first.flatten(1, -2).mean(1) if first is not None and first.dim() > 2 else first
-
-
-def compared(name: str, output: Any, feature: Callable[[Any], Any] = feature_of) -> Tensor:
-    """(B, D) float64 feature of what a model returns."""
-    value = feature(output)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: feature must give a floating tensor, got {type(value).__name__}")
-    return value.flatten(1).double()
 
 
 def steps_of(levels: list[int], times: list[float]) -> tuple[list[int], list[float]]:

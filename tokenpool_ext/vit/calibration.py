@@ -1,0 +1,63 @@
+"""What a schedule is found with: the user's batches and blocks, and the feature that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..reference_steps import wide_dtype
+from . import schedule
+from .patching import patches
+
+
+def refuse_patched(name: str, model: nn.Module) -> None:
+    if patches(model):
+        raise ValueError(f"{name}: model must not be patched; unpatch(model) first")
+
+
+def inputs_of(name: str, batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"{name}: batches must be an iterable of inputs, got one {type(batches).__name__}; write [it]")
+    listed = list(batches)
+    if not listed:
+        raise ValueError(f"{name}: batches must hold at least one input of the model, got none")
+    return listed
+
+
+def blocks_of(options: dict[str, Any]) -> Any:
+    """``blocks`` of the options; they are read twice, so an iterator becomes a list there."""
+    if isinstance(options.get("blocks"), Iterator):
+        options["blocks"] = list(options["blocks"])
+    return options.get("blocks")
+
+
+def places_of(name: str, depth: int, layers: Iterable[int] | None) -> list[int]:
+    places = list(range(depth) if layers is None else layers)
+    if not places:
+        raise ValueError(f"{name}: layers must name at least one block, got none")
+    return sorted(schedule.constant(depth, 1.0, places))
+
+
+def feature_of(output: Any) -> Any:
+    """``logits``, ``pooler_output`` or the first floating tensor, the mean over the tokens where there are some."""
+    for name in ("logits", "pooler_output"):
+        if isinstance(value := getattr(output, name, None), Tensor):
+            return value
+    values: Any = [output] if isinstance(output, Tensor) else output
+    values = values.values() if isinstance(values, Mapping) else values
+    first = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    return first.flatten(1, -2).mean(1) if first is not None and first.dim() > 2 else first
+
+
+def compared(name: str, output: Any, feature: Callable[[Any], Any] = feature_of) -> Tensor:
+    """(B, D) float64 feature of what a model returns."""
+    value = feature(output)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: feature must give a floating tensor, got {type(value).__name__}")
+    if value.dim() < 2:
+        raise TypeError(
+            f"{name}: feature must give a tensor (B, ...) of 2 dimensions or more, got {tuple(value.shape)}"
+        )
+    return value.flatten(1).to(wide_dtype(value))
