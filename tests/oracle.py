@@ -142,6 +142,7 @@ def _central(x, w, members, mu):
     """Contract 3.2: the member with the least weighted sum of squared distances, through the mean identity."""
     if w[members].sum() == 0:
         return members[0]
+    members = members[w[members] > 0]
     d = [_distance(x[i], mu) for i in members]
     return members[d.index(min(d))]
 

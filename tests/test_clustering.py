@@ -301,9 +301,10 @@ def test_integer_weights_equal_repeated_tokens(backend, algorithm):
     torch.testing.assert_close(a.inertia, b.inertia, rtol=1e-4, atol=1e-5)
 
 
-def test_zero_weight_tokens_are_assigned_but_move_nothing(backend, algorithm):
+@pytest.mark.parametrize("seed", [0, 101])  # with 101 the member nearest to a mean weighs nothing
+def test_zero_weight_tokens_are_assigned_but_move_nothing(backend, algorithm, seed):
     B, N, K = 2, 24, 4
-    x = tokens(B, N, 3, device=backend.device, groups=K)
+    x = tokens(B, N, 3, device=backend.device, groups=K, seed=seed)
     w = positive_weights(B, N, device=backend.device)
     w[:, ::3] = 0
     init = torch.tensor([[1, 4, 7, 10]], device=backend.device).expand(B, -1)
@@ -321,8 +322,20 @@ def test_zero_weight_tokens_are_assigned_but_move_nothing(backend, algorithm):
     assert_identical(a.assignment[:, keep], b.assignment)
     torch.testing.assert_close(a.mass, b.mass)
     torch.testing.assert_close(a.inertia, b.inertia, rtol=1e-4, atol=1e-5)
-    if algorithm == "kmeans":
-        torch.testing.assert_close(a.centers, b.centers, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.centers, b.centers, rtol=1e-5, atol=1e-5)
+
+
+def test_a_medoid_weighs_something(backend):
+    x = torch.tensor([[[0.0], [2.0], [1.0], [4.0], [100.0]]], device=backend.device)
+    w = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0]], device=backend.device)
+    x[0, 2, 0] = 2.001
+    init = torch.tensor([[0, 4]], device=backend.device)
+    got = run("kmedoids", backend, x, 2, weights=w, init=init)
+    assert got.medoids.tolist() == [[1, 4]] and got.assignment.tolist() == [[0, 0, 0, 0, 1]]
+    x[0, 1, 0], w[0, 1] = 2.1, 0.5  # the mean, 2.02, is nearest to the token that weighs nothing
+    assert run("kmedoids", backend, x, 2, weights=w, init=init).medoids.tolist() == [[1, 4]]
+    w[0, :4] = 0
+    assert run("kmedoids", backend, x, 2, weights=w, init=init).medoids.tolist() == [[0, 4]], "no weights: the lowest"
 
 
 def test_all_weights_zero_falls_back_to_plain_means(backend, algorithm):

@@ -191,6 +191,7 @@ def medoids(assignment: Tensor, centers: Tensor, mass: Tensor, p: Problem) -> Te
     distance = (p.centered - gather_rows(centers, assignment)).square().sum(-1)
     index = assignment.clamp(min=0)
     distance = torch.where(_count(assignment, p).gather(1, index) == 2, -p.weights, distance)
+    distance = torch.where(p.weights > 0, distance, torch.inf)  # what weighs nothing moves nothing
     distance = torch.where(mass.gather(1, index) > 0, distance, 0)
     return _least_member(distance, assignment, p)
 

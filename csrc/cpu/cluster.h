@@ -158,6 +158,7 @@ class Clustering {
     int32_t nearest = member[0];
     C least = std::numeric_limits<C>::infinity();
     for (int64_t m = 0; m < count; ++m) {
+      if (tokens_.weight && !(tokens_.weight[member[m]] > 0)) continue;  // what weighs nothing moves nothing
       const C distance = on_gram_ ? tokens_.norm[member[m]] - C(2) * mean[member[m]]
                                   : tokens_.squared_difference(tokens_.row(member[m]), mean);
       if (distance < least) {

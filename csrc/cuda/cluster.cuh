@@ -100,6 +100,7 @@ __device__ inline int nearest_member(const Gram& gram, const ClusterState& s, in
 #pragma unroll 1
   for (int m = begin; m < end && total > 0.0f; ++m) {
     const int i = s.order[m];
+    if (!(s.weight[i] > 0.0f)) continue;  // what weighs nothing moves nothing
     const float distance = end - begin == 2 ? -s.weight[i] : gram(i, i) - 2.0f * product[i];
     if (distance < best) {
       best = distance;

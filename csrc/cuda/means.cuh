@@ -146,6 +146,7 @@ __global__ void __launch_bounds__(128, 4) update_kernel(UpdateArgs a) {
         float best = infinity();
         for (int m = 0; m < length; ++m) {
           const int token = members[m];
+          if (!(shares.weight(token) > 0.0f)) continue;  // what weighs nothing moves nothing
           float distance = 0.0f;
           if (length == 2) {  // decided on the weights: the two distances differ by rounding only
             distance = -shares.weight(token);

@@ -174,9 +174,10 @@ def nearest_member(
             gap = tl.where((e < size)[:, None], rows - mu[None, :], 0.0)
             distance += tl.sum(gap * gap, axis=1)
         distance = no_nan(distance, float("inf"))
+        w = tl.load(wn + token, mask=e < size, other=0.0)
         if size == 2:  # both are equally far from the mean up to its rounding: the heavier one decides
-            distance = -tl.load(wn + token, mask=e < size, other=0.0)
-        distance = tl.where(e < size, distance, float("inf"))
+            distance = -w
+        distance = tl.where(w > 0, distance, float("inf"))  # what weighs nothing moves nothing
         least, where = tl.min(distance, axis=0, return_indices=True)
         win = (least < best) & (weight != 0)
         at_token = tl.load(lst + e0 + where, mask=win, other=0)

@@ -225,6 +225,7 @@ def _update(
             e = tl.load(gram + i.to(tl.int64) * (row + 1), mask=valid, other=0.0)
             e = no_nan(e - 2.0 * tl.load(inner + i, mask=valid, other=0.0), float("inf"))
             w = tl.load(wn + i, mask=valid, other=0.0)
+            e = tl.where(w > 0, e, float("inf"))  # what weighs nothing moves nothing
             beaten = tl.zeros([TI, TL], tl.int32)
             for l0 in range(0, N, TL):
                 k = l0 + tl.arange(0, TL)
@@ -233,6 +234,7 @@ def _update(
                 ek = tl.load(gram + k.to(tl.int64) * (row + 1), mask=other >= 0, other=0.0)
                 ek = no_nan(ek - 2.0 * tl.load(inner + k, mask=other >= 0, other=0.0), float("inf"))
                 wk = tl.load(wn + k, mask=other >= 0, other=0.0)
+                ek = tl.where(wk > 0, ek, float("inf"))
                 before = k[None, :] < i[:, None]
                 ahead = (ek[None, :] < e[:, None]) | ((ek[None, :] == e[:, None]) & before)
                 heavier = (wk[None, :] > w[:, None]) | ((wk[None, :] == w[:, None]) & before)
