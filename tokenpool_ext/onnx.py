@@ -128,6 +128,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
             offset = _squared(centered, norm, centers)
             pair = member.sum(1, keepdim=True) == 2  # of two, the heavier; of weightless ones, the first
             offset = torch.where(pair, -w[:, :, None], offset)
+            offset = torch.where((w > 0)[:, :, None], offset, torch.inf)  # what weighs nothing moves nothing
             offset = torch.where((mass > 0)[:, None, :], offset, 0.0)
             medoids = _nearest_member(member, offset)
             centers = _rows(centered, medoids)
