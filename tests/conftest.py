@@ -184,6 +184,15 @@ def _required_backends_are_present(pytestconfig):
         pytest.fail("required backends are absent: " + "; ".join(absent), pytrace=False)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so tiny that more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def threads():
     """Restores torch's thread count; call it with a number to set it."""

@@ -322,3 +322,33 @@ def distinct_partitions(a, b):
     """True when two label arrays describe different partitions (labels may be renamed)."""
     pairs = set(zip(a.tolist(), b.tolist()))
     return not (len(pairs) == len({p for p, _ in pairs}) == len({q for _, q in pairs}))
+
+
+def tiny_vit(name: str, **extra):
+    """A model of transformers for 5 labels: 4 blocks of width 32, 4 heads, 16 patches of a 56 x 56 image."""
+    import transformers
+
+    kind = {"dinov2": "Dinov2", "dinov2-registers": "Dinov2WithRegisters", "vit": "ViT", "deit": "DeiT"}[name]
+    config = getattr(transformers, f"{kind}Config")(
+        **{
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "num_labels": 5,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            **({"layerscale_value": 0.5} if "dinov2" in name else {"intermediate_size": 64}),
+            **extra,
+        }
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    with torch.no_grad():  # the initial weights are so small that attention is uniform
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+            elif "token" in name or "position" in name:
+                parameter.normal_()
+    return model

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import tiny_vit
 from torch import nn
 
 import tokenpool_ext as tp
@@ -16,43 +17,18 @@ from tokenpool_ext.vit.learn import SoftExtract
 from tokenpool_ext.vit.search import _Search, cheapest, least_cost, steps_of, thinned
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNTS = (12, 8, 4, 1)  # of 16: few, so that it is fast
 
 
-def build(seed: int = 0, **extra) -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=56,
-        patch_size=14,
-        num_labels=5,
-        **extra,
-    )
-    torch.manual_seed(seed)
-    model = transformers.ViTForImageClassification(config).eval()
-    with torch.no_grad():  # the initial weights are so small that attention is uniform
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3)
-            elif "token" in name or "position" in name:
-                parameter.normal_()
-    return model
+def build(**extra) -> nn.Module:
+    return tiny_vit("vit", **extra)
 
 
 @pytest.fixture
 def images():
     return torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def share(model, images, counts, **options) -> float:

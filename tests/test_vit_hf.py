@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from helpers import tiny_vit as build
 from torch import nn
 from torch.nn.utils import prune
 
@@ -21,35 +22,7 @@ from tokenpool_ext.vit.tap import significance
 
 transformers = pytest.importorskip("transformers")
 
-COMMON = dict(
-    hidden_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    image_size=56,
-    patch_size=14,
-    num_labels=5,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
 PATCHES = 16
-
-
-def build(name: str, **extra):
-    kind = {"dinov2": "Dinov2", "dinov2-registers": "Dinov2WithRegisters", "vit": "ViT", "deit": "DeiT"}[name]
-    if "dinov2" in name:
-        extra = {"layerscale_value": 0.5, **extra}
-    else:
-        extra = {"intermediate_size": 64, **extra}
-    config = getattr(transformers, f"{kind}Config")(**COMMON, **extra)
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
-    with torch.no_grad():  # the initial weights are so small that attention is uniform
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.3)
-            elif "token" in name or "position" in name:
-                parameter.normal_()
-    return model
 
 
 def patch(model, **options):
@@ -57,13 +30,7 @@ def patch(model, **options):
     return vit.patch(model, **{"outside": "short", **options})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 PREFIX = {"dinov2": 1, "dinov2-registers": 5, "vit": 1, "deit": 2}

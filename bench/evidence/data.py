@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 from collections import Counter
@@ -94,6 +95,11 @@ def crops(count: int, *, held_out: bool, seed: int = 0) -> torch.Tensor:
     """(count, 3, 224, 224): crops of photographs, those that chose defaults or those held back."""
     images, _ = random_crops(held_out_photos() if held_out else load_photos(), count, seed=seed)
     return to_pixels(images)
+
+
+def digest(content: bytes | str) -> str:
+    """Of what a file's name must tell apart."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
 
 
 def cached(name: str, make):

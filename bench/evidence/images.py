@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import sys
 
 import torch
@@ -120,8 +119,7 @@ def pooled(model, arguments: dict, budget: float):
 
 
 def chunk_file(task: Task, number: int, variant) -> str:
-    digest = hashlib.sha256(repr(variant).encode()).hexdigest()[:10]
-    return f"{task.key}-{number}-{digest}"
+    return f"{task.key}-{number}-{data.digest(repr(variant))}"
 
 
 def run(task: Task, wanted: dict, say) -> None:

@@ -10,7 +10,6 @@ its steps allow. Features are kept in bench/.cache: an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from unittest import mock
 
@@ -51,8 +50,7 @@ def searched(budget: float, seen: torch.Tensor, model, losses: dict, say) -> dic
             found = search_schedule(model, [seen[:1], seen[1:]], budget=budget)  # MACs are counted on one
         return {"found": found, "seconds": time.process_time() - start}
 
-    key = hashlib.sha256(seen.numpy().tobytes()).hexdigest()[:10]
-    found = data.cached(f"schedule-{key}-{budget:g}", search)
+    found = data.cached(f"schedule-{data.digest(seen.numpy().tobytes())}-{budget:g}", search)
     say(f"{budget:g}: {found['found']} in {found['seconds']:.0f} s of the processor")
     return {"num_tokens": found["found"]}
 
@@ -127,8 +125,7 @@ def main(argv=None) -> int:
                 finally:
                     unpatch(model)
 
-            digest = hashlib.sha256(repr((name, sum(map(len, parts)), arguments)).encode()).hexdigest()[:10]
-            return data.cached(f"schedules-{digest}", make)
+            return data.cached(f"schedules-{data.digest(repr((name, sum(map(len, parts)), arguments)))}", make)
 
         gallery, base = task and task.gallery(model), run({})
 

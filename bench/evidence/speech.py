@@ -15,7 +15,6 @@ goes on where it stopped; ``--report`` makes the record from the batches that ar
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import statistics
 import subprocess
@@ -116,12 +115,8 @@ def clips(path: str, counts: dict[str, int]) -> dict[str, list[dict]]:
         found["padded"].sort(key=lambda clip: len(clip["samples"]))
         return found
 
-    lines = digest([Path(path).read_text()])
+    lines = data.digest(Path(path).read_bytes())
     return data.cached("-".join(["speech-clips", lines, *map(str, counts.values())]), make)
-
-
-def digest(texts: list[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 # ---- the study -------------------------------------------------------------------------------------------------------
@@ -169,7 +164,7 @@ def run(whisper, kind: str, spoken: list[dict], strength: float, say) -> dict[tu
     for n, part in enumerate(data.batches(len(spoken), BATCH)):
         batch = spoken[part]
         rows = [row for row in variants(kind, strength) if kind != "dense" or n == 0 or row[:2] not in FEW]
-        texts = digest([clip["text"] for clip in batch])
+        texts = data.digest("\n".join(clip["text"] for clip in batch))
         files = {row: re.sub(r"[^\w.]+", "-", f"speech-{kind}-{texts}-{row[0]}-{row[1]}-{row[2]:g}") for row in rows}
         if say is None and not all((data.CACHE / f"{file}.pt").is_file() for file in files.values()):
             continue

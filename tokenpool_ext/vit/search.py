@@ -93,8 +93,7 @@ def search_schedule(
         patch(model, keep_ratio=1.0, layers=places, **{"example": batches[0], **options})
         with probing.quiet(model):
             calls = [probing.as_call(batch) for batch in batches]
-            search = _Search(model, found.blocks, places, calls, feature or feature_of)
-            search.least = -(-search.n // 2) if options.get("init") == "bipartite" else 1
+            search = _Search(model, found.blocks, places, calls, feature or feature_of, options.get("init"))
             return search.run(budget, target, counts)
     finally:
         remove_patch(model)
@@ -106,8 +105,6 @@ class _Search:
     L blocks; the last entry of a list of costs, L + 1 long, is what is outside the blocks.
     """
 
-    least = 1  # tokens that may be left
-
     def __init__(
         self,
         model: nn.Module,
@@ -115,9 +112,9 @@ class _Search:
         places: list[int],
         calls: list[Any],
         feature: Callable[[Any], Any],
+        init: Any,
     ) -> None:
         self.model, self.blocks, self.places, self.calls, self.feature = model, list(blocks), places, calls, feature
-        self.cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self.pools: dict[int, Any] = patched_blocks(model)
         for module in self.pools.values():
             if not isinstance(module, TokenReduction):
@@ -130,6 +127,7 @@ class _Search:
         if len(lengths) > 1:
             raise ValueError(f"{NAME}: batches must have one number of tokens, got {sorted(lengths)}")
         self.n = lengths.pop()
+        self.least = -(-self.n // 2) if init == "bipartite" else 1  # tokens that may be left
 
     @contextmanager
     def length(self) -> Iterator[set[int]]:
@@ -155,9 +153,7 @@ class _Search:
 
     def output(self, call: tuple[Any, ...]) -> Tensor:
         """(B, D) float64 feature of one batch."""
-        torch.default_generator.manual_seed(0)  # not manual_seed: quiet() restores these alone
-        for device in self.cuda:
-            torch.cuda.default_generators[device.index].manual_seed(0)
+        probing.reseed(self.model)
         return compared(NAME, self.model(*call[0], **call[1]), self.feature)
 
     def loss(self, counts: Mapping[int, int]) -> float:
