@@ -3,18 +3,16 @@
     python -m bench.evidence.train base                   # the whole model (28 x 28 pixels, patch 2, 196 tokens)
     python -m bench.evidence.train narrow                 # fewer features instead of fewer tokens: 42% fewer MACs
     python -m bench.evidence.train tune --method kmeans   # from base; budgets drawn per batch, evaluated at each
-    python -m bench.evidence.train table                  # the table, from the records
+    python -m bench.evidence.train record                 # bench/results/evidence-train.json, from the finished runs
 
 Any of them stopped and started again goes on from its last checkpoint (every minute). Under `torchrun` it is data
-parallel. Fashion-MNIST comes from Debian's package dataset-fashion-mnist (or --data DIR with the four .gz files).
-Records: one line a run in bench/results/evidence-train.json.
+parallel. Fashion-MNIST comes from Debian's package dataset-fashion-mnist. Intervals: 95%, paired bootstrap over images.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
+import itertools
 import math
 import os
 import time
@@ -25,10 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import tokenpool_ext as tp
-from bench import machine
+from tokenpool_ext.cost import gmacs
 
-RECORD = Path(__file__).parents[1] / "results" / "evidence-train.json"
+from . import data
+
 METHODS = {
+    "none": None,  # as many steps more, with all tokens: what the others are held against
     "kmeans": lambda k: tp.TokenPooling(k),
     "kmedoids": lambda k: tp.TokenPooling(k, algorithm="kmedoids"),
     "kmeans-unweighted": lambda k: tp.TokenPooling(k, weighted=False),
@@ -44,7 +44,7 @@ BUDGETS = (0.9, 0.8, 0.7, 0.58, 0.45, 0.35)  # shares of the whole model's MACs
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; also returns the attention that each token received, when asked."""
+    """Pre-norm transformer block; also returns the attention that each token received."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -53,13 +53,16 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, sizes=None, want_scores=False):
+    def forward(self, x, sizes=None):
         b, n, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         bias = None if sizes is None else sizes.log()[:, None, None].to(q.dtype)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(b, n, d))
+        # Plain products: under bfloat16 autocast a step takes two thirds of the time of the CPU's fused attention.
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        weights = (logits if bias is None else logits + bias).softmax(-1, dtype=logits.dtype)
+        x = x + self.out((weights @ v).transpose(1, 2).reshape(b, n, d))
         x = x + self.mlp(self.norm2(x))
-        return x, tp.attention_received(q, k) if want_scores else None
+        return x, weights.detach().sum((1, 2), dtype=torch.float32)
 
 
 class ViT(nn.Module):
@@ -80,52 +83,52 @@ class ViT(nn.Module):
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.position
         sizes = None
         for i, block in enumerate(self.blocks):
-            layer = self.reduce.get(i)
-            x, scores = block(x, sizes, layer is not None and layer.needs_scores)
-            if layer is not None:
+            x, scores = block(x, sizes)
+            if i in self.reduce:
                 sizes = x.new_ones(x.shape[:2], dtype=torch.float32) if sizes is None else sizes
-                x, sizes = layer(x, scores, sizes=sizes)
+                x, sizes = self.reduce[i](x, scores, sizes=sizes)
         return self.head(self.norm(x)[:, 0])
 
 
-def macs(dim: int, depth: int, counts: dict[int, int], clustering: bool) -> int:
-    """Multiply-adds of one image, a Gram product a pooling included; counts: patch tokens after a block."""
-    total, n = 196 * 4 * dim + 10 * dim, 196
-    for i in range(depth):
-        total += 12 * (n + 1) * dim * dim + 2 * (n + 1) ** 2 * dim
-        if i in counts:
-            total += n * n * dim if clustering else 0
-            n = counts[i]
-    return total
+def cost(model: ViT, reduce: dict[int, nn.Module]) -> float:
+    """GMAC of one image, as tokenpool_ext counts them: clustering and matching included."""
+    model.reduce = reduce
+    return gmacs(model, torch.zeros(1, 1, 28, 28))
 
 
-def schedule(budget: float, dim: int = 64, depth: int = 6) -> dict[int, int]:
-    """A constant keep ratio after the blocks at 1/6, 1/2 and 2/3 of the depth that comes nearest to `budget`."""
-    layers, whole = (depth // 6 - 1, depth // 2 - 1, 2 * depth // 3 - 1), macs(dim, depth, {}, False)
-    best = None
-    for thousandth in range(100, 1000, 2):
+def schedule(method: str, budget: float) -> tuple[dict[int, int], float]:
+    """Block -> patch tokens kept after it, and the share of the whole model's MACs: at most `budget`, methods count.
+
+    One ratio after the blocks at 1/6, 1/2 and 2/3 of the depth.
+    """
+    model = ViT()
+    layers, whole = (model.depth // 6 - 1, model.depth // 2 - 1, 2 * model.depth // 3 - 1), cost(model, {})
+
+    def kept(thousandth: int) -> tuple[dict[int, int], float]:
         counts, n = {}, 196
         for layer in layers:
-            n = max(1, round(n * thousandth / 1000))
-            counts[layer] = n
-        miss = abs(macs(dim, depth, counts, True) / whole - budget)
-        if best is None or miss < best[0]:
-            best = (miss, counts)
-    return best[1]
+            counts[layer] = n = max(1, round(n * thousandth / 1000))
+        return counts, cost(model, reductions(method, counts)) / whole
+
+    low, high = 1, 1000
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if kept(middle)[1] <= budget else (low, middle)
+    return kept(low)
 
 
-def fashion_mnist(folder: str, train: bool):
-    """(images (n, 1, 28, 28) float32 standardised, labels (n,))."""
-    kind = "train" if train else "t10k"
-
-    def read(name, skip):
-        return torch.frombuffer(bytearray(gzip.open(Path(folder) / name).read()[skip:]), dtype=torch.uint8)
-
-    images = read(f"{kind}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28).float() / 255
-    return (images - 0.286) / 0.353, read(f"{kind}-labels-idx1-ubyte.gz", 8).long()
+def pictures(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """("train" | "t10k") -> images (n, 1, 28, 28) float32, standardised, labels (n,)."""
+    images, labels = data.fashion(split)
+    return (torch.from_numpy(images.copy())[:, None].float() / 255 - 0.286) / 0.353, labels
 
 
-def run(args) -> dict:
+def reductions(method: str, counts: dict[int, int]) -> dict[int, nn.Module]:
+    make = METHODS[method]
+    return {} if make is None else {i: make(k) for i, k in counts.items()}
+
+
+def run(args) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         torch.distributed.init_process_group("gloo")
@@ -143,7 +146,7 @@ def run(args) -> dict:
     decay = [p for p in model.parameters() if p.dim() > 1]
     other = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}])
-    images, labels = fashion_mnist(args.data, True)
+    images, labels = pictures("train")
     batch = args.batch // world
     per_epoch = len(images) // args.batch
     steps, step, spent = int(args.epochs * per_epoch), 0, 0.0
@@ -152,13 +155,15 @@ def run(args) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["seconds"]
-    budgets = {budget: schedule(budget) for budget in BUDGETS}
+    budgets = (
+        {budget: schedule(args.method, budget)[0] for budget in BUDGETS} if tuning and METHODS[args.method] else {}
+    )
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     start = saved = time.time()
 
-    def save():
+    def save(**results):
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, **results}
             torch.save({**state, "seconds": spent + time.time() - start}, f"{checkpoint}.new")
             os.replace(f"{checkpoint}.new", checkpoint)
 
@@ -178,8 +183,8 @@ def run(args) -> dict:
             group["lr"] = rate
         if tuning:
             shared = torch.Generator().manual_seed(args.seed + step)
-            counts = budgets[BUDGETS[int(torch.randint(len(BUDGETS), (), generator=shared))]]
-            model.reduce = {i: METHODS[args.method](k) for i, k in counts.items()}
+            drawn = BUDGETS[int(torch.randint(len(BUDGETS), (), generator=shared))]
+            model.reduce = reductions(args.method, budgets.get(drawn, {}))
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss = F.cross_entropy(forward(x), y, label_smoothing=0.1)
         optimizer.zero_grad()
@@ -197,82 +202,74 @@ def run(args) -> dict:
             save()
             saved = time.time()
     save()
-    whole = macs(64, 6, {}, False)
-    out = {
-        "run": name,
-        "method": args.method if tuning else args.what,
-        "epochs": args.epochs,
-        "seed": args.seed,
-        "test": args.test,
-    }
-    out["seconds"] = round(spent + time.time() - start)
-    if tuning:
-        out["accuracy"] = {}
-        for budget, counts in budgets.items():
-            torch.manual_seed(0)
-            model.reduce = {i: METHODS[args.method](k) for i, k in counts.items()}
-            clusters = args.method.startswith(("kmeans", "kmedoids"))
-            cost = macs(64, 6, counts, clusters) / whole
-            out["accuracy"][f"{budget:g}"] = [
-                round(accuracy(model, args), 2),
-                round(cost, 3),
-                list(counts.values()),
-            ]
-    else:
-        out["accuracy"] = {"whole": [round(accuracy(model, args), 2), round(macs(dim, 6, {}, False) / whole, 3)]}
-        if args.what == "base":  # off the shelf, before any fine-tuning
-            out["untuned"] = {}
-            for method, make in METHODS.items():
-                torch.manual_seed(0)
-                rows = {}
-                for budget, counts in budgets.items():
-                    model.reduce = {i: make(k) for i, k in counts.items()}
-                    rows[f"{budget:g}"] = round(accuracy(model, args), 2)
-                out["untuned"][method] = rows
-    return out if rank == 0 else {}
+    if rank > 0:
+        return
+    right = {}  # (method, budget) -> which test images are right
+    for budget in budgets or (1.0,):
+        model.reduce = reductions(args.method, budgets.get(budget, {}))
+        right[args.method if tuning else args.what, budget] = correct(model, args)
+    if args.what == "base":  # off the shelf, before any fine-tuning
+        for method, budget in itertools.product(METHODS, BUDGETS):
+            if METHODS[method]:
+                model.reduce = reductions(method, schedule(method, budget)[0])
+                right[method, budget] = correct(model, args)
+    for (method, budget), found in right.items():
+        print(f"{name}: {method}, {budget:g}: {found.float().mean():.4f}", flush=True)
+    save(right=right, about={"what": args.what, "epochs": args.epochs, "seed": args.seed, "bf16": args.bf16})
 
 
 @torch.no_grad()
-def accuracy(model: ViT, args) -> float:
-    """Top-1 on the first `--test` of the 10,000 test images, in percent."""
-    images, labels = (t[: args.test] for t in fashion_mnist(args.data, False))
+def correct(model: ViT, args) -> torch.Tensor:
+    """(--test,) bool: which of the first test images are put into their class."""
+    images, labels = (t[: args.test] for t in pictures("t10k"))
+    torch.manual_seed(0)  # for the methods that draw
     model.eval()
-    right = sum(
-        (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(250), labels.split(250), strict=True)
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        found = torch.cat([model(x).argmax(1) for x in images.split(250)])
     model.train()
-    return right / len(labels) * 100
+    return found == labels
 
 
-def records() -> list[dict]:
-    return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
-
-
-def table() -> str:
-    """Markdown: accuracy at each budget, mean over seeds."""
-    rows, found = [], records()
-    for record in found:
-        if record["method"] in ("base", "narrow"):
-            accuracy, share = record["accuracy"]["whole"]
-            rows.append(f"| {record['method']} ({share:.2f} of the MACs, seed {record['seed']}) | {accuracy} |")
-    lines = ["| model | top-1 |", "|---|---|", *rows, ""]
-    for key, title in (("accuracy", "fine-tuned"), ("untuned", "off the shelf")):
-        lines += [f"| {title}, share of MACs | " + " | ".join(f"{b:g}" for b in BUDGETS) + " |", "|---" * 7 + "|"]
-        for method in METHODS:
-            runs = [r["accuracy"] for r in found if r["method"] == method]
-            if key == "untuned":
-                runs = [r["untuned"][method] for r in found if "untuned" in r]
-                runs = [{b: [v] for b, v in r.items()} for r in runs]
-            if runs:
-                means = [sum(r[f"{b:g}"][0] for r in runs) / len(runs) for b in BUDGETS]
-                lines.append(f"| {method} | " + " | ".join(f"{m:.1f}" for m in means) + " |")
-        lines.append("")
-    return "\n".join(lines)
+def record(args) -> Path:
+    """The finished runs, each against the whole model trained as long and against WK-Means of the same seed."""
+    runs = [torch.load(path) for path in sorted(Path(args.cache).glob("*.pt"))]
+    runs = [run for run in runs if "right" in run]
+    all_right = {
+        (run["about"]["seed"], run["about"]["what"] == "tune", *key): (found, run)
+        for run in runs
+        for key, found in run["right"].items()
+    }
+    whole, records = cost(ViT(), {}), []
+    for (seed, tuned, method, budget), (found, run) in all_right.items():
+        row = {"method": method, "tuned": tuned, "seed": seed, "epochs": run["about"]["epochs"]}
+        if method in ("base", "none", "narrow"):
+            row["macs"] = round(cost(ViT(NARROW), {}) / whole, 3) if method == "narrow" else 1.0
+        else:
+            counts, share = schedule(method, budget)
+            row |= {"budget": budget, "counts": list(counts.values()), "macs": round(share, 3)}
+        row["accuracy"] = round(found.double().mean().item(), 4)
+        # The narrow model saw as many images as the base and its fine-tuning together.
+        last = tuned or method == "narrow"
+        references = {"all": (seed, last, "none" if last else "base", 1.0), "wkmeans": (seed, last, "kmeans", budget)}
+        if method == "narrow":
+            references["wkmeans"] = (seed, last, "kmeans", 0.58)
+        for name, key in references.items():
+            if key in all_right and all_right[key][0] is not found:
+                difference = found.double() - all_right[key][0].double()
+                row[f"minus_{name}"] = round(difference.mean().item(), 4)
+                row[f"minus_{name}_95"] = [round(v, 4) for v in data.interval(difference)]
+        records.append(row)
+    about = {
+        "what": "ViT of 6 blocks, 64 features, 2 heads, 196 tokens from scratch on Fashion-MNIST",
+        "images": len(next(iter(all_right.values()))[0]),
+        "seconds": {f"{r['about']['what']} {next(iter(r['right']))[0]}": round(r["seconds"]) for r in runs},
+    }
+    return data.save("train", about, {"records": records})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "narrow", "tune", "table"))
+    parser.add_argument("what", choices=("base", "narrow", "tune", "record"))
     parser.add_argument("--method", choices=tuple(METHODS), default="kmeans")
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--base-epochs", type=float, default=4)
@@ -281,19 +278,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
-    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/tokenpool_ext/train"))
+    parser.add_argument("--cache", default=str(data.CACHE / "train"))
     args = parser.parse_args()
-    if args.what == "table":
-        print(table())
-        return
-    out = run(args)
-    if out:
-        stamp = machine.stamp("bench.evidence.train")
-        out["machine"] = {key: stamp[key] for key in ("date", "commit", "cpu", "torch") if key in stamp}
-        with open(RECORD, "a") as file:
-            file.write(json.dumps(out) + "\n")
-        print(json.dumps(out))
+    if args.what == "record":
+        print(record(args))
+    else:
+        run(args)
 
 
 if __name__ == "__main__":
