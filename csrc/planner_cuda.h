@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda/args.h"
+#include "cuda/sizes.h"
 
 namespace tokenpool {
 namespace cuda {

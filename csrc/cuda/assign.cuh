@@ -7,6 +7,7 @@
 // centers only.
 #pragma once
 
+#include "args_streaming.h"
 #include "distances.cuh"
 #include "tile.cuh"
 

@@ -7,6 +7,7 @@
 // Both tiled kernels: 256 threads, eight warps 4 x 2, each 32 queries x 32 keys.
 #pragma once
 
+#include "args_pool.h"
 #include "tile.cuh"
 
 namespace tokenpool {

@@ -2,6 +2,7 @@
 // the members of every cluster. Also used by pool and by unpool's backward, which bucket a given assignment.
 #pragma once
 
+#include "args_streaming.h"
 #include "members.cuh"
 
 namespace tokenpool {

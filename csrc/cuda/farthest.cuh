@@ -7,6 +7,7 @@
 // number counts as 0.
 #pragma once
 
+#include "args_streaming.h"
 #include "state.cuh"
 
 namespace tokenpool {

@@ -2,7 +2,8 @@
 // Implemented by the .cu files, and by the host simulator of the tests. 0 means success, else a cudaError_t.
 #pragma once
 
-#include "args.h"
+#include "args_pool.h"
+#include "args_streaming.h"
 
 namespace tokenpool {
 namespace cuda {

@@ -3,6 +3,8 @@
 // every 128, and members are added in ascending order.
 #pragma once
 
+#include "args_pool.h"
+#include "args_streaming.h"
 #include "sums.cuh"
 
 namespace tokenpool {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../planner_cuda.h"
-#include "args.h"
+#include "args_pool.h"
 
 namespace tokenpool {
 namespace cuda {

@@ -1,6 +1,7 @@
 // Copies and gradients around a given assignment: unpool, the gradient of pool. One warp per token.
 #pragma once
 
+#include "args_pool.h"
 #include "common.cuh"
 
 namespace tokenpool {

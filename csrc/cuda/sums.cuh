@@ -2,6 +2,7 @@
 // of every 128, and members are added in ascending order.
 #pragma once
 
+#include "args_pool.h"
 #include "common.cuh"
 
 namespace tokenpool {
