@@ -140,7 +140,7 @@ def test_copies_share_their_weights(tiny):
     assert copy is not tiny and len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("pooling, dropped", [("kmeans", False), ("kmedoids", False), ("prune", True), ("grid", False)])
+@pytest.mark.parametrize("pooling, dropped", [("kmeans", False), ("kmedoids", False), ("score", True), ("grid", False)])
 def test_labels_follow_the_patches_through_the_model(tiny, pooling, dropped):
     from tokenpool_ext.demo import pictures
     from tokenpool_ext.vit import patch

@@ -29,13 +29,13 @@ LAYERS = {
     "kmeans-unweighted": lambda **kw: TokenPooling(K, weighted=False, num_prefix_tokens=P, **kw),
     "kmedoids": lambda **kw: TokenPooling(K, algorithm="kmedoids", num_prefix_tokens=P, **kw),
     "kmedoids-mean": lambda **kw: TokenPooling(K, algorithm="kmedoids", emit="mean", num_prefix_tokens=P, **kw),
-    "prune": lambda **kw: ScorePruning(K, num_prefix_tokens=P, **kw),
+    "score": lambda **kw: ScorePruning(K, num_prefix_tokens=P, **kw),
     "importance": lambda **kw: ImportanceSampling(K, seed=3, num_prefix_tokens=P, **kw),
     "random": lambda **kw: RandomSelection(K, seed=3, num_prefix_tokens=P, **kw),
     "grid": lambda **kw: GridPooling(K, num_prefix_tokens=P, **kw),
     "bipartite": lambda **kw: BipartiteMatching(K, num_prefix_tokens=P, **kw),
 }
-SELECTIONS = ("prune", "importance", "random")
+SELECTIONS = ("score", "importance", "random")
 
 
 @pytest.fixture(params=LAYERS)
@@ -97,7 +97,7 @@ def test_selection_and_medoids_are_rows(tokens):
         picked = x[:, P:].gather(1, clusters.medoids[:, :, None].expand(-1, -1, D))
         assert torch.equal(y[:, P:], picked), name
     top = scores[:, P:].topk(K).indices.sort(1).values
-    assert torch.equal(LAYERS["prune"](return_clusters=True)(x, scores)[1].medoids, top)
+    assert torch.equal(LAYERS["score"](return_clusters=True)(x, scores)[1].medoids, top)
 
 
 def test_weighted_pooling_is_the_functional_one(tokens):
@@ -389,7 +389,7 @@ def test_forward_errors(tokens):
         (lambda: layer(x, sizes=scores[:, 3:]), ValueError, "sizes"),
         (lambda: layer(x[:, :1]), ValueError, "num_prefix_tokens"),
         (lambda: layer(x, -scores), ValueError, "weights must be >= 0"),
-        (lambda: LAYERS["prune"]()(x), ValueError, "scores"),
+        (lambda: LAYERS["score"]()(x), ValueError, "scores"),
         (lambda: TokenPooling(4, init="best")(x), ValueError, "init"),
     ]
     for call, error, words in cases:

@@ -461,7 +461,7 @@ def test_weights_that_torch_s_own_hooks_make(images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pooling", ["kmeans", "prune", "grid"])
+@pytest.mark.parametrize("pooling", ["kmeans", "score", "grid"])
 def test_prefix_as_long_as_the_tokens(pooling, images):
     model = patch(build("vit"), keep_ratio=0.5, num_prefix_tokens=1000, pooling=pooling)
     with pytest.raises(ValueError, match="num_prefix_tokens = 1000 .* only 17 tokens"):

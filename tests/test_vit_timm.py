@@ -235,7 +235,7 @@ def test_feature_maps_stay_whole(registers, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pooling", ["kmeans", "prune", "bipartite"])
+@pytest.mark.parametrize("pooling", ["kmeans", "score", "bipartite"])
 def test_record(family, pooling, images):
     model, prefix = patch(build(family), num_tokens={1: 10, 2: 5}, pooling=pooling, track_size=True), MODELS[family][0]
     expected = model.forward_features(images)
@@ -245,7 +245,7 @@ def test_record(family, pooling, images):
     assert all(set(labels.tolist()) - {-1} == set(range(5)) for labels in r.assignment)
     spread = unpool(tokens[:, prefix:], r.assignment)
     dropped = r.assignment < 0
-    assert bool(dropped.any()) == (pooling == "prune") and not spread[dropped].any()
+    assert bool(dropped.any()) == (pooling == "score") and not spread[dropped].any()
 
 
 class Wrapped(nn.Module):

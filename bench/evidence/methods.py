@@ -18,7 +18,7 @@ METHODS: dict[str, dict] = {
     "bipartite (ToMe)": {"pooling": "bipartite", "track_size": True, "position": "block"},
     "grid": {"pooling": "grid", **PLAIN},
     "grid, sizes": {"pooling": "grid", "track_size": True, "position": "block"},
-    "score pruning": {"pooling": "prune", **PLAIN},
+    "score pruning": {"pooling": "score", **PLAIN},
     "importance": {"pooling": "importance", "seed": 0, **PLAIN},
     "random": {"pooling": "random", "seed": 0, **PLAIN},
 }

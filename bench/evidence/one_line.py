@@ -32,7 +32,7 @@ WAYS = {
     "unweighted": {"weighted": False},
     'pooling="kmedoids"': {"pooling": "kmedoids"},
     'pooling="bipartite" (ToMe)': {"pooling": "bipartite"},
-    'pooling="prune"': {"pooling": "prune"},
+    'pooling="score"': {"pooling": "score"},
     'pooling="random"': {"pooling": "random", "seed": 0},
     'pooling="grid"': {"pooling": "grid"},
     "track_size=False": {"track_size": False},

@@ -46,7 +46,7 @@ METHODS: dict[str, dict] = {
     "bipartite (ToMe)": {"pooling": "bipartite"},
     "grid": {"pooling": "grid", "grid_size": (1, FRAMES)},
     "random": {"pooling": "random", "seed": 0},
-    "score pruning": {"pooling": "prune"},
+    "score pruning": {"pooling": "score"},
     "WK-Means, outside full": {"outside": "full"},
 }
 # measured on the first batch of dense clips alone, to save time: what fails goes on until the limit, or is told already

@@ -30,7 +30,7 @@ METHODS: dict[str, dict] = {
     "WK-Means": {},
     "K-Means": {"weighted": False},
     "bipartite (ToMe)": {"pooling": "bipartite"},
-    "score pruning": {"pooling": "prune"},
+    "score pruning": {"pooling": "score"},
     "random": {"pooling": "random", "seed": 0},
 }
 

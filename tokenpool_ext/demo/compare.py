@@ -23,7 +23,7 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("weighted K-Medoids", "kmedoids", {}),
     ("bipartite (ToMe)", "bipartite", {}),
     ("grid (average)", "grid", {}),
-    ("score pruning", "prune", {}),
+    ("score pruning", "score", {}),
     ("random", "random", {"seed": 0}),
 )
 ALL_TOKENS = "all tokens"

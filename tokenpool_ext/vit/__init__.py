@@ -91,7 +91,7 @@ def patch(
         layers: with ``keep_ratio`` or ``r``: the block indices (from 0, or negative) that pool. Default with
             ``keep_ratio``: the blocks at 1/4, 1/2 and 3/4 of the depth, so 3, 6 and 9 of 12 (the schedule of "Which
             Tokens to Use?", arXiv 2308.04657); with ``r``: all.
-        pooling: ``"kmeans"`` (default), ``"kmedoids"``, or a baseline: ``"prune"`` (PoWER-BERT), ``"importance"``,
+        pooling: ``"kmeans"`` (default), ``"kmedoids"``, or a baseline: ``"score"`` (PoWER-BERT), ``"importance"``,
             ``"random"``, ``"grid"``, ``"bipartite"`` (ToMe); or a callable
             ``f(num_tokens=..., keep_ratio=..., num_prefix_tokens=..., **pooling_options) -> nn.Module`` whose module
             has ``TokenPooling``'s ``forward``. It is told to be given no scores by an attribute

@@ -23,7 +23,7 @@ from .reducing import Plan
 POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "kmeans": partial(TokenPooling, algorithm="kmeans"),
     "kmedoids": partial(TokenPooling, algorithm="kmedoids"),
-    "prune": ScorePruning,
+    "score": ScorePruning,
     "importance": ImportanceSampling,
     "random": RandomSelection,
     "grid": GridPooling,
