@@ -669,7 +669,9 @@ def write(rows: list[tuple[str, str, str]], held_out: set[str]) -> None:
     for name, verdict, reason in built:
         text = reason.replace("patch: ", "").replace("|", "/").split("; name one")[0].split(", not as a sequence")[0]
         lines.append(f"| {name}{'*' if name in held_out else ''} | {verdict} | {text[:160]} |")
-    (root / "docs" / "models.md").write_text("\n".join(lines) + "\n")
+    document = root / "docs" / "models.md"
+    uses = document.read_text().partition("\n## ")  # made by model_uses.py
+    document.write_text("\n".join(lines) + "\n" + uses[1] + uses[2])
     listed = [f"# {versions()}; made by python -m tests.model_zoo"] + sorted(r[0] for r in built if r[1] == "works")
     (root / "tokenpool_ext" / "vit" / "supported.txt").write_text("\n".join(listed) + "\n")
 

@@ -114,8 +114,9 @@ def remove(block: nn.Module) -> None:
 
 def _is_its_class_s(block: nn.Module, kept: Any) -> bool:
     """Whether a forward kept on a block is its class's, pooling or not."""
-    functions = (PooledBlock.forward, base_class(type(block)).forward)
-    return getattr(kept, "__self__", None) is block and kept.__func__ in functions
+    base = base_class(type(block))
+    classes = (base, _CLASSES.get(base, base), type(block))  # each may wrap its forward (transformers 5.24's layers do)
+    return getattr(kept, "__self__", None) is block and kept.__func__ in [cls.forward for cls in classes]
 
 
 def follows_class(block: nn.Module) -> bool:
@@ -149,6 +150,8 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     pooling = place.pooling(block)
     check(block, place, given, pooling)
     x = batch_first(given, layout)
+    if _RUN.plan is plan and _RUN.index >= index and not in_backward():
+        forget()  # a forward begins, and the one before left out its last blocks
     state = None if index == plan.first else recall(plan, index, x)
     if pooling is not None:
         recording.entered(plan, index, x)
@@ -232,8 +235,14 @@ def remember(plan: Plan, index: int, tokens: Tensor, state: State) -> None:
     setattr(holder, TAG, (plan, state))
     if in_backward():
         return
-    last = index == plan.depth - 1
-    _RUN.plan, _RUN.index, _RUN.state = (None, -1, None) if last else (plan, index, state)
+    if index == plan.depth - 1:
+        forget()
+    else:
+        _RUN.plan, _RUN.index, _RUN.state = plan, index, state
+
+
+def forget() -> None:
+    _RUN.plan, _RUN.index, _RUN.state = None, -1, None
 
 
 def recall(plan: Plan, index: int, x: Tensor) -> State | None:
