@@ -9,9 +9,9 @@ only.
 
 An absent backend is named with its reason in pytest's header.  Options: --require=cpu,cuda turns absence into failure,
 so that a run with everything skipped cannot look green (cuda-build: the CUDA library is built, which takes minutes);
---backends=name,name tests only these; --hypothesis-profile=deep tries more examples; --simulator runs on the CUDA
-kernels' source alone (simulator/README.md); --cover keeps of every body that takes a backend only as many cases as it
-needs for each value of each parameter to occur.
+--backends=name,name tests only these; --hypothesis-profile=deep tries more examples; --seed-shift=N draws other random
+inputs; --simulator runs on the CUDA kernels' source alone (simulator/README.md); --cover keeps of every body that takes
+a backend only as many cases as it needs for each value of each parameter to occur.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -85,10 +87,34 @@ def pytest_addoption(parser):
     parser.addoption("--require", default="", metavar="NAMES", help="fail where one is absent: backends, cuda-build")
     parser.addoption("--backends", default="", metavar="NAMES", help="test only these backends")
     parser.addoption("--simulator", **paths, help="test the CUDA kernels' source on the CPU: all paths, or a list")
+    parser.addoption("--seed-shift", type=int, default=0, metavar="N", help="other random inputs: every seed moved")
     parser.addoption("--cover", action="store_true", help="the fewest cases in which every parameter's values occur")
 
 
+def _shift_seeds(shift: int) -> None:
+    """Every seed that a test (or what it calls in this process) hands to torch or NumPy, and Hypothesis' own."""
+    torch_seed, numpy_generator, Generator = torch.manual_seed, np.random.default_rng, torch.Generator
+
+    class AnyGenerator(type(Generator)):
+        def __instancecheck__(self, value):
+            return isinstance(value, Generator)
+
+    class ShiftedGenerator(Generator, metaclass=AnyGenerator):
+        def manual_seed(self, seed):
+            return super().manual_seed(seed + shift)
+
+    torch.Generator = ShiftedGenerator
+    torch.manual_seed = lambda seed: torch_seed(seed + shift)
+    np.random.default_rng = lambda seed=None: numpy_generator(seed + shift if isinstance(seed, int) else seed)
+    torch.manual_seed(0)  # for tests that draw without a seed
+    settings.register_profile("shifted", settings(), derandomize=False, database=None)
+    settings.load_profile("shifted")
+    hypothesis.core.global_force_seed = shift
+
+
 def pytest_configure(config):
+    if config.getoption("--seed-shift"):
+        _shift_seeds(1000 * config.getoption("--seed-shift"))  # so that a shifted seed is not another test's
     if config.getoption("--simulator"):
         from simulator.plugin import targets
 
