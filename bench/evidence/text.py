@@ -25,7 +25,7 @@ from .. import retrieval_quality
 from . import data
 
 TOKENS, BATCH = 128, 20
-RATIOS = (0.5, 0.3)
+RATIOS = (0.7, 0.5, 0.3)
 METHODS: dict[str, dict] = {
     "WK-Means": {},
     "K-Means": {"weighted": False},
