@@ -25,11 +25,7 @@ def wanted(*inputs: Tensor | None) -> bool:
         for t in inputs:
             if t is not None and t.requires_grad:
                 return True
-    return _transformed()
-
-
-def _transformed() -> bool:
-    """Forward mode and torch.func hide what they record."""
+    # forward mode and torch.func hide what they record
     return getattr(forward_ad, "_current_level", 0) >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -207,11 +203,11 @@ def pool(chain, x, assignment, weights, num_clusters) -> Tensor:
 
 def unpool(chain, centers: Tensor, assignment: Tensor) -> Tensor:
     """(B, K, D) to (B, N, D): every token's row; zeros where the label is not one of 0..K-1."""
+    if not wanted(centers):
+        return run(chain, "unpool", centers, assignment)
     if _traced():
         return take_rows(centers, torch.where(assignment < centers.shape[1], assignment, -1))
-    if wanted(centers):
-        return _apply(Unpool, chain, centers, assignment)
-    return run(chain, "unpool", centers, assignment)
+    return _apply(Unpool, chain, centers, assignment)
 
 
 def cluster_sums(chain, rows: Tensor, assignment: Tensor, num_clusters: int) -> Tensor:
@@ -264,7 +260,7 @@ def _save(ctx, chain, *tensors) -> None:
 
 def _means_backward(ctx, grad_centers) -> tuple[Tensor, Tensor | None]:
     x, weights, centers, assignment, mass = ctx.saved_tensors
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _transformed()):
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or wanted()):
         return _transposed_means(ctx.chain, grad_centers, x, weights, centers, assignment)
     with no_autocast(x):
         grads = run(ctx.chain, "pool_backward", grad_centers, x, centers, assignment, weights, mass)

@@ -84,7 +84,7 @@ REGISTRY: dict[str, Backend] = {
     )
 }
 
-
+_CPU = (REGISTRY["cpu"],)
 _ONNX = Backend("onnx", onnx, lambda: None, lambda op, x: None)  # in an export to ONNX, whoever is asked for
 
 
@@ -107,7 +107,7 @@ def select(op: str, x: Tensor, name: str | None = None) -> tuple[Backend, ...]:
     if torch.onnx.is_in_onnx_export():
         return (_ONNX,)
     if name is None:
-        return _willing(op, x)
+        return _CPU if x.is_cpu and loader.ops_reason is None else _willing(op, x)
     if not isinstance(name, str):
         raise TypeError(f"{op}: backend must be a string or None, got {type(name).__name__}")
     if name not in REGISTRY:
@@ -125,14 +125,11 @@ def _willing(op: str, x: Tensor) -> tuple[Backend, ...]:
     device = x.device.type
     order: tuple[str, ...]
     if device == "cpu":
-        if REGISTRY["cpu"].why_not(op, x) is None:
-            return (REGISTRY["cpu"],)
         order = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
         if order == ("reference",) and not torch.compiler.is_compiling() and ("cpu", "") not in _warned:
             _warned.add(("cpu", ""))
-            reason = REGISTRY["cpu"].why_not(op, x)
             warnings.warn(
-                f"tokenpool_ext: calls on the CPU run on the slow backend 'reference': {reason}",
+                f"tokenpool_ext: calls on the CPU run on the slow backend 'reference': {loader.ops_reason}",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -115,7 +115,8 @@ def check_num_clusters(name: str, num_clusters: object, x3: Tensor, batched: boo
     return high, counts
 
 
-def check_tensor(name: str, argument: str, value: object) -> None:
+def check_tensor(name: str, argument: str, value: Any, floating: bool = False) -> None:
+    """A dense tensor; ``floating``: of a dtype that may be clustered."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
@@ -127,18 +128,16 @@ def check_tensor(name: str, argument: str, value: object) -> None:
         raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}; call .to_dense() first")
     if value.is_quantized:
         raise TypeError(f"{name}: {argument} must be a plain tensor, got a quantised one; call .dequantize() first")
-
-
-def check_floating(name: str, argument: str, value: Any) -> None:
-    check_tensor(name, argument, value)
-    if value.dtype not in FLOATING:
+    if floating and value.dtype not in FLOATING:
         raise TypeError(
             f"{name}: {argument} must be float32, float64, bfloat16 or float16, got {value.dtype}; convert "
             "it with .float()"
         )
 
 
-def check_dims(name: str, argument: str, value: Tensor, least: int, most: int, shape: str) -> int:
+def check_dims(name: str, argument: str, value: Any, least: int, most: int, shape: str) -> int:
+    """A floating tensor; returns how many dimensions it has."""
+    check_tensor(name, argument, value, floating=True)
     if not least <= value.dim() <= most:
         raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(value.shape)}")
     return value.dim()
@@ -183,8 +182,13 @@ def check_weights(
     check_tensor(name, "weights", weights)
     if weights.dtype.is_complex:
         raise TypeError(f"{name}: weights must be real, got {weights.dtype}")
-    weights = _converted(_per_token(name, "weights", weights, x3, batched), accumulate_dtype(x3.dtype))
-    if values.visible(weights) and values.any_negative(weights, mask):
+    return check_negative(name, _per_token(name, "weights", weights, x3, batched), x3, mask)
+
+
+def check_negative(name: str, weights: Tensor, x3: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights of the right shape and device, none of them seen to be below 0, in acc."""
+    weights = _converted(weights, accumulate_dtype(x3.dtype))
+    if values.any_negative(weights, mask):
         negative = weights < 0 if mask is None else (weights < 0) & mask
         least = float(weights.detach()[negative].amin())
         raise ValueError(f"{name}: weights must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
@@ -322,7 +326,6 @@ def check_init(
 
 def check_centers(name: str, centers: Tensor, x3: Tensor, batched: bool) -> Tensor:
     """(B, K, D) centers in acc, for tokens x3."""
-    check_floating(name, "centers", centers)
     label = "(B, K, D)" if batched else "(K, D)"
     check_dims(name, "centers", centers, x3.dim() - (not batched), x3.dim() - (not batched), label)
     b, _, d = x3.shape
@@ -349,7 +352,7 @@ def check_positions(name: str, positions: Tensor | None) -> Tensor | None:
     """(n, P) coordinates, or None."""
     if positions is None:
         return None
-    check_floating(name, "positions", positions)
+    check_tensor(name, "positions", positions, floating=True)
     if positions.dim() != 2 or not positions.isfinite().all():
         raise ValueError(f"{name}: positions must be finite coordinates (n, P), got shape {tuple(positions.shape)}")
     return positions
@@ -370,8 +373,6 @@ def check_generator(name: str, generator: torch.Generator | None, x3: Tensor) ->
 def check_attention(q: Tensor, k: Tensor, scale: float | None, lse: Tensor | None) -> tuple[float, Tensor | None]:
     """Check the arguments of `attention_received`; returns (scale, lse in acc)."""
     name = "attention_received"
-    check_floating(name, "q", q)
-    check_floating(name, "k", k)
     check_dims(name, "q", q, 4, 4, "(B, H, Nq, d)")
     check_dims(name, "k", k, 4, 4, "(B, H, N, d)")
     if k.dtype != q.dtype:

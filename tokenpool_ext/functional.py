@@ -23,7 +23,6 @@ from .checks import (
     check_dims,
     check_finite_centers,
     check_finite_tokens,
-    check_floating,
     check_generator,
     check_init,
     check_int,
@@ -165,7 +164,6 @@ def assign(x: Tensor, centers: Tensor, *, mask: Tensor | None = None, backend: s
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     name = "assign"
-    check_floating(name, "x", x)
     batched = check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
     x3 = x if batched else x[None]
     centers = check_centers(name, centers, x3, batched)
@@ -194,7 +192,6 @@ def pool(
         (B, K, D) or (K, D) in x.dtype; zeros for a cluster without tokens. Gradients flow to x and weights.
     """
     name = "pool"
-    check_floating(name, "x", x)
     batched = check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
     x3 = x if batched else x[None]
     assignment = check_assignment(name, assignment, x3, batched)
@@ -222,7 +219,6 @@ def unpool(centers: Tensor, assignment: Tensor, *, backend: str | None = None) -
         its tokens.
     """
     name = "unpool"
-    check_floating(name, "centers", centers)
     batched = check_dims(name, "centers", centers, 2, 3, "(B, K, D) or (K, D)") == 3
     centers3 = centers if batched else centers[None]
     assignment = check_assignment(name, assignment, centers3, batched, same_length=False)
@@ -278,7 +274,6 @@ def _cluster(
     check_finite: bool,
     backend: str | None,
 ) -> Clusters:
-    check_floating(name, "x", x)
     batched = check_dims(name, "x", x, 2, 3, "(B, N, D) or (N, D)") == 3
     x3 = x if batched else x[None]
     mask = check_mask(name, mask, x3, batched)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_backend, check_bool, check_floating, check_int, check_ratio, check_tensor
+from .checks import check_backend, check_bool, check_dims, check_int, check_ratio, check_tensor
 from .functional import Clusters
 from .ops import accumulate_dtype
 from .positions import with_positions
@@ -164,9 +164,9 @@ class TokenReduction(nn.Module):
             sizes=sizes,
             clusters_wanted=self.return_clusters,
         )
-        if not self.return_clusters and sizes is None:
-            return out.tokens
-        return tuple(v for v, asked in zip(out, (True, self.return_clusters, sizes is not None)) if asked)
+        if self.return_clusters:
+            return tuple(out if sizes is not None else out[:2])
+        return out.tokens if sizes is None else (out.tokens, out.sizes)
 
     def reduced(
         self,
@@ -181,9 +181,7 @@ class TokenReduction(nn.Module):
     ) -> Reduced:
         """:meth:`forward` with one result, whatever is asked for. Hooks of the module do not see it."""
         name = type(self).__name__
-        check_floating(name, "x", x)
-        if x.dim() != 3:
-            raise ValueError(f"{name}: x must have shape (B, N, D), got {tuple(x.shape)}; add a batch with x[None]")
+        check_dims(name, "x", x, 3, 3, "(B, N, D) (a single image: x[None])")
         prefix = self.num_prefix_tokens
         n = x.shape[1] - prefix
         if n < 0:
@@ -191,11 +189,8 @@ class TokenReduction(nn.Module):
                 f"{name}: x must have at least num_prefix_tokens = {prefix} tokens, got {x.shape[1]};"
                 " lower num_prefix_tokens"
             )
-        scores = self._patches("scores", scores, x, 2)
-        features = self._patches("features", features, x, 3)
-        positions = self._patches("positions", positions, x, 3)
-        mask = self._patches("mask", mask, x, 2)
-        patch_sizes = self._patches("sizes", sizes, x, 2)
+        given = {"scores": scores, "features": features, "positions": positions, "mask": mask, "sizes": sizes}
+        scores, features, positions, mask, patch_sizes = self._patches(x, given)
         k = self.tokens_kept(n)
         if k >= n:
             tokens, new_sizes = x, sizes
@@ -229,31 +224,32 @@ class TokenReduction(nn.Module):
     def _options(self) -> list[str]:
         return []
 
-    def _patches(self, argument: str, value: Tensor | None, x: Tensor, dims: int) -> Tensor | None:
-        """The part of a per-token tensor that belongs to the patch tokens; it may or may not include the prefix."""
-        if value is None:
-            return None
-        name = type(self).__name__
-        check_tensor(name, argument, value)
-        if argument == "features":
-            check_floating(name, argument, value)
-        elif value.is_complex():
-            raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")
-        b, total = x.shape[:2]
+    def _patches(self, x: Tensor, given: dict[str, Tensor | None]) -> list[Tensor | None]:
+        """The parts of per-token tensors that belong to the patch tokens; they may or may not include the prefix."""
+        name, (b, total) = type(self).__name__, x.shape[:2]
         n = total - self.num_prefix_tokens
-        if value.dim() != dims or value.shape[0] != b or value.shape[1] not in (total, n):
-            tail = ", E" if dims == 3 else ""
-            raise ValueError(
-                f"{name}: {argument} must have shape ({b}, {total}{tail}), all tokens, or ({b}, {n}{tail}), "
-                "patch tokens"
-                f" only, for x of shape {tuple(x.shape)}, got {tuple(value.shape)}"
-            )
-        if argument == "mask" and value.dtype != torch.bool:
-            raise TypeError(f"{name}: mask must be bool (True = real token), got {value.dtype}; write mask != 0")
-        if value.shape[1] != total or not self.num_prefix_tokens:
-            return value
-        value = value[:, self.num_prefix_tokens :]
-        return value.contiguous() if dims == 2 else value  # a number a token: copied here once, not at each look
+        parts: list[Tensor | None] = []
+        for argument, value in given.items():
+            if value is None:
+                parts.append(None)
+                continue
+            check_tensor(name, argument, value, floating=argument == "features")
+            if value.is_complex():
+                raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")
+            dims = 3 if argument in ("features", "positions") else 2
+            if value.dim() != dims or value.shape[0] != b or value.shape[1] not in (total, n):
+                tail = ", E" if dims == 3 else ""
+                raise ValueError(
+                    f"{name}: {argument} must have shape ({b}, {total}{tail}), all tokens, or ({b}, {n}{tail}), patch"
+                    f" tokens only, for x of shape {tuple(x.shape)}, got {tuple(value.shape)}"
+                )
+            if argument == "mask" and value.dtype != torch.bool:
+                raise TypeError(f"{name}: mask must be bool (True = real token), got {value.dtype}; write mask != 0")
+            if value.shape[1] == total and n < total:
+                value = value[:, self.num_prefix_tokens :]
+                value = value.contiguous() if dims == 2 else value  # copied here once, not at each look
+            parts.append(value)
+        return parts
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -264,8 +260,7 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def _cluster_sums(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     """(B, K) sums of the sizes in every cluster; tokens assigned -1 vanish. Sums of integers: exact in any order."""
-    sizes = torch.where(assignment >= 0, sizes, 0)
-    return sizes.new_zeros(sizes.shape[0], k).scatter_add(1, assignment.clamp(min=0), sizes)
+    return sizes.new_zeros(sizes.shape[0], k + 1).scatter_add(1, assignment + 1, sizes)[:, 1:]
 
 
 def _identity(x: Tensor, scores: Tensor | None, mask: Tensor | None) -> Clusters:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import autograd
+from ..backends import select
 from .tap import take_square
 
 NAMES = ("hidden_states", "x", "src", "input", "inputs", "hidden_state", "inputs_embeds")
@@ -55,10 +57,10 @@ def as_given(x: Tensor, layout: str) -> Tensor:
 
 def named(block: nn.Module, args: tuple, kwargs: dict, at: int | str) -> list[tuple[int | str, str, Any]]:
     """(place, parameter's name, value) of every argument beside the tokens that is more than a number or a word."""
-    sides = [(i, v) for i, v in (*enumerate(args), *kwargs.items()) if i != at and not isinstance(v, PLAIN)]
-    if not sides:
+    if len(args) + len(kwargs) == 1:
         return []
-    names = parameter_names(type(block))
+    sides = [(i, v) for i, v in (*enumerate(args), *kwargs.items()) if i != at and not isinstance(v, PLAIN)]
+    names = parameter_names(type(block)) if sides else ()
     return [(i, i if isinstance(i, str) else names[i] if i < len(names) else "", v) for i, v in sides]
 
 
@@ -105,8 +107,6 @@ def valid_tokens(sides: list, b: int, n: int, index: Tensor | None) -> Tensor | 
 def follow_all(sides: list, plan, args: tuple, kwargs: dict, n: int, index: Tensor):
     """The arguments, those of N tokens cut to ``index`` (B, K); and pairs of each cut and what it was cut from."""
     back: list[tuple[Any, Any]] = []
-    if not sides:
-        return args, kwargs, back
     cut_args, cut_kwargs = list(args), dict(kwargs)
     for place, name, value in sides:
         cut = follow(value, name, plan, n, index, back)
@@ -167,14 +167,9 @@ def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -
     return value.movedim(axis, 0)[index].movedim(1, axis + 1)
 
 
-def rows(index: Tensor, n: int) -> Tensor:
-    """(B * K) where the tokens ``index`` (B, K) of N stand when the batch is one long sequence."""
-    return (index + torch.arange(0, index.shape[0] * n, n, device=index.device)[:, None]).flatten()
-
-
-def take(x: Tensor, index: Tensor, at: Tensor | None = None) -> Tensor:
-    """Tokens ``index`` (B, K) of ``x`` (B, N, ...); ``at``: their ``rows``, if known."""
-    if x.dim() == 2:
-        return x.gather(1, index)
-    at = rows(index, x.shape[1]) if at is None else at
-    return x.flatten(0, 1).index_select(0, at).view(*index.shape, *x.shape[2:])
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (B, K) of ``x`` (B, N, ...); of floating tokens (B, N, D) zeros where it is -1."""
+    if x.dim() == 3 and x.is_floating_point():
+        return autograd.unpool(select("unpool", x), x, index)
+    index = index.reshape(*index.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))

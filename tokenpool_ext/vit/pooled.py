@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from . import halves, recording
 from .inputs import (
     as_given,
@@ -147,32 +146,35 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     """The forward of a patched block."""
     plan, index, layout = place.plan, place.index, place.plan.form.layout
     at, given = find_tokens(args, kwargs)
-    pooling = place.pooling(block)
+    pooling = block._modules.get(SUBMODULE)
     check(block, place, given, pooling)
     x = batch_first(given, layout)
     if _RUN.plan is plan and _RUN.index >= index and not in_backward():
         forget()  # a forward begins, and the one before left out its last blocks
     state = None if index == plan.first else recall(plan, index, x)
-    if pooling is not None:
-        recording.entered(plan, index, x)
-        if not reduces(pooling, x.shape[1] if state is None else state.index.shape[1], plan):
-            pooling = None
+    records = () if pooling is None else recording.active(plan)
+    for record in records:
+        record.enter(index, x)
+    if pooling is not None and not reduces(pooling, x.shape[1] if state is None else state.index.shape[1], plan):
+        pooling = None
     if state is None and pooling is None:
         return forward(*args, **kwargs)
     sides = named(block, args, kwargs, at)
-    short, n, sizes, left = x, x.shape[1], None, None
+    short, n, bias, left = x, x.shape[1], None, None
     back: list[tuple[Any, Any]] = []
     if state is not None:
-        short, n, sizes, left = shorten(x, state), state.labels.shape[1], state.sizes, state.index
-        args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
-    noted = pooling is not None and (getattr(pooling, "needs_scores", True) or plan.cluster_on == "keys")
-    tap = Tap(short.shape[0], short.shape[1], sizes, left, n, noted, layout == "packed")
+        short, n, bias, left = shorten(x, state), state.labels.shape[1], state.bias, state.index
+        if sides:
+            args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
+    scored = pooling is not None and getattr(pooling, "needs_scores", True)
+    noted = scored or (pooling is not None and plan.cluster_on == "keys")
+    tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, layout == "packed")
     before = None
     if pooling is None:
         out, tokens = called(forward, tap, args, kwargs, at, short, layout)
     else:
-        valid = valid_tokens(sides, x.shape[0], n, left)
-        reducer = Reducer(plan, index, pooling, tap, valid, state, n)
+        valid = valid_tokens(sides, x.shape[0], n, left) if sides else None
+        reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored)
         if layout == "packed":
             reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at))
         if place.parts is not None:
@@ -184,7 +186,6 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         state, before = reducer.state, reducer.before
         if layout == "packed" or (plan.outside == "short" and plan.num_protected > plan.prefix):
             tokens, state = in_order(tokens, state)
-        state = state.with_rows()
     assert state is not None
     if plan.outside == "full":
         tokens = spread(tokens, state, x, before)
@@ -209,15 +210,12 @@ def shorten(x: Tensor, state: State) -> Tensor:
     k, n = state.index.shape[1], state.labels.shape[1]
     if x.shape[1] == k and k != n:
         return x
-    return take(x, state.index, state.takes)
+    return take(x, state.index)
 
 
 def spread(tokens: Tensor, state: State, x: Tensor, before: Tensor | None) -> Tensor:
     """(B, N, D): every original token as the one it is in; one that was dropped as it was last."""
-    if tokens.requires_grad:  # its gradient adds up in single precision
-        out = functional.unpool(tokens, state.labels)
-    else:
-        out = take(tokens, state.labels, state.spreads)
+    out = take(tokens, state.labels)
     if not state.drops:
         return out
     last = before if before is not None and before.shape[1] == out.shape[1] else x

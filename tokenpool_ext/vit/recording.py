@@ -79,13 +79,15 @@ class Record:
             )
         return self._start
 
-    def _enter(self, index: int, x: Tensor) -> None:
+    def enter(self, index: int, x: Tensor) -> None:
+        """A pooling block got these tokens."""
         if index == self._blocks[0]:
             n = x.shape[1] - self.num_prefix_tokens
             self._start = torch.arange(n, device=x.device).expand(x.shape[0], n).contiguous()
             self._layers = []
 
-    def _add(self, index: int, clusters: Clusters) -> None:
+    def add(self, index: int, clusters: Clusters) -> None:
+        """It pooled them into these clusters."""
         parts: Any = (t.detach() if isinstance(t, Tensor) else t for t in clusters)
         self._layers.append((index, Clusters(*parts)))
 
@@ -141,20 +143,7 @@ def record(model: nn.Module) -> Iterator[Record]:
 
 def active(plan: Plan) -> tuple[Record, ...]:
     """The records that want to know of this forward."""
-    if torch.compiler.is_compiling():
-        return ()
-    records = _ACTIVE.get()
+    records = () if torch.compiler.is_compiling() else _ACTIVE.get()
     if not records or torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint recomputes
         return ()
     return tuple(r for r in records if r._plan is plan)
-
-
-def entered(plan: Plan, index: int, x: Tensor) -> None:
-    """Tell the records which tokens a pooling block gets."""
-    for r in active(plan):
-        r._enter(index, x)
-
-
-def add(plan: Plan, index: int, clusters: Clusters) -> None:
-    for r in active(plan):
-        r._add(index, clusters)

@@ -14,8 +14,7 @@ from ..modules import TokenPooling
 from ..positions import grid_positions
 from ..reduction import TokenReduction
 from ..reference_steps import nearest_members
-from . import recording
-from .inputs import Form, rows, take
+from .inputs import Form, take
 
 COVERING = (TokenPooling, BipartiteMatching, GridPooling)  # every token is in a cluster
 
@@ -27,14 +26,7 @@ class State(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # (B, K) int64: the original token each current one stands for, a member
     sizes: Tensor | None  # (B, K) float: how many original tokens it stands for
     drops: bool  # whether a label can be -1
-    spreads: Tensor | None = None  # (B * N) rows of the current tokens that show the original ones
-    takes: Tensor | None = None  # (B * K) rows of the original tokens that are the current ones
-
-    def with_rows(self) -> State:
-        n, k = self.labels.shape[1], self.index.shape[1]
-        labels = self.labels.clamp(min=0) if self.drops else self.labels
-        # Not _replace: dynamo of torch 2.11 cannot make a tuple again whose class it reached through an instance.
-        return State(self.labels, self.index, self.sizes, self.drops, rows(labels, k), rows(self.index, n))
+    bias: Tensor | None  # (B, 1, 1, K) log sizes, for the attention product
 
 
 @dataclass
@@ -62,61 +54,64 @@ class Plan:
         return sorted({*range(self.prefix), *range(n - self.suffix, n), *inner})
 
 
+def state_of(labels: Tensor, index: Tensor, sizes: Tensor | None, drops: bool) -> State:
+    return State(labels, index, sizes, drops, None if sizes is None else sizes.log()[:, None, None])
+
+
 class Reducer:
     """Pools the tokens of one call of a block and brings the state up to date."""
 
-    def __init__(self, plan, index, pooling, tap, valid, state, n) -> None:
+    def __init__(self, plan, index, pooling, tap, valid, state, n, records, scored) -> None:
         self.plan, self.index, self.pooling, self.tap, self.valid = plan, index, pooling, tap, valid
-        self.state, self.n, self.before = state, n, None
+        self.state, self.n, self.records, self.scored = state, n, records, scored
+        self.before: Tensor | None = None  # the tokens that were pooled
         self.ends: list[int] = []  # where the sequences packed into one end
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, T, D) to (B, K, D)."""
-        plan, state, pooling = self.plan, self.state, self.pooling
+        plan, state, pooling, valid = self.plan, self.state, self.pooling, self.valid
+        self.before = tokens
         b, t, _ = tokens.shape
-        scores = self.tap.scores(self.valid) if getattr(pooling, "needs_scores", True) else None
+        scores = self.tap.scores(valid) if self.scored else None
         features = self.tap.keys() if plan.cluster_on == "keys" else None
         places = self.places(b, tokens.device) if getattr(pooling, "position_weight", 0) else None
-        valid = self.valid
         order: Tensor | None = None
         sizes: Tensor | None = None
         if plan.track_size:
-            sizes = (
-                torch.ones(b, t, device=tokens.device, dtype=torch.float32)
-                if state is None or state.sizes is None
-                else state.sizes
-            )
-        whole: Any = tokens
+            sizes = None if state is None else state.sizes
+            sizes = torch.ones(b, t, device=tokens.device, dtype=torch.float32) if sizes is None else sizes
         if plan.num_protected > plan.prefix:  # bring the protected ones to the front
             order = self.front(b, t, tokens.device)
-            tokens = take(tokens, order)
-            scores, features, places, valid, sizes = (
-                None if v is None else take(v, order) for v in (scores, features, places, valid, sizes)
+            tokens, scores, features, places, valid, sizes = (
+                None if v is None else take(v, order) for v in (tokens, scores, features, places, valid, sizes)
             )
-        self.before = whole
         p = plan.num_protected
         pooled, clusters, sizes = reduce(pooling, tokens, scores, features, places, valid, sizes, p, self.ends)
-        recording.add(plan, self.index, clusters)
-        labels = clusters.assignment
-        if plan.outside == "full" and not isinstance(pooling, COVERING):  # dropped ones show as the one most like them
+        for record in self.records:
+            record.add(self.index, clusters)
+        labels, medoids = clusters.assignment, clusters.medoids
+        covering = isinstance(pooling, COVERING)
+        if plan.outside == "full" and not covering:  # dropped ones show as the one most like them
             labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:]), labels)
             labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
-        lead = torch.arange(p, device=labels.device).expand(b, p)
-        local = torch.cat([lead, torch.where(labels < 0, -1, labels + p)], dim=1) if p else labels
-        # what stands for each pooled token: its medoid; for an empty cluster a token that is in none
-        outsider = (local < 0).int().argmax(dim=1, keepdim=True)
-        rep = torch.cat([lead, torch.where(clusters.medoids < 0, outsider, clusters.medoids + p)], dim=1)
+        complete = covering and valid is None  # every token is in a cluster, every cluster has a token
+        if not complete:  # so that -1 stays -1
+            labels, medoids = torch.where(labels < 0, -1 - p, labels), torch.where(medoids < 0, -1 - p, medoids)
+        if p:
+            lead = torch.arange(p, device=labels.device).expand(b, p)
+            labels, medoids = torch.cat([lead, labels + p], dim=1), torch.cat([lead, medoids + p], dim=1)
+        if not complete:  # a token that is in none stands for an empty cluster
+            medoids = torch.where(medoids < 0, (labels < 0).int().argmax(dim=1, keepdim=True), medoids)
         if order is not None:
-            rep = order.gather(1, rep)
-            local = local.gather(1, order.argsort(dim=1))
-        drops = valid is not None or (plan.outside == "short" and not isinstance(pooling, COVERING))
+            medoids, labels = order.gather(1, medoids), labels.gather(1, order.argsort(dim=1))
+        drops = valid is not None or (plan.outside == "short" and not covering)
         if state is not None:
-            rep = state.index.gather(1, rep)
-            drops = drops or state.drops
-            old = state.labels
-            local = local.gather(1, old.clamp(min=0) if drops else old)
-            local = torch.where(old < 0, -1, local) if drops else local
-        self.state = State(local, rep, sizes, drops)
+            medoids, drops = state.index.gather(1, medoids), drops or state.drops
+            if drops:
+                labels = torch.where(state.labels < 0, -1, labels.gather(1, state.labels.clamp(min=0)))
+            else:
+                labels = labels.gather(1, state.labels)
+        self.state = state_of(labels, medoids, sizes, drops)
         return pooled
 
     def places(self, b: int, device: torch.device) -> Tensor:
@@ -189,7 +184,6 @@ def reduces(pooling: nn.Module, t: int, plan: Plan) -> bool:
 def in_order(tokens: Tensor, state: State) -> tuple[Tensor, State]:
     """The tokens by what they stand for, so that a suffix is at the end again."""
     order = state.index.argsort(dim=1)
-    place = order.argsort(dim=1)
-    labels = torch.where(state.labels < 0, -1, place.gather(1, state.labels.clamp(min=0)))
+    labels = torch.where(state.labels < 0, -1, order.argsort(dim=1).gather(1, state.labels.clamp(min=0)))
     sizes = None if state.sizes is None else take(state.sizes, order)
-    return take(tokens, order), State(labels, take(state.index, order), sizes, state.drops)
+    return take(tokens, order), state_of(labels, take(state.index, order), sizes, state.drops)

@@ -34,7 +34,7 @@ class Tap(TorchFunctionMode):
 
     Args:
         batch, length: B and T of the tokens that enter the block.
-        sizes: (B, T) how many tokens each stands for, or None.
+        bias: (B, 1, 1, T) logarithms of how many tokens each stands for, or None.
         index: (B, T) the original token each stands for, or None; of ``original`` tokens.
         note: whether queries, keys or probabilities are wanted.
         packed: whether several sequences are in one, each with a product of its own.
@@ -44,7 +44,7 @@ class Tap(TorchFunctionMode):
         self,
         batch: int,
         length: int,
-        sizes: Tensor | None = None,
+        bias: Tensor | None = None,
         index: Tensor | None = None,
         original: int = 0,
         note: bool = False,
@@ -53,7 +53,7 @@ class Tap(TorchFunctionMode):
         super().__init__()
         self.batch, self.length, self.original = batch, length, original
         self.index, self.note = index, note
-        self.bias = None if sizes is None else sizes.log()[:, None, None, :]
+        self.bias = bias
         self.found: tuple | None = None
         self.factor: Tensor | None = None  # of the last square product: the keys, where no softmax is fused with it
         self.seen, self.causal = 0, False
@@ -160,6 +160,8 @@ class Tap(TorchFunctionMode):
 
     def _like(self, bias: Tensor, x: Tensor) -> Tensor:
         """(B, 1, 1, T) as it fits ``x``: (B, H, T, .), or heads folded into the batch, or more dimensions."""
+        if x.dim() == 4:
+            return bias
         if x.dim() == 3:
             return bias[:, 0].repeat_interleave(x.shape[0] // self.batch, 0)
         return bias.reshape(self.batch, *[1] * (x.dim() - 2), self.length)
@@ -176,7 +178,7 @@ class Tap(TorchFunctionMode):
         if self.found[0] == "probabilities":
             return received(self.found[1].unflatten(0, (self.batch, -1)).flatten(1, -3), valid)
         _, q, k, scale, mask = self.found
-        q, k = (t.reshape(self.batch, -1, self.length, t.shape[-1]) for t in (q, k))
+        q, k = q.reshape(self.batch, -1, *q.shape[-2:]), k.reshape(self.batch, -1, *k.shape[-2:])
         if k.shape[1] != q.shape[1]:
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         return significance(q, k, scale, mask, valid)
@@ -211,7 +213,7 @@ def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None,
         bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
     b, h, n, _ = k.shape
     if bias.dim() == 4 and bias.shape[2] == 1 and valid is None:
-        q = torch.cat([q.float() * scale, q.new_ones(q.shape[:3] + (1,), dtype=torch.float32)], dim=3)
+        q = F.pad(q.float() * scale, (0, 1), value=1.0)
         bias = bias.float().clamp(min=-1e4).transpose(2, 3).expand(b, h, n, 1)
         return attention_received(q, torch.cat([k.float(), bias], dim=3), scale=1.0)
     return received(((q.float() * scale) @ k.float().transpose(2, 3) + bias.float()).softmax(-1), valid)
