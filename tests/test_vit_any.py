@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -362,6 +363,30 @@ def test_copies_threads_and_pickles():
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert not wrong
+
+
+@torch.no_grad()
+def test_a_pooled_block_costs_few_calls():
+    """Functions of the package that one pooling block calls, what its tap sees of the block's own calls left out."""
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6, 2: 4})
+    model(x[:1])
+    calls: list[str] = []
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and "/tokenpool_ext/" in code.co_filename and code.co_name != "__torch_function__":
+            calls.append(code.co_name)
+
+    handle = model.stages[2].register_forward_pre_hook(lambda *_: calls.clear())
+    done = model.stages[2].register_forward_hook(lambda *_: sys.setprofile(None))
+    sys.setprofile(note)
+    try:
+        model(x[:1])
+    finally:
+        sys.setprofile(None)
+        handle.remove(), done.remove()
+    assert {"run", "cluster_from"} <= set(calls) and len(calls) < 70, calls
 
 
 @torch.no_grad()

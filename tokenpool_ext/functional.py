@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from . import autograd, starts
-from .backends import no_autocast, run, select
+from .backends import Backend, no_autocast, run, select
 from .checks import (
     check_assignment,
     check_attention,
@@ -254,7 +254,11 @@ def attention_received(
     Source: Goyal et al., "PoWER-BERT" (arXiv 2001.08950), section 3.2, as used for weights by Marin et al.
     (arXiv 2110.03860), section 3.
     """
-    scale, lse = check_attention(q, k, scale, lse)
+    return received_by(q, k, *check_attention(q, k, scale, lse), backend)
+
+
+def received_by(q: Tensor, k: Tensor, scale: float, lse: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """`attention_received` of arguments that were checked."""
     chain = select("attention_received", q, backend)
     with torch.no_grad(), no_autocast(q):
         received: Tensor = run(chain, "attention_received", q.detach(), k.detach(), scale, lse)
@@ -287,14 +291,30 @@ def _cluster(
         check_finite_tokens(name, x3, weights, mask)
     chain = select(name, x3, backend)
     start = check_init(name, init, x3, k, mask, counts, batched)
-    if isinstance(start, str):
-        start = starts.make(start, x3, k, weights, mask, counts, generator, as_indices=name == "kmedoids")
-    if check_finite:
+    if check_finite and isinstance(start, Tensor):
         check_finite_centers(name, start, counts)
-    arguments = (x3, weights, mask, counts, start, k, num_iters, sort)
-    if autograd.wanted(x3, weights):
-        result = (autograd.kmeans if name == "kmeans" else autograd.kmedoids)(chain, *arguments)
-    else:
-        with no_autocast(x3):
-            result = run(chain, name, *arguments)
-    return Clusters(*(result if batched else (part[0] for part in result)))
+    found = cluster_from(chain, name, x3, weights, mask, counts, start, k, num_iters, sort, generator)
+    return found if batched else Clusters(*(part[0] for part in found))
+
+
+def cluster_from(
+    chain: tuple[Backend, ...],
+    name: str,
+    x: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    counts: Tensor | None,
+    start: str | Tensor,
+    num_clusters: int,
+    num_iters: int,
+    sort: bool,
+    generator: torch.Generator | None = None,
+) -> Clusters:
+    """`kmeans` or `kmedoids`, the `name`, of arguments that were checked; `x` (B, N, D), `weights` in acc."""
+    if isinstance(start, str):
+        start = starts.make(start, x, num_clusters, weights, mask, counts, generator, as_indices=name == "kmedoids")
+    arguments = (x, weights, mask, counts, start, num_clusters, num_iters, sort)
+    if autograd.wanted(x, weights):
+        return Clusters(*(autograd.kmeans if name == "kmeans" else autograd.kmedoids)(chain, *arguments))
+    with no_autocast(x):
+        return Clusters(*run(chain, name, *arguments))

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_bool, check_choice, check_int, check_position_weight
-from .functional import Clusters, kmeans, kmedoids, pool
+from .backends import select
+from .checks import check_bool, check_choice, check_init, check_int, check_negative, check_position_weight
+from .functional import Clusters, cluster_from, pool
 from .reduction import Reduced, TokenReduction, take_tokens
 from .starts import STRATEGIES
 
@@ -140,35 +141,25 @@ class TokenPooling(TokenReduction):
     ) -> tuple[Tensor, Clusters | None]:
         scores = scores if self.weighted else None
         weights = sizes if scores is None else scores
-        cluster = kmeans if self.algorithm == "kmeans" else kmedoids
-        on = x if features is None else features.detach()
-        clusters = cluster(
-            on,
-            k,
-            weights=weights,
-            init=self.init,
-            num_iters=self.num_iters,
-            mask=mask,
-            sort=self.sort,
-            backend=self.backend,
-        )
-        if self._emitted() == "mean":
-            if features is None and self.algorithm == "kmeans":
+        on, name = x if features is None else features.detach(), self.algorithm
+        in_acc = None if weights is None else check_negative(name, weights, on, mask)
+        chain = select(name, on, self.backend)
+        start = check_init(name, self.init, on, k, mask, None, True)
+        clusters = cluster_from(chain, name, on, in_acc, mask, None, start, k, self.num_iters, self.sort)
+        if name == "kmeans" or self.emit == "mean":
+            if features is None and name == "kmeans":
                 return clusters.centers, clusters
             return pool(x, clusters.assignment, k, weights=weights, backend=self.backend), clusters
         if features is None:
             return clusters.centers, clusters
         return take_tokens(x, clusters.medoids), clusters
 
-    def _emitted(self) -> str:
-        return self.emit or ("medoid" if self.algorithm == "kmedoids" else "mean")
-
     def _options(self) -> list[str]:
         options = [
             f"algorithm={self.algorithm!r}",
             f"weighted={self.weighted}",
             f"num_iters={self.num_iters}",
-            f"emit={self._emitted()!r}",
+            f"emit={self.emit or ('medoid' if self.algorithm == 'kmedoids' else 'mean')!r}",
         ]
         if self.init is not None:
             options.append(f"init={self.init!r}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_backend, check_bool, check_dims, check_int, check_ratio, check_tensor
+from .checks import check_backend, check_bool, check_device, check_dims, check_int, check_ratio, check_tensor
 from .functional import Clusters
 from .ops import accumulate_dtype
 from .positions import with_positions
@@ -234,6 +234,7 @@ class TokenReduction(nn.Module):
                 parts.append(None)
                 continue
             check_tensor(name, argument, value, floating=argument == "features")
+            check_device(name, argument, value, x)
             if value.is_complex():
                 raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")
             dims = 3 if argument in ("features", "positions") else 2

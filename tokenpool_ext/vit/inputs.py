@@ -57,11 +57,12 @@ def as_given(x: Tensor, layout: str) -> Tensor:
 
 def named(block: nn.Module, args: tuple, kwargs: dict, at: int | str) -> list[tuple[int | str, str, Any]]:
     """(place, parameter's name, value) of every argument beside the tokens that is more than a number or a word."""
-    if len(args) + len(kwargs) == 1:
-        return []
-    sides = [(i, v) for i, v in (*enumerate(args), *kwargs.items()) if i != at and not isinstance(v, PLAIN)]
-    names = parameter_names(type(block)) if sides else ()
-    return [(i, i if isinstance(i, str) else names[i] if i < len(names) else "", v) for i, v in sides]
+    sides = []
+    for i, value in (*enumerate(args), *kwargs.items()):
+        if i != at and not isinstance(value, PLAIN):
+            names = () if isinstance(i, str) else parameter_names(type(block))
+            sides.append((i, i if isinstance(i, str) else names[i] if i < len(names) else "", value))
+    return sides
 
 
 def parameter_names(cls: type) -> tuple[str, ...]:

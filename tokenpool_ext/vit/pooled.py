@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..reduction import TokenReduction
 from . import halves, recording
 from .inputs import (
     as_given,
@@ -37,7 +38,7 @@ from .inputs import (
     take,
     valid_tokens,
 )
-from .reducing import Plan, Reducer, State, in_order, reduces
+from .reducing import Plan, Reducer, State, in_order
 from .tap import Tap
 
 SUBMODULE = "tokenpool"
@@ -148,15 +149,17 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     at, given = find_tokens(args, kwargs)
     pooling = block._modules.get(SUBMODULE)
     check(block, place, given, pooling)
-    x = batch_first(given, layout)
+    plain = layout == "batch first"
+    x = given if plain else batch_first(given, layout)
     if _RUN.plan is plan and _RUN.index >= index and not in_backward():
         forget()  # a forward begins, and the one before left out its last blocks
     state = None if index == plan.first else recall(plan, index, x)
     records = () if pooling is None else recording.active(plan)
     for record in records:
         record.enter(index, x)
-    if pooling is not None and not reduces(pooling, x.shape[1] if state is None else state.index.shape[1], plan):
-        pooling = None
+    if isinstance(pooling, TokenReduction):
+        free = (x if state is None else state.index).shape[1] - plan.num_protected
+        pooling = pooling if pooling.tokens_kept(free) < free else None
     if state is None and pooling is None:
         return forward(*args, **kwargs)
     sides = named(block, args, kwargs, at)
@@ -169,40 +172,35 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     scored = pooling is not None and getattr(pooling, "needs_scores", True)
     noted = scored or (pooling is not None and plan.cluster_on == "keys")
     tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, layout == "packed")
-    before = None
-    if pooling is None:
-        out, tokens = called(forward, tap, args, kwargs, at, short, layout)
-    else:
+    before, reducer = None, None
+    if pooling is not None:
         valid = valid_tokens(sides, x.shape[0], n, left) if sides else None
         reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored)
         if layout == "packed":
             reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at))
-        if place.parts is not None:
-            tokens, extra = halves.run(block, place.parts, tap, reducer, short, args, kwargs, at)
-            out = (tokens, *extra) if place.parts.returns_tuple else tokens
-        else:
-            out, tokens = called(forward, tap, args, kwargs, at, short, layout)
-            tokens = reducer(tokens)
+    if reducer is not None and place.parts is not None:
+        tokens, extra = halves.run(block, place.parts, tap, reducer, short, args, kwargs, at)
+        out = (tokens, *extra) if place.parts.returns_tuple else tokens
+    else:
+        args, kwargs = put(args, kwargs, at, short if plain else as_given(short, layout))
+        with tap:
+            out = forward(*args, **kwargs)
+        tokens = out if isinstance(out, Tensor) else out[0]
+        tokens = tokens if plain else batch_first(tokens, layout)
+        tokens = tokens if reducer is None else reducer(tokens)
+    if reducer is not None:
         state, before = reducer.state, reducer.before
         if layout == "packed" or (plan.outside == "short" and plan.num_protected > plan.prefix):
             tokens, state = in_order(tokens, state)
     assert state is not None
     if plan.outside == "full":
         tokens = spread(tokens, state, x, before)
-    tokens = as_given(tokens, layout)
+    tokens = tokens if plain else as_given(tokens, layout)
     remember(plan, index, tokens, state)
     if isinstance(out, Tensor):
         return tokens
     rest = [next((whole for cut, whole in back if cut is value), value) for value in out[1:]] if back else out[1:]
     return type(out)((tokens, *rest))
-
-
-def called(forward: Callable, tap: Tap, args: tuple, kwargs: dict, at, tokens: Tensor, layout: str):
-    """(what the block returns, its tokens (B, T, D)) of the block's own forward."""
-    args, kwargs = put(args, kwargs, at, as_given(tokens, layout))
-    with tap:
-        out = forward(*args, **kwargs)
-    return out, batch_first(out if isinstance(out, Tensor) else out[0], layout)
 
 
 def shorten(x: Tensor, state: State) -> Tensor:

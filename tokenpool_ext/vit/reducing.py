@@ -82,8 +82,9 @@ class Reducer:
             sizes = torch.ones(b, t, device=tokens.device, dtype=torch.float32) if sizes is None else sizes
         if plan.num_protected > plan.prefix:  # bring the protected ones to the front
             order = self.front(b, t, tokens.device)
-            tokens, scores, features, places, valid, sizes = (
-                None if v is None else take(v, order) for v in (tokens, scores, features, places, valid, sizes)
+            tokens = take(tokens, order)
+            scores, features, places, valid, sizes = (
+                None if v is None else take(v, order) for v in (scores, features, places, valid, sizes)
             )
         p = plan.num_protected
         pooled, clusters, sizes = reduce(pooling, tokens, scores, features, places, valid, sizes, p, self.ends)
@@ -172,13 +173,6 @@ def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
     """(B, N) the center (B, K, D) nearest to each token (B, N, D)."""
     tokens, centers = tokens.detach().float(), centers.detach().float()
     return (centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)).argmin(dim=2)
-
-
-def reduces(pooling: nn.Module, t: int, plan: Plan) -> bool:
-    """Whether fewer tokens than ``t`` would be left."""
-    if not isinstance(pooling, TokenReduction):
-        return True
-    return pooling.tokens_kept(t - plan.num_protected) < t - plan.num_protected
 
 
 def in_order(tokens: Tensor, state: State) -> tuple[Tensor, State]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..functional import attention_received
+from ..functional import received_by
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
@@ -80,7 +80,8 @@ class Tap(TorchFunctionMode):
         if not (q.shape[-2] == k.shape[-2] == self.length and q.dim() >= 3):
             return self._piece(func, given, q, k) if self.packed and mask is None else func(**given)
         self.seen += 1
-        mask = self._follow(mask)
+        if mask is not None and self.index is not None and mask.shape[-2:] == (self.original, self.original):
+            mask = take_square(mask, self.index)  # a bias made inside the block: the rows and columns of those left
         self.causal = self.causal or bool(given.get("is_causal"))
         if given.get("is_causal") and self.index is not None:  # no token sees what comes after the one it stands for
             mask, given["is_causal"] = (self.index[:, :, None] >= self.index[:, None, :])[:, None], False
@@ -152,12 +153,6 @@ class Tap(TorchFunctionMode):
             self.found = ("product", q, k, None, keys_only)
         return out
 
-    def _follow(self, mask: Tensor | None) -> Tensor | None:
-        """A bias made inside the block for the original tokens: the rows and columns of those left."""
-        if mask is None or self.index is None or mask.shape[-1] != self.original or mask.shape[-2] != self.original:
-            return mask
-        return take_square(mask, self.index)
-
     def _like(self, bias: Tensor, x: Tensor) -> Tensor:
         """(B, 1, 1, T) as it fits ``x``: (B, H, T, .), or heads folded into the batch, or more dimensions."""
         if x.dim() == 4:
@@ -205,8 +200,9 @@ def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None,
     A bias on keys alone is one more feature, so no N x N matrix is made; any other bias, or padding, makes one.
     """
     if bias is None and valid is None:
-        # The usual scale by its default: a float attribute would become a symbol in dynamic compilation.
-        return attention_received(q, k, scale=None if scale == q.shape[3] ** -0.5 else scale)
+        # The usual scale by the width: a float attribute would become a symbol in dynamic compilation.
+        usual = q.shape[3] ** -0.5
+        return received_by(q, k, usual if scale is None or scale == usual else scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     bias = q.new_zeros(1, 1, 1, 1) if bias is None else bias
     if bias.dtype == torch.bool:
@@ -215,7 +211,7 @@ def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None,
     if bias.dim() == 4 and bias.shape[2] == 1 and valid is None:
         q = F.pad(q.float() * scale, (0, 1), value=1.0)
         bias = bias.float().clamp(min=-1e4).transpose(2, 3).expand(b, h, n, 1)
-        return attention_received(q, torch.cat([k.float(), bias], dim=3), scale=1.0)
+        return received_by(q, torch.cat([k.float(), bias], dim=3), 1.0)
     return received(((q.float() * scale) @ k.float().transpose(2, 3) + bias.float()).softmax(-1), valid)
 
 
