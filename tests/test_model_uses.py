@@ -10,6 +10,7 @@ import pytest
 import torch
 from model_zoo import PlainBlock, PlainModel, liven
 from test_vit_any import make, plain
+from torch import nn
 
 from tokenpool_ext import vit
 
@@ -59,6 +60,62 @@ def test_blocks_left_out_leave_nothing_behind():
 
     run(model, x, {3})
     assert torch.equal(run(model, y, {1}), run(whole, y, {1}))
+
+
+class Packed(nn.Module):
+    """Images of (N, 8) patches in one sequence, told apart by the mask alone, as Pixtral's."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked() for _ in range(4))
+        self.stem = nn.Linear(8, 32)
+
+    def forward(self, *images):
+        which = torch.repeat_interleave(torch.arange(len(images)), torch.tensor([len(i) for i in images]))
+        mask = torch.where(which[:, None] == which, 0.0, -torch.inf)[None, None]
+        x = self.stem(torch.cat(images))[None]
+        for block in self.blocks:
+            x = block(x, mask)
+        return x[0]
+
+
+class Masked(PlainBlock):
+    def forward(self, x, attention_mask):
+        q, k, v = self.qkv(self.n1(x)).unflatten(2, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        return x + self.down(torch.relu(self.up(self.n2(x))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["kmeans", "score"])
+def test_images_told_apart_by_a_mask_alone_are_pooled_one_by_one(pooling):
+    torch.manual_seed(0)
+    model = liven(Packed())
+    images = [torch.randn(n, 8) for n in (16, 12)]
+    vit.patch(model, keep_ratio=0.5, pooling=pooling, example=tuple(images))
+    torch.testing.assert_close(model(*images), torch.cat([model(i) for i in images]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_compiled_they_are_refused():
+    torch.manual_seed(0)
+    model = liven(Packed())
+    images = [torch.randn(n, 8) for n in (16, 12)]
+    vit.patch(model, keep_ratio=0.5, example=tuple(images))
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def run(x, mask):
+        for block in model.blocks:
+            x = block(x, mask)
+        return x
+
+    x, apart = torch.randn(1, 28, 32), torch.arange(28) < 16
+    together = torch.zeros(1, 1, 28, 28)
+    assert run(x, together).isfinite().all()
+    with pytest.raises(RuntimeError, match="give one image a call"):
+        run(x, together.masked_fill(apart[:, None] != apart, -torch.inf))
 
 
 FAMILIES = ("hand-written", "nn.TransformerEncoder (N, B, D)", "transformers BertPadded", "transformers Qwen2VL vision")

@@ -20,6 +20,7 @@ FLEX = (
     "its flex attention is bound to masks made for one number of tokens, and shows no product; set another one,"
     " model.set_attn_implementation('sdpa')"
 )
+PACKED = "patched block: compiled, it cannot pool several packed images each by itself; give one image a call"
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -77,12 +78,32 @@ def base_class(cls: type) -> Any:
 
 
 def packed_ends(sides: list) -> list[int]:
-    """Where each of the sequences packed into one ends, as the cumulative lengths that came in say."""
+    """Where each of the sequences packed into one ends, by the cumulative lengths or the mask that came in."""
     for _, name, value in sides:
-        if "cu_" in name and isinstance(value, Tensor) and value.dim() == 1:
+        if not isinstance(value, Tensor):
+            continue
+        if "cu_" in name and value.dim() == 1:
             ends = sorted(set(value.tolist()) - {0})
-            return ends if len(ends) > 1 else []
+        elif "mask" in name and value.dim() == 4 and value.shape[:2] == (1, 1) and value.shape[2] == value.shape[3] > 1:
+            ends = _ends_of_squares(value[0, 0])
+        else:
+            continue
+        return ends if len(ends) > 1 else []
     return []
+
+
+def _ends_of_squares(mask: Tensor) -> list[int]:
+    """Of the squares along the diagonal that are all a mask (N, N) lets through; none where there is more or less."""
+    if mask.is_meta:
+        return []
+    seen = mask > -1e4 if mask.is_floating_point() else mask != 0
+    last = (seen[1:] != seen[:-1]).any(dim=1)
+    square = torch.cat([last.new_zeros(1), last]).cumsum(dim=0)
+    squares = (seen == (square[:, None] == square)).all()
+    if torch.compiler.is_compiling():  # which knows shapes, not values
+        torch._assert_async(~(squares & last.any()), PACKED)
+        return []
+    return [i + 1 for i in last.nonzero()[:, 0].tolist()] + [len(mask)] if squares else []
 
 
 def valid_tokens(sides: list, b: int, n: int, index: Tensor | None) -> Tensor | None:

@@ -176,7 +176,8 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     if pooling is not None:
         valid = valid_tokens(sides, x.shape[0], n, left) if sides else None
         reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored)
-        if layout == "packed":
+        one = sides and x.shape[0] == 1 and not plan.num_protected and not torch.compiler.is_exporting()
+        if layout == "packed" or one:
             reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at))
     if reducer is not None and place.parts is not None:
         tokens, extra = halves.run(block, place.parts, tap, reducer, short, args, kwargs, at)

@@ -62,6 +62,8 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in WATCHED:
+            if func is Tensor.unflatten:  # dynamo cannot trace the method once a mode has seen it
+                func = torch.unflatten
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
