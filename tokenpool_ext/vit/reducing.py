@@ -93,7 +93,12 @@ class Reducer:
         labels, medoids = clusters.assignment, clusters.medoids
         covering = isinstance(pooling, COVERING)
         if plan.outside == "full" and not covering:  # dropped ones show as the one most like them
-            labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:]), labels)
+            apart = None
+            if self.ends:  # not as one of another sequence
+                ends = torch.tensor(self.ends, device=labels.device)
+                ours = torch.bucketize(torch.arange(t, device=labels.device), ends, right=True)
+                apart = ours[:, None] != torch.bucketize(medoids, ends, right=True)
+            labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:], apart), labels)
             labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
         complete = covering and valid is None  # every token is in a cluster, every cluster has a token
         if not complete:  # so that -1 stays -1
@@ -169,10 +174,11 @@ def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p
     return pooled, functional.Clusters(pooled[:, p:], labels, unknown, medoids, unknown), new_sizes
 
 
-def nearest(tokens: Tensor, centers: Tensor) -> Tensor:
-    """(B, N) the center (B, K, D) nearest to each token (B, N, D)."""
+def nearest(tokens: Tensor, centers: Tensor, apart: Tensor | None = None) -> Tensor:
+    """(B, N) the center (B, K, D) nearest to each token (B, N, D), of those not ``apart`` (N, K) from it."""
     tokens, centers = tokens.detach().float(), centers.detach().float()
-    return (centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)).argmin(dim=2)
+    distance = centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)
+    return (distance if apart is None else distance.masked_fill(apart, torch.inf)).argmin(dim=2)
 
 
 def in_order(tokens: Tensor, state: State) -> tuple[Tensor, State]:
