@@ -53,14 +53,14 @@ def test_duplicates_pool_to_the_same_numbers(batch_first):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first, norm_first=True)
     model = liven(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
-    x = repeated(torch.randn(2, 8, 32))
+    x = torch.randn(2, 8, 32).repeat_interleave(torch.tensor([1, 3, 2, 5, 1, 2, 1, 1]), dim=1)
     x = x if batch_first else x.transpose(0, 1)
     wanted = model(x)
     vit.patch(model, num_tokens={1: 8})
     got = model(x)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     vit.patch(model, num_tokens={1: 8}, track_size=False)
-    assert not torch.allclose(model(x), model(x[:1]) if not batch_first else wanted[:1], atol=1e-3) or True
+    assert not torch.allclose(model(x), wanted, rtol=1e-2, atol=1e-2), "without sizes it does not"
     vit.patch(model, num_tokens={1: 8}, outside="short")
     assert model(x).shape == ((2, 8, 32) if batch_first else (8, 2, 32))
 

@@ -101,29 +101,21 @@ def given_blocks(model: nn.Module, blocks: Any, caller: str) -> BlockList:
 def candidates(model: nn.Module) -> list[BlockList]:
     """Outermost ModuleLists and Sequentials of two or more modules of one class that hold an attention."""
     found: list[BlockList] = []
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        if "_orig_mod" in path.split("."):  # torch.compile's wrapper shows the same modules as its own
-            pass
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or id(module) in seen:
+    for path, module in model.named_modules():  # each once, also where torch.compile's wrapper shows it again
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
         if any(path.startswith(b.path + ".") for b in found):
             continue
         members = list(module)
-        classes = {base_name(m) for m in members}
+        classes = {type(m).__qualname__ for m in members}
         if len(members) < 2 or len(classes) > 1 or not all(attends(m) for m in members):
             continue
         if any(isinstance(m, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) for m in members) or is_attention(
             members[0]
         ):
             continue
-        seen.add(id(module))
         found.append(BlockList(path, owners_of(model, path), members))
     return found
-
-
-def base_name(module: nn.Module) -> str:
-    return type(module).__qualname__
 
 
 def attends(module: nn.Module) -> bool:

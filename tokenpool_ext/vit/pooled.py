@@ -151,7 +151,8 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     check(block, place, given, pooling)
     plain = layout == "batch first"
     x = given if plain else batch_first(given, layout)
-    if _RUN.plan is plan and _RUN.index >= index and not in_backward():
+    # torch.compile of torch 2.11 cannot guard on a plan; there the state comes with the tokens
+    if not torch.compiler.is_compiling() and _RUN.plan is plan and _RUN.index >= index and not in_backward():
         forget()  # a forward begins, and the one before left out its last blocks
     state = None if index == plan.first else recall(plan, index, x)
     records = () if pooling is None else recording.active(plan)

@@ -234,7 +234,7 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
 def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     """The form in which the block commutes with permutations of its tokens."""
     at, x = inputs.find_tokens(args, kwargs)
-    if x.dim() == 4 or x.dim() > 4:
+    if x.dim() >= 4:
         raise TypeError(
             f"patch: {name(block)} takes its tokens as a feature map {tuple(x.shape)}, not as a sequence (B, N, D);"
             " pooled tokens fill no map, so this block is not supported"

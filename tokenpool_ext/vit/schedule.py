@@ -1,8 +1,8 @@
 """How many patch tokens are left after which block: plain dicts ``{block index: count or ratio}`` for ``patch``.
 
 An int is a number of patch tokens; a negative one removes as many, at most half (ToMe's ``r``); a float in (0, 1] is a
-ratio of the tokens that enter the pooling. Integers and
-reals of numpy serve as well; schedules that are returned hold Python's.
+ratio of the tokens that enter the pooling. Integers and reals of numpy serve as well; schedules that are returned hold
+Python's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from ..checks import check_int
 from ..reduction import as_fraction, kept_by_count, kept_by_ratio
 
 Schedule = dict[int, int | float]
@@ -21,14 +22,14 @@ __all__ = ["Schedule", "constant", "default_layers", "explicit", "geometric", "n
 
 def default_layers(depth: int) -> tuple[int, ...]:
     """The blocks at 1/4, 1/2 and 3/4 of the depth: 3, 6, 9 of 12 ("Which Tokens to Use?", arXiv 2308.04657)."""
-    _check_depth(depth)
+    check_int("schedule", "depth", depth, 1)
     return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
 def constant(depth: int, keep_ratio: float, layers: Iterable[int] | None = None) -> Schedule:
     """The same ratio at each of ``layers``. 196 tokens at 0.7: 137, 96, 67, as published for TokenReduction."""
     layers = default_layers(depth) if layers is None else block_indices(layers)
-    return normalise(depth, {layer: _ratio(keep_ratio) for layer in layers})
+    return normalise(depth, dict.fromkeys(layers, _ratio(keep_ratio)))
 
 
 def geometric(depth: int, num_patches: int, last: int, layers: Iterable[int] | None = None) -> Schedule:
@@ -37,10 +38,9 @@ def geometric(depth: int, num_patches: int, last: int, layers: Iterable[int] | N
     The paper's own K = [K_1 .. K_L] come from PoWER-BERT's search and were not published; pooling a little after every
     block, as in its Fig. 1a, is the same in kind.
     """
-    _check_depth(depth)
-    num_patches, last = (_required(name, value) for name, value in (("num_patches", num_patches), ("last", last)))
-    if not 1 <= last <= num_patches:
-        raise ValueError(f"schedule: last must be from 1 to num_patches = {num_patches}, got {last}")
+    check_int("schedule", "depth", depth, 1)
+    num_patches = check_int("schedule", "num_patches", num_patches, 1)
+    last = check_int("schedule", "last", last, 1, num_patches)
     layers = sorted(range(depth) if layers is None else block_indices(layers))
     factor = (last / num_patches) ** (1 / max(len(layers), 1))
     return normalise(
@@ -113,11 +113,6 @@ def kept(num_patches: int, value: int | float | None) -> int:
     return kept_by_ratio(num_patches, *as_fraction(value))
 
 
-def _check_depth(depth: int) -> None:
-    if _integer(depth) is None or depth < 1:
-        raise ValueError(f"schedule: depth must be a positive int, got {depth!r}")
-
-
 def block_indices(layers: Iterable[int]) -> list[int]:
     """Any iterable of block indices as a list.
 
@@ -134,13 +129,6 @@ def block_indices(layers: Iterable[int]) -> list[int]:
     if len(found) < len(listed):
         other = next(layer for layer in listed if _integer(layer) is None)
         raise TypeError(f"schedule: layers must be block indices (ints), got {other!r} among them")
-    return found
-
-
-def _required(name: str, value: object) -> int:
-    found = _integer(value)
-    if found is None:
-        raise TypeError(f"schedule: {name} must be an int, got {type(value).__name__}")
     return found
 
 
