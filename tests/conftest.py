@@ -128,6 +128,7 @@ def pytest_configure(config):
     )
     config.addinivalue_line("markers", "one_path: a backend's path makes no difference; not repeated for each")
     config.addinivalue_line("markers", "each_path: a backend with each path forced, not the planner's choice as well")
+    config.addinivalue_line("markers", "kernels: a promise of backends with kernels; not made by the reference")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
@@ -189,7 +190,9 @@ def pytest_generate_tests(metafunc):
         one_path = metafunc.definition.get_closest_marker("one_path")
         each_path = metafunc.definition.get_closest_marker("each_path")
         forced = {t.name for t in TARGETS if t.env}
-        targets = [t for t in TARGETS if not (one_path and t.env or each_path and t.name in forced and not t.env)]
+        kernels = metafunc.definition.get_closest_marker("kernels")
+        targets = [t for t in TARGETS if not (kernels and t.name == "reference")]
+        targets = [t for t in targets if not (one_path and t.env or each_path and t.name in forced and not t.env)]
         metafunc.parametrize("backend", targets, indirect=True, ids=[t.id for t in targets])
 
 

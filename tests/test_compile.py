@@ -190,11 +190,10 @@ def test_five_resolutions_and_three_batch_sizes_need_two_compilations(backend):
     assert counter.frame_count <= 2, f"{counter.frame_count} compilations"
 
 
+@pytest.mark.kernels  # the reference: a long graph of library calls, a minute of C++ compilation for nothing of ours
 @pytest.mark.large
 def test_inductor(backend):
     """The default compiler, once."""
-    if backend.name == "reference":
-        pytest.skip("a long graph of library calls: a minute of C++ compilation that proves nothing about this project")
 
     def function(x):
         return tp.kmeans(x + 1, 4, num_iters=2, backend=backend.name).centers.tanh()

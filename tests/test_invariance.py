@@ -59,12 +59,11 @@ def test_run_to_run(backend, op, shape):
         assert_identical(first, run([0, 1]), what=op)
 
 
+@pytest.mark.kernels  # library products may pick another kernel for another batch size, as the documents say
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_batch_mates_slot_and_size(backend, op, shape, dtype):
-    if backend.name == "reference":
-        pytest.skip("library products may pick another kernel for another batch size, as its documentation says")
     run = problem(op, backend, shape, dtype)
     together = run(list(range(5)))
     for order in ([0], [4], [3, 1], [4, 3, 2, 1, 0], [2, 2, 2, 2, 2, 2, 2, 2, 2])[: 3 if backend.interpreted else 5]:
@@ -77,13 +76,14 @@ def test_batch_mates_slot_and_size(backend, op, shape, dtype):
             )
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_number_of_threads(backend, op, shape, batch, threads):
     """One image a thread, or all threads in one image: the same bits."""
-    if backend.device != "cpu" or backend.name != "cpu":
-        pytest.skip("the kernels' promise for CPU threads")
+    if backend.name != "cpu":
+        pytest.skip("the CPU kernels' promise")
     run = problem(op, backend, shape, B=batch)
     threads(1)
     want = run(list(range(batch)))
@@ -93,10 +93,9 @@ def test_number_of_threads(backend, op, shape, batch, threads):
             assert_identical(want, run(list(range(batch))), what=f"{op} with {count} threads")
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("op", ["kmeans", "kmedoids", "pool", "unpool"])
 def test_backward(backend, op, threads):
-    if backend.name == "reference":
-        pytest.skip("as its documentation says")
     B, N, D, K = (5, 12, 3, 4) if backend.interpreted else (5, 40, 6, 7)
     x, w = tokens(B, N, D, device=backend.device), positive_weights(B, N, device=backend.device)
     grad = tokens(B, N if op == "unpool" else K, D, device=backend.device, seed=3)

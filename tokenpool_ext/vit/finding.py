@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -83,18 +84,18 @@ def given_blocks(model: nn.Module, blocks: Any, caller: str) -> BlockList:
             listed: Any = model.get_submodule(blocks)
         except AttributeError:
             raise ValueError(f"{caller}: blocks={blocks!r} is no module of {type(model).__name__}") from None
-        path = blocks
     else:
-        listed, path = blocks, next((n for n, m in model.named_modules() if m is blocks), "")
+        listed = blocks
     try:
         members = list(listed)
     except TypeError:
         members = []
-    inside = set(model.modules())
+    inside = {module: name for name, module in model.named_modules()}
     if not members or not all(isinstance(m, nn.Module) and m in inside for m in members):
         raise ValueError(
             f"{caller}: blocks must be a dotted path or a list of modules of the model, got {blocks!r:.80}"
         )
+    path = ".".join(os.path.commonprefix([inside[m].split(".")[:-1] for m in members]))  # what is around all of them
     return BlockList(path, owners_of(model, path), members)
 
 
