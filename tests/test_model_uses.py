@@ -118,6 +118,36 @@ def test_compiled_they_are_refused():
         run(x, together.masked_fill(apart[:, None] != apart, -torch.inf))
 
 
+class Recording(PlainModel):
+    """Puts hooks on its blocks in its first forward, once, as transformers' models do for ``output_hidden_states``."""
+
+    installed = False
+
+    def forward(self, x):
+        if not self.installed:
+            self.seen, self.installed = [], True
+            for block in self.stages:
+                block.register_forward_hook(lambda m, args, out: self.seen.append(out.shape))
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_hooks_that_a_model_adds_in_its_first_forward_outlive_the_probe():
+    model, x = Recording(), torch.randn(2, 16, 8)
+    vit.patch(model, num_tokens={1: 6}, example=x)  # the probe is the first forward
+    model.seen.clear()
+    model(x)
+    assert model.seen == [(2, 17, 32)] * 4
+
+
+@torch.no_grad()
+def test_a_model_that_needs_all_hidden_states_patched_before_its_first_forward():
+    model, args, kwargs = make("transformers BeitForSemanticSegmentation")
+    shape = copy.deepcopy(model)(**kwargs).logits.shape
+    vit.patch(model, keep_ratio=0.5)
+    assert model(**kwargs).logits.shape == shape
+
+
 FAMILIES = ("hand-written", "nn.TransformerEncoder (N, B, D)", "transformers BertPadded", "transformers Qwen2VL vision")
 
 

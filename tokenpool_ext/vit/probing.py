@@ -50,6 +50,8 @@ def quiet(module: Any) -> Iterator[None]:
             m.reshard()
         for m, training, hooks, pre_hooks in state:
             m.training = training
+            hooks.update(m._forward_hooks)  # a model may add its own in its first forward, once (transformers 5 does)
+            pre_hooks.update(m._forward_pre_hooks)
             m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
 
 
