@@ -148,6 +148,28 @@ def test_a_model_that_needs_all_hidden_states_patched_before_its_first_forward()
     assert model(**kwargs).logits.shape == shape
 
 
+class Causal(PlainBlock):
+    """By the flag, which traced models of transformers put a mask in place of."""
+
+    flag = True
+
+    def attend(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if self.flag else torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.flag)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_scores_of_causal_attention_are_those_of_its_mask():
+    torch.manual_seed(0)
+    model, x = liven(PlainModel(Causal)), torch.randn(2, 16, 8)
+    vit.patch(model, num_tokens={1: 6})
+    flag = model(x)
+    model.stages[1].flag = False
+    torch.testing.assert_close(flag, model(x))
+
+
 FAMILIES = ("hand-written", "nn.TransformerEncoder (N, B, D)", "transformers BertPadded", "transformers Qwen2VL vision")
 
 

@@ -131,12 +131,11 @@ def follow_all(sides: list, plan, args: tuple, kwargs: dict, n: int, index: Tens
     back: list[tuple[Any, Any]] = []
     cut_args, cut_kwargs = list(args), dict(kwargs)
     for place, name, value in sides:
-        cut = follow(value, name, plan, n, index, back)
-        if cut is not value:
-            if isinstance(place, int):
-                cut_args[place] = cut
-            else:
-                cut_kwargs[place] = cut
+        cut = follow(value, name, plan, n, index, back)  # not compared: dynamo of torch 2.11 cannot compare tuples
+        if isinstance(place, int):
+            cut_args[place] = cut
+        else:
+            cut_kwargs[place] = cut
     return tuple(cut_args), cut_kwargs, back
 
 

@@ -93,6 +93,8 @@ class Tap(TorchFunctionMode):
             given["attn_mask"] = mask
         out = func(**given)
         if self.note:
+            if given.get("is_causal"):
+                mask = q.new_ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
             self.found = ("product", q.detach(), k.detach(), given.get("scale"), mask)
         return out
 
