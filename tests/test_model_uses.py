@@ -98,6 +98,7 @@ def test_images_told_apart_by_a_mask_alone_are_pooled_one_by_one(pooling):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's dynamo says of every compilation that it exports")
 def test_compiled_they_are_refused():
     torch.manual_seed(0)
     model = liven(Packed())
