@@ -396,7 +396,8 @@ def keep(name: str, found: dict[str, str]) -> None:
     beside = RECORD.with_suffix(".new")
     beside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     beside.replace(RECORD)
-    lines = ["| use | works | no such thing | fails unpatched, too | fails |", "|---|---|---|---|---|"]
+    lines = [f"`python -m tests.model_uses --write` on a CPU; {record['versions']}. Numbers are of families.", ""]
+    lines += ["| use | works | no such thing | fails unpatched, too | fails |", "|---|---|---|---|---|"]
     reasons: dict[tuple[str, str], list[str]] = {}
     for use in USES:
         words = {name: uses[use] for name, uses in record["families"].items() if use in uses}
@@ -406,7 +407,8 @@ def keep(name: str, found: dict[str, str]) -> None:
             if word not in ("ok", "-"):
                 reasons.setdefault((use, word), []).append(name)
     lines += ["", "| use | not ok | families |", "|---|---|---|"]
-    lines += [f"| {use} | {word.replace('|', '/')} | {', '.join(names)} |" for (use, word), names in reasons.items()]
+    for (use, word), names in reasons.items():
+        lines.append(f"| {use} | {word.replace('|', '/')[:120]} | {', '.join(names)} |")
     text, table = DOCUMENT.read_text(), "\n".join(lines)
     part = rf"(?s)({re.escape(BEGIN)}\n).*?({re.escape(END)})"
     DOCUMENT.write_text(re.sub(part, lambda m: f"{m[1]}{table}\n{m[2]}", text))

@@ -171,6 +171,35 @@ def test_scores_of_causal_attention_are_those_of_its_mask():
     torch.testing.assert_close(flag, model(x))
 
 
+class Tables(PlainBlock):
+    """With a table (H, N, d) for all images, as of a mixed rotary embedding."""
+
+    def forward(self, x, table):
+        q, k, v = self.qkv(self.n1(x)).unflatten(2, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q * table, k * table, v)
+        return x + self.proj(out.transpose(1, 2).flatten(2))
+
+
+class TableModel(PlainModel):
+    def __init__(self):
+        super().__init__(Tables)
+        self.table = nn.Parameter(torch.randn(4, 17, 8))
+
+    def forward(self, x):
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.stem(x)], 1) + self.pos
+        for block in self.stages:
+            x = block(x, self.table)
+        return self.head(x.mean(1))
+
+
+@torch.no_grad()
+def test_as_many_images_as_heads():
+    torch.manual_seed(0)
+    model, x = liven(TableModel()), torch.randn(4, 16, 8)
+    vit.patch(model, num_tokens={1: 6}, example=x[:2])
+    torch.testing.assert_close(model(x), torch.cat([model(x[:2]), model(x[2:])]), rtol=1e-4, atol=1e-4)
+
+
 FAMILIES = ("hand-written", "nn.TransformerEncoder (N, B, D)", "transformers BertPadded", "transformers Qwen2VL vision")
 
 

@@ -32,6 +32,7 @@ class Form(NamedTuple):
     square: bool = True  # biases (..., N, N) are cut outside the block, else where they meet the attention product
     folded: bool = False  # biases (X, N, N) are (B * H, N, N), else (H, N, N)
     attends: bool = True  # a tap sees its attention
+    shared: frozenset = frozenset()  # names of tables (H, N, ...) of all images, also where H are as many
 
 
 def find_tokens(args: tuple, kwargs: dict) -> tuple[int | str, Any]:
@@ -176,7 +177,9 @@ def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -
         return take(value.transpose(0, 1), index).transpose(0, 1)
     if form.layout == "packed" and shape[0] == n:
         return value[index[0]]
-    if value.dim() >= 2 and shape[0] in (b, 1) and n in shape[1:]:  # a batch in front, or one for all images
+    if (
+        value.dim() >= 2 and (shape[0] == 1 or shape[0] == b and name not in form.shared) and n in shape[1:]
+    ):  # a batch in front, or one for all images
         axis = 1 + list(shape[1:]).index(n)
         where = index.reshape(b, *[1] * (axis - 1), k, *[1] * (value.dim() - axis - 1))
         whole = value.expand(b, *shape[1:])

@@ -266,6 +266,12 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         if p:
             order[i] = torch.cat([torch.arange(p, device="cpu"), order[i][order[i] >= p]])
     sides = inputs.named(block, args, kwargs, at)
+    flat = [(name, t) for _, name, v in sides for t in (v if isinstance(v, (tuple, list)) else (v,))]
+    shared = frozenset(  # told by the shape, which the batch of a later forward may have by chance
+        name
+        for name, t in flat
+        if isinstance(t, Tensor) and t.dim() > 1 and n in t.shape[1:] and t.shape[0] not in (b, 1)
+    )
     ends = inputs.packed_ends(sides) if layout == "packed" else []
     if ends:  # packed sequences stay where they are
         starts = [0, *ends[:-1]]
@@ -276,7 +282,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     limit = 2e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
     reason = "its output does not follow its tokens when they are permuted, so it depends on their order or place"
     for heads, square, folded in itertools.product((True, False), (True, False), (False, True)):
-        form = Form(layout, heads, square, folded)
+        form = Form(layout, heads, square, folded, shared=shared)
         trial = Plan(0, 0, p, plan.suffix, (), "full", "block", "tokens", False, form=form)
         tap = Tap(b, n, None, None if square else order, n, note=True, packed=layout == "packed")
         try:
