@@ -181,6 +181,7 @@ def half(model: nn.Module, call: Call) -> None:
 
 @torch.no_grad()
 def deepcopy(model: nn.Module, call: Call) -> None:
+    """Gives the same bits, also when the first is unpatched."""
     wanted, other = call.on(model), copy.deepcopy(model)
     same(call.on(other), wanted, "a copy")
     tp.unpatch(model)
@@ -189,6 +190,7 @@ def deepcopy(model: nn.Module, call: Call) -> None:
 
 @torch.no_grad()
 def pickled(model: nn.Module, call: Call) -> None:
+    """And ``torch.save``; the weights load into a model without the patch."""
     wanted = call.on(model)
     same(call.on(pickle.loads(pickle.dumps(model))), wanted, "pickle")
     torch.save(model, file := io.BytesIO())
