@@ -15,6 +15,9 @@ STUDIES = (
     "text",
     "speech",
     "schedules",
+    "latency",
+    "train",
+    "trained_schedules",
     "report",
 )
 

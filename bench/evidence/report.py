@@ -229,6 +229,56 @@ def text() -> str:
     return markdown(head, rows)
 
 
+TRAINED = {"kmeans": "WK-Means", "kmedoids": "WK-Medoids", "bipartite": "bipartite (ToMe)", "none": "all tokens"}
+TRAINED |= {"kmeans-unweighted": "K-Means", "kmedoids-unweighted": "K-Medoids"}
+
+
+def trained(tuned: bool) -> str:
+    """Accuracy by budget, and under it the difference from WK-Means."""
+    found: dict[str, dict[float, dict]] = {}
+    for row in data.load("train")["records"]:
+        if row["tuned"] == tuned and "budget" in row:
+            found.setdefault(row["method"], {})[row["budget"]] = row
+    columns = sorted(next(iter(found.values())), reverse=True)
+    rows = []
+    for method, by in found.items():
+        name = TRAINED.get(method, method)
+        rows.append([name, *(f"{100 * by[b]['accuracy']:.1f}" for b in columns)])
+        rows[-1] += [points(by[b], "minus_wkmeans") if method != "kmeans" else "" for b in (0.58, 0.35)]
+    head = ["method", *(f"{b:.0%}" for b in columns), "58%: against WK-Means", "35%: against WK-Means"]
+    return markdown(head, rows)
+
+
+def trained_whole() -> str:
+    """The models that keep all tokens, and WK-Means at about the MACs of the narrow one."""
+    rows = []
+    for row in data.load("train")["records"]:
+        if "budget" not in row or (row["tuned"] and row["budget"] == 0.58 and row["method"].startswith("k")):
+            name = {"base": "all tokens", "narrow": "fewer features, all tokens"}.get(row["method"], row["method"])
+            line = [TRAINED.get(name, name), row["epochs"] if not row["tuned"] else f"+ {row['epochs']:g}"]
+            line += [f"{100 * row['macs']:.0f}", f"{100 * row['accuracy']:.2f}"]
+            rows.append([*line, points(row, "minus_all") if "minus_all" in row else ""])
+    return markdown(["model", "epochs", "% of MACs", "accuracy", "against all tokens, trained as long"], rows)
+
+
+def trained_schedules() -> str:
+    rows = []
+    for row in data.load("trained-schedules")["records"]:
+        kept = " ".join(f"{i}:{n}" for i, n in row.get("num_tokens", {}).items())
+        line = [row["method"], f"{100 * row.get('macs', 1):.1f}", kept, f"{100 * row['accuracy']:.1f}"]
+        rows.append(line + [points(row, f"minus_{n}") if f"minus_{n}" in row else "" for n in ("all", "searched")])
+    head = ["schedule", "% of MACs", "block: tokens kept", "accuracy", "against all tokens", "against the search"]
+    return markdown(head, rows)
+
+
+def latency() -> str:
+    rows = []
+    for row in data.load("latency")["records"]:
+        line = [row["schedule"], f"{row['ms']:.1f}", f"{row['speedup']:.2f}x", f"{100 * row['macs']:.0f}"]
+        rows.append([*line, f"{row['cosine']:.4f}", row.get("search_seconds", "")])
+    return markdown(["schedule", "ms", "speedup", "% of MACs", "class token", "seconds to search"], rows)
+
+
 def speech(kind: str) -> str:
     content = data.load("speech")
     found = [row for row in content["records"] if row["kind"] == kind]
@@ -328,6 +378,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "lowpass": lowpass,
     "stamps-today": today,
     "text": text,
+    "latency": latency,
+    "train": trained_whole,
+    "train-tuned": lambda: trained(True),
+    "train-untuned": lambda: trained(False),
+    "trained-schedules": trained_schedules,
     "positions": positions,
     "schedules": schedules,
     "speech-strengths": strengths,

@@ -1,9 +1,9 @@
 """Trained from scratch: a small ViT of 196 tokens on Fashion-MNIST, then fine-tuned with each token reduction.
 
-    python -m bench.evidence.train base                   # the whole model (28 x 28 pixels, patch 2, 196 tokens)
-    python -m bench.evidence.train narrow                 # fewer features instead of fewer tokens: 42% fewer MACs
-    python -m bench.evidence.train tune --method kmeans   # from base; budgets drawn per batch, evaluated at each
-    python -m bench.evidence.train record                 # bench/results/evidence-train.json, from the finished runs
+    python -m bench.evidence train base                   # the whole model (28 x 28 pixels, patch 2, 196 tokens)
+    python -m bench.evidence train narrow                 # fewer features instead of fewer tokens: 42% fewer MACs
+    python -m bench.evidence train tune --method kmeans   # from base; budgets drawn per batch, evaluated at each
+    python -m bench.evidence train record                 # bench/results/evidence-train.json, from the finished runs
 
 Any of them stopped and started again goes on from its last checkpoint (every minute). Under `torchrun` it is data
 parallel. Fashion-MNIST comes from Debian's package dataset-fashion-mnist. Intervals: 95%, paired bootstrap over images.
@@ -267,8 +267,9 @@ def record(args) -> Path:
     return data.save("train", about, {"records": records})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.evidence train", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", choices=("base", "narrow", "tune", "record"))
     parser.add_argument("--method", choices=tuple(METHODS), default="kmeans")
     parser.add_argument("--epochs", type=float, default=4)
@@ -279,12 +280,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--cache", default=str(data.CACHE / "train"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.what == "record":
         print(record(args))
     else:
         run(args)
-
-
-if __name__ == "__main__":
-    main()
+    return 0
