@@ -21,6 +21,7 @@ import tokenpool_ext as tp
 from tokenpool_ext import vit
 from tokenpool_ext.vit import finding, inputs, patched_blocks, patching, record
 from tokenpool_ext.vit.pooled import _RUN
+from tokenpool_ext.vit.tap import Tap
 
 NEEDS = {"timm": "timm", "transformers": "transformers", "torchvision": "torchvision", "open_clip": "open_clip"}
 
@@ -615,3 +616,27 @@ def test_fully_shard(order, tmp_path):
         torch.testing.assert_close(vit.unpatch(model)(x), whole)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["none", "hides", "adds", "adds by head"])
+def test_scores_of_multihead_attention_are_its_weights_under_its_masks(kind, padded):
+    torch.manual_seed(0)
+    layer, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 7, 16)
+    hidden = torch.zeros(2, 7, dtype=torch.bool)
+    hidden[1, 5:] = True
+    mask = {
+        "none": None,
+        "hides": torch.ones(7, 7).triu(1).bool(),
+        "adds": torch.randn(7, 7),
+        "adds by head": torch.randn(8, 7, 7),
+    }[kind]
+    given = {"attn_mask": mask, "key_padding_mask": hidden if padded else None}
+    if padded and kind.startswith("adds"):
+        given["key_padding_mask"] = torch.zeros(2, 7).masked_fill(hidden, -torch.inf)
+    weights = layer(x, x, x, **given)[1]
+    tap = Tap(2, 7, None, None, 7, True)
+    with tap:
+        layer(x, x, x, need_weights=False, **given)
+    torch.testing.assert_close(tap.scores(), weights.mean(1))

@@ -149,12 +149,7 @@ class Tap(TorchFunctionMode):
         out = func(**given)
         if self.note:
             q, k = _projected(given, query.detach(), key.detach())
-            keys_only = given.get("key_padding_mask")
-            if keys_only is not None:
-                if keys_only.dtype == torch.bool:
-                    keys_only = torch.zeros_like(keys_only, dtype=q.dtype).masked_fill(keys_only, -torch.inf)
-                keys_only = keys_only.reshape(q.shape[0], 1, 1, -1)
-            self.found = ("product", q, k, None, keys_only)
+            self.found = ("product", q, k, None, _masks(given, q))
         return out
 
     def _like(self, bias: Tensor, x: Tensor) -> Tensor:
@@ -240,6 +235,20 @@ def _added(mask: Tensor | None, bias: Tensor, dtype: torch.dtype, keep: bool = T
     if mask.dtype == torch.bool:
         return torch.where(mask if keep else ~mask, bias, -torch.inf)
     return mask + bias
+
+
+def _masks(given: dict[str, Any], q: Tensor) -> Tensor | None:
+    """The sum of the masks of ``F.multi_head_attention_forward``, (B or 1, H or 1, T or 1, T); boolean ones hide."""
+    masks = []
+    b, h, n, _ = q.shape
+    for name, shape in (("key_padding_mask", (b, 1, 1, n)), ("attn_mask", (-1, h, n, n))):
+        mask = given.get(name)
+        if mask is not None:
+            mask = mask.detach()
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
+            masks.append(mask[None, None] if mask.shape == shape[2:] else mask.reshape(shape))
+    return torch.stack(torch.broadcast_tensors(*masks)).sum(0) if masks else None
 
 
 def _projected(given: dict[str, Any], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
