@@ -11,6 +11,8 @@ import torch
 from model_zoo import PlainBlock, PlainModel, liven
 from test_vit_any import make, plain
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokenpool_ext import vit
 
@@ -98,25 +100,102 @@ def test_images_told_apart_by_a_mask_alone_are_pooled_one_by_one(pooling):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's dynamo says of every compilation that it exports")
-def test_compiled_they_are_refused():
+@pytest.mark.parametrize("way", ["compile", "export", "export, not strict"])
+def test_compiled_and_exported_they_are_refused(way):
     torch.manual_seed(0)
     model = liven(Packed())
     images = [torch.randn(n, 8) for n in (16, 12)]
     vit.patch(model, keep_ratio=0.5, example=tuple(images))
     torch._dynamo.reset()
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def run(x, mask):
-        for block in model.blocks:
-            x = block(x, mask)
-        return x
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = model.blocks
+
+        def forward(self, x, mask):
+            for block in self.blocks:
+                x = block(x, mask)
+            return x
 
     x, apart = torch.randn(1, 28, 32), torch.arange(28) < 16
     together = torch.zeros(1, 1, 28, 28)
-    assert run(x, together).isfinite().all()
+    if way == "compile":
+        run = torch.compile(Blocks(), fullgraph=True, backend="eager")
+    else:
+        run = torch.export.export(Blocks(), (x, together), strict=way == "export").module()
+    torch.testing.assert_close(run(x, together), Blocks()(x, together))
     with pytest.raises(RuntimeError, match="give one image a call"):
         run(x, together.masked_fill(apart[:, None] != apart, -torch.inf))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["fake", "make_fx"])
+def test_a_mask_is_not_looked_at_where_there_are_no_values(mode):
+    torch.manual_seed(0)
+    model = liven(Packed())
+    vit.patch(model, keep_ratio=0.5, example=(torch.randn(12, 8),))
+    x, mask = torch.randn(1, 12, 32), torch.zeros(1, 1, 12, 12)
+    if mode == "make_fx":
+        run = make_fx(lambda x, mask: model.blocks[1](x, mask))(x, mask)
+        torch.testing.assert_close(run(x, mask), model.blocks[1](x, mask))
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert model.blocks[1](fake.from_tensor(x), fake.from_tensor(mask)).shape == x.shape
+
+
+class Lengths(Masked):
+    def forward(self, x, cu_seqlens):
+        which = torch.bucketize(torch.arange(x.shape[1]), cu_seqlens, right=True)
+        return super().forward(x, (which[:, None] == which)[None, None])
+
+
+@torch.no_grad()
+def test_tokens_after_the_last_length_are_a_sequence_of_their_own():
+    torch.manual_seed(0)
+    block, x = liven(Lengths()), torch.randn(1, 12, 32)
+    vit.patch(
+        block, blocks=[block], layers=[0], keep_ratio=0.5, num_prefix_tokens=0, example=(x, torch.tensor([0, 12]))
+    )
+    found = block(x, torch.tensor([0, 6, 10], dtype=torch.int32))
+    parts = [block(x[:, a:b], torch.tensor([0, b - a])) for a, b in ((0, 6), (6, 10), (10, 12))]
+    torch.testing.assert_close(found, torch.cat(parts, 1))
+    with pytest.raises(ValueError, match="cu_seqlens ends at 14, after the 12 tokens"):
+        block(x, torch.tensor([0, 6, 14]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seen", [False, True], ids=["probed without masks", "probed with"])
+@pytest.mark.parametrize("which", ["mask", "src_key_padding_mask"])
+def test_as_many_images_as_tokens(which, seen):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x, padding = torch.randn(12, 12, 16), torch.zeros(12, 12, dtype=torch.bool)
+    padding[::2, 9:] = True
+    causal = torch.ones(12, 12).triu(1).bool()
+    example = {"src": x[:2]} | ({"mask": causal, "src_key_padding_mask": padding[:2]} if seen else {})
+    vit.patch(model, keep_ratio=0.5, num_prefix_tokens=0, example=example)
+
+    def run(at):
+        return model(x[at], **{which: causal if which == "mask" else padding[at]})
+
+    torch.testing.assert_close(run(slice(12)), torch.cat([run(slice(0, 5)), run(slice(5, 12))]))
+
+
+@torch.no_grad()
+def test_queries_and_keys_of_two_dtypes_under_autocast():
+    class Scaled(PlainBlock):
+        def attend(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
+            out = nn.functional.scaled_dot_product_attention(q * torch.ones(1), k, v)
+            return self.proj(out.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, x = liven(PlainModel(Scaled)), torch.randn(2, 16, 8)
+    vit.patch(model, keep_ratio=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).isfinite().all()
 
 
 class Recording(PlainModel):

@@ -388,7 +388,8 @@ def test_forward_errors(tokens):
         (lambda: layer(x, mask=scores), TypeError, "mask must be bool"),
         (lambda: layer(x, sizes=scores[:, 3:]), ValueError, "sizes"),
         (lambda: layer(x[:, :1]), ValueError, "num_prefix_tokens"),
-        (lambda: layer(x, -scores), ValueError, "weights must be >= 0"),
+        (lambda: layer(x, -scores), ValueError, "TokenPooling: scores must be >= 0"),
+        (lambda: layer(x, sizes=-scores), ValueError, "TokenPooling: sizes must be >= 0"),
         (lambda: LAYERS["score"]()(x), ValueError, "scores"),
         (lambda: TokenPooling(4, init="best")(x), ValueError, "init"),
     ]

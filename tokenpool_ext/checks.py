@@ -183,16 +183,16 @@ def check_weights(
     check_tensor(name, "weights", weights)
     if weights.dtype.is_complex:
         raise TypeError(f"{name}: weights must be real, got {weights.dtype}")
-    return check_negative(name, _per_token(name, "weights", weights, x3, batched), x3, mask)
+    return check_negative(name, "weights", _per_token(name, "weights", weights, x3, batched), x3, mask)
 
 
-def check_negative(name: str, weights: Tensor, x3: Tensor, mask: Tensor | None) -> Tensor:
+def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: Tensor | None) -> Tensor:
     """Weights of the right shape and device, none of them seen to be below 0, in acc."""
     weights = _converted(weights, accumulate_dtype(x3.dtype))
     if values.any_negative(weights, mask):
         negative = weights < 0 if mask is None else (weights < 0) & mask
         least = float(weights.detach()[negative].amin())
-        raise ValueError(f"{name}: weights must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
+        raise ValueError(f"{name}: {argument} must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
     return weights
 
 

@@ -142,7 +142,8 @@ class TokenPooling(TokenReduction):
         scores = scores if self.weighted else None
         weights = sizes if scores is None else scores
         on, name = x if features is None else features.detach(), self.algorithm
-        in_acc = None if weights is None else check_negative(name, weights, on, mask)
+        argument = "sizes" if scores is None else "scores"
+        in_acc = None if weights is None else check_negative(type(self).__name__, argument, weights, on, mask)
         chain = select(name, on, self.backend)
         start = check_init(name, self.init, on, k, mask, None, True)
         clusters = cluster_from(chain, name, on, in_acc, mask, None, start, k, self.num_iters, self.sort)

@@ -261,6 +261,8 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def _cluster_sums(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     """(B, K) sums of the sizes in every cluster; tokens assigned -1 vanish. Sums of integers: exact in any order."""
+    if not sizes.is_floating_point():
+        sizes = sizes.long()  # of bool or uint8 the sums would be no number, or a small one
     return sizes.new_zeros(sizes.shape[0], k + 1).scatter_add(1, assignment + 1, sizes)[:, 1:]
 
 

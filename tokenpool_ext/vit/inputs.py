@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import autograd
+from .. import autograd, values
 from ..backends import select
 from .tap import take_square
 
@@ -78,13 +78,18 @@ def base_class(cls: type) -> Any:
     return getattr(cls, "_tokenpool_base", cls)
 
 
-def packed_ends(sides: list) -> list[int]:
-    """Where each of the sequences packed into one ends, by the cumulative lengths or the mask that came in."""
+def packed_ends(sides: list, n: int) -> list[int]:
+    """Where each of the sequences packed into one of ``n`` ends, by the cumulative lengths or the mask that came in.
+
+    Tokens after the last that the lengths speak of are a sequence of their own.
+    """
     for _, name, value in sides:
         if not isinstance(value, Tensor):
             continue
         if "cu_" in name and value.dim() == 1:
-            ends = sorted(set(value.tolist()) - {0})
+            ends = sorted({*value.tolist(), n} - {0})
+            if ends[-1] > n:
+                raise ValueError(f"patched block: {name} ends at {ends[-1]}, after the {n} tokens there are")
         elif "mask" in name and value.dim() == 4 and value.shape[:2] == (1, 1) and value.shape[2] == value.shape[3] > 1:
             ends = _ends_of_squares(value[0, 0])
         else:
@@ -95,7 +100,7 @@ def packed_ends(sides: list) -> list[int]:
 
 def _ends_of_squares(mask: Tensor) -> list[int]:
     """Of the squares along the diagonal that are all a mask (N, N) lets through; none where there is more or less."""
-    if mask.device.type == "meta":
+    if mask.is_meta or (values.recorded() and not torch.compiler.is_compiling()):
         return []
     seen = mask > -1e4 if mask.is_floating_point() else mask != 0
     last = (seen[1:] != seen[:-1]).any(dim=1)
@@ -107,12 +112,19 @@ def _ends_of_squares(mask: Tensor) -> list[int]:
     return [i + 1 for i in last.nonzero()[:, 0].tolist()] + [len(mask)] if squares else []
 
 
-def valid_tokens(sides: list, b: int, n: int, index: Tensor | None) -> Tensor | None:
+def _is_padding(mask: Tensor, name: str, b: int, n: int, form: Form) -> bool:
+    """Does a mask of two dimensions tell real tokens (B, N)? Else who sees whom (N, N): as many images may be there."""
+    if name in form.shared:
+        return False
+    return ("padding" in name or name == "attention_mask" or mask.shape[0] != n) and mask.shape[0] == b
+
+
+def valid_tokens(sides: list, b: int, n: int, index: Tensor | None, form: Form) -> Tensor | None:
     """(B, T) True for real tokens, read off the mask of the N tokens that came in; None without padding masks."""
     for _, name, value in sides:
         if not isinstance(value, Tensor) or "mask" not in name or value.shape[-1] != n or value.dim() not in (2, 4):
             continue
-        if value.dim() == 2 and value.shape[0] != b:
+        if value.dim() == 2 and not _is_padding(value, name, b, n, form):
             continue
         if value.dtype == torch.bool:
             real = ~value if "padding" in name else value
@@ -167,6 +179,8 @@ def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -
     if n not in shape:
         return value
     square = value.dim() >= 2 and shape[-1] == shape[-2] == n
+    if square and value.dim() == 2 and "mask" in name:
+        square = not _is_padding(value, name, b, n, form)
     if square and (value.dim() >= 4 or "mask" in name or "bias" in name):
         if not form.square:
             return value
@@ -178,7 +192,7 @@ def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -
     if form.layout == "packed" and shape[0] == n:
         return value[index[0]]
     if (
-        value.dim() >= 2 and (shape[0] == 1 or shape[0] == b and name not in form.shared) and n in shape[1:]
+        value.dim() >= 2 and (shape[0] == 1 or name not in form.shared and shape[0] == b) and n in shape[1:]
     ):  # a batch in front, or one for all images
         axis = 1 + list(shape[1:]).index(n)
         where = index.reshape(b, *[1] * (axis - 1), k, *[1] * (value.dim() - axis - 1))

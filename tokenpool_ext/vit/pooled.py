@@ -175,11 +175,10 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, layout == "packed")
     before, reducer = None, None
     if pooling is not None:
-        valid = valid_tokens(sides, x.shape[0], n, left) if sides else None
+        valid = valid_tokens(sides, x.shape[0], n, left, plan.form) if sides else None
         reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored)
-        one = sides and x.shape[0] == 1 and not plan.num_protected and not torch.compiler.is_exporting()
-        if layout == "packed" or one:
-            reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at))
+        if layout == "packed" or (sides and x.shape[0] == 1 and not plan.num_protected):
+            reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at), short.shape[1])
     if reducer is not None and place.parts is not None:
         tokens, extra = halves.run(block, place.parts, tap, reducer, short, args, kwargs, at)
         out = (tokens, *extra) if place.parts.returns_tuple else tokens

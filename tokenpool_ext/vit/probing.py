@@ -272,7 +272,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         for name, t in flat
         if isinstance(t, Tensor) and t.dim() > 1 and n in t.shape[1:] and t.shape[0] not in (b, 1)
     )
-    ends = inputs.packed_ends(sides) if layout == "packed" else []
+    ends = inputs.packed_ends(sides, n) if layout == "packed" else []
     if ends:  # packed sequences stay where they are
         starts = [0, *ends[:-1]]
         order[0] = torch.cat([order[0][(order[0] >= a) & (order[0] < z)] for a, z in zip(starts, ends)])

@@ -137,9 +137,10 @@ class _Search:
 
         def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             at, tokens = find_tokens(args, kwargs)
-            if plan.form.layout == "packed" and packed_ends(named(block, args, kwargs, at)):
+            n = batch_first(tokens, plan.form.layout).shape[1]
+            if plan.form.layout == "packed" and packed_ends(named(block, args, kwargs, at), n):
                 raise ValueError(f"{NAME}: batches must hold one sequence where the model takes them packed")
-            seen.add(batch_first(tokens, plan.form.layout).shape[1] - plan.num_protected)
+            seen.add(n - plan.num_protected)
 
         hook = self.blocks[self.places[0]].register_forward_pre_hook(note, with_kwargs=True)
         try:

@@ -95,7 +95,7 @@ class Tap(TorchFunctionMode):
         if self.note:
             if given.get("is_causal"):
                 mask = q.new_ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
-            self.found = ("product", q.detach(), k.detach(), given.get("scale"), mask)
+            self.found = ("product", q.detach(), k.detach().to(q.dtype), given.get("scale"), mask)
         return out
 
     def _piece(self, func, given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
@@ -139,6 +139,8 @@ class Tap(TorchFunctionMode):
             given["attn_mask"] = mask = (mask if mask.dim() == 4 else mask[:, None].expand(-1, heads, -1, -1)).flatten(
                 0, 1
             )
+        if mask is not None and mask.dim() == 3 and mask.shape[0] == self.batch:  # cut from (N, N) outside
+            given["attn_mask"] = mask = mask.repeat_interleave(heads, 0)
         if self.index is not None and mask is not None:
             given["is_causal"] = False  # a hint that would put another mask in its place
         if self.bias is not None:
