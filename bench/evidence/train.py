@@ -5,8 +5,9 @@
     python -m bench.evidence train tune --method kmeans   # from base; budgets drawn per batch, evaluated at each
     python -m bench.evidence train record                 # bench/results/evidence-train.json, from the finished runs
 
-Any of them stopped and started again goes on from its last checkpoint (every minute). Under `torchrun` it is data
-parallel. Fashion-MNIST comes from Debian's package dataset-fashion-mnist. Intervals: 95%, paired bootstrap over images.
+Any of them stopped and started again goes on from its last checkpoint (every minute), as the same run but for methods
+that draw. Under `torchrun` it is data parallel. Fashion-MNIST comes from Debian's package dataset-fashion-mnist.
+Intervals: 95%, paired bootstrap over test images; they say nothing of another seed.
 """
 
 from __future__ import annotations
@@ -234,11 +235,13 @@ def record(args) -> Path:
     """The finished runs, each against the whole model trained as long and against WK-Means of the same seed."""
     runs = [torch.load(path) for path in sorted(Path(args.cache).glob("*.pt"))]
     runs = [run for run in runs if "right" in run]
-    all_right = {
-        (run["about"]["seed"], run["about"]["what"] == "tune", *key): (found, run)
-        for run in runs
-        for key, found in run["right"].items()
-    }
+    all_right: dict[tuple, tuple] = {}
+    for run in runs:
+        for key, found in run["right"].items():
+            key = (run["about"]["seed"], run["about"]["what"] == "tune", *key)
+            if key in all_right:
+                raise ValueError(f"two runs of {key} in {args.cache}: leave one of them there")
+            all_right[key] = (found, run)
     whole, records = cost(ViT(), {}), []
     for (seed, tuned, method, budget), (found, run) in all_right.items():
         row = {"method": method, "tuned": tuned, "seed": seed, "epochs": run["about"]["epochs"]}

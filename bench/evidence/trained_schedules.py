@@ -69,15 +69,17 @@ def main(argv=None) -> int:
         ways: dict[str, dict] = {}
         seconds, penalties = {}, {}
         start = time.process_time()
-        ways[SEARCHED] = {"num_tokens": search_schedule(model, [ONE, seen], budget=budget)}  # MACs are counted on one
+        ways[SEARCHED] = {
+            "num_tokens": search_schedule(model, [seen[:1], seen[1:]], budget=budget)
+        }  # MACs are counted on one
         seconds[SEARCHED], start = time.process_time() - start, time.process_time()
         counts, penalties[LEARNED] = learned(model, seen, budget, args.steps)
         ways[LEARNED] = {"num_tokens": counts}
         seconds[LEARNED] = time.process_time() - start
         ways["one ratio after blocks 1, 3, 4"] = {"budget": budget}
         ways["one ratio after every block"] = {"budget": budget, "layers": range(5)}
-        ways["r tokens fewer in every block"] = constant_r(model, budget, ONE, depth=model.depth, example=ONE)
-        tome = constant_r(model, budget, ONE, depth=model.depth, example=ONE, pooling="bipartite")
+        ways["r tokens fewer in every block"] = constant_r(model, budget, ONE, depth=model.depth - 1, example=ONE)
+        tome = constant_r(model, budget, ONE, depth=model.depth - 1, example=ONE, pooling="bipartite")
         ways["r, ToMe's matching"] = tome
         results, rows = {}, {}
         for method, arguments in ways.items():
