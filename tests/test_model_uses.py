@@ -251,18 +251,20 @@ def test_scores_of_causal_attention_are_those_of_its_mask():
 
 
 class Tables(PlainBlock):
-    """With a table (H, N, d) for all images, as of a mixed rotary embedding."""
+    """With a table (H, N, d) for all images, as of a mixed rotary embedding, of all tokens or of the patches alone."""
 
     def forward(self, x, table):
         q, k, v = self.qkv(self.n1(x)).unflatten(2, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
-        out = nn.functional.scaled_dot_product_attention(q * table, k * table, v)
+        start = x.shape[1] - table.shape[-2]
+        q, k = (torch.cat([t[:, :, :start], t[:, :, start:] * table], 2) for t in (q, k))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
         return x + self.proj(out.transpose(1, 2).flatten(2))
 
 
 class TableModel(PlainModel):
-    def __init__(self):
+    def __init__(self, rows):
         super().__init__(Tables)
-        self.table = nn.Parameter(torch.randn(4, 17, 8))
+        self.table = nn.Parameter(torch.randn(4, rows, 8))
 
     def forward(self, x):
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.stem(x)], 1) + self.pos
@@ -272,11 +274,15 @@ class TableModel(PlainModel):
 
 
 @torch.no_grad()
-def test_as_many_images_as_heads():
+@pytest.mark.parametrize("rows", [17, 16])
+def test_as_many_images_as_heads(rows):
     torch.manual_seed(0)
-    model, x = liven(TableModel()), torch.randn(4, 16, 8)
+    model, x = liven(TableModel(rows)), torch.randn(4, 16, 8)
     vit.patch(model, num_tokens={1: 6}, example=x[:2])
     torch.testing.assert_close(model(x), torch.cat([model(x[:2]), model(x[2:])]), rtol=1e-4, atol=1e-4)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    run = torch.export.export(model, (x[:3],), dynamic_shapes=({0: batch},), strict=False).module()
+    torch.testing.assert_close(run(x), model(x))
 
 
 FAMILIES = ("hand-written", "nn.TransformerEncoder (N, B, D)", "transformers BertPadded", "transformers Qwen2VL vision")

@@ -270,7 +270,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     shared = frozenset(  # told by the shape, which the batch of a later forward may have by chance
         name
         for name, t in flat
-        if isinstance(t, Tensor) and t.dim() > 1 and n in t.shape[1:] and t.shape[0] not in (b, 1)
+        if isinstance(t, Tensor) and t.dim() > 1 and {n, n - p} & set(t.shape[1:]) and t.shape[0] not in (b, 1)
     )
     ends = inputs.packed_ends(sides, n) if layout == "packed" else []
     if ends:  # packed sequences stay where they are
