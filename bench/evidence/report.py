@@ -261,24 +261,6 @@ def trained_whole() -> str:
     return markdown(["model", "epochs", "% of MACs", "accuracy", "against all tokens, trained as long"], rows)
 
 
-def trained_schedules() -> str:
-    rows = []
-    for row in data.load("trained-schedules")["records"]:
-        kept = " ".join(f"{i}:{n}" for i, n in row.get("num_tokens", {}).items())
-        line = [row["method"], f"{100 * row.get('macs', 1):.1f}", kept, f"{100 * row['accuracy']:.1f}"]
-        rows.append(line + [points(row, f"minus_{n}") if f"minus_{n}" in row else "" for n in ("all", "searched")])
-    head = ["schedule", "% of MACs", "block: tokens kept", "accuracy", "against all tokens", "against the search"]
-    return markdown(head, rows)
-
-
-def latency() -> str:
-    rows = []
-    for row in data.load("latency")["records"]:
-        line = [row["schedule"], f"{row['ms']:.1f}", f"{row['speedup']:.2f}x", f"{100 * row['macs']:.0f}"]
-        rows.append([*line, f"{row['cosine']:.4f}", row.get("search_seconds", "")])
-    return markdown(["schedule", "ms", "speedup", "% of MACs", "class token", "seconds to search"], rows)
-
-
 def speech(kind: str) -> str:
     content = data.load("speech")
     found = [row for row in content["records"] if row["kind"] == kind]
@@ -378,11 +360,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "lowpass": lowpass,
     "stamps-today": today,
     "text": text,
-    "latency": latency,
     "train": trained_whole,
     "train-tuned": lambda: trained(True),
     "train-untuned": lambda: trained(False),
-    "trained-schedules": trained_schedules,
     "positions": positions,
     "schedules": schedules,
     "speech-strengths": strengths,
