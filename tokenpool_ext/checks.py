@@ -140,8 +140,7 @@ def check_dims(name: str, argument: str, value: Any, least: int, most: int, shap
     check_tensor(name, argument, value, floating=True)
     if not least <= value.dim() <= most:
         raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(value.shape)}")
-    dims: int = value.dim()
-    return dims
+    return int(value.dim())
 
 
 def check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:

@@ -1,9 +1,9 @@
 """``python -m bench.evidence trained_schedules``: how many tokens to keep after which block, on the model of ``train``.
 
-The ViT that ``bench.evidence.train base`` trained from scratch, without any fine-tuning. Its counts are searched for
-(``search_schedule``), learned (``learn_schedule``, with the penalty that meets the budget) or fixed, all at no more
-than the same share of its MACs, clustering counted. Search and learning see 64 training images and no labels. All
-cluster by WK-Means, but for "ToMe's". Accuracy on the test images; intervals: 95%, paired bootstrap over images.
+The ViT that ``bench.evidence train base`` trained from scratch, without any fine-tuning. Its counts are searched for
+(``search_schedule``, on 64 training images, no labels) or fixed, all at no more than the same share of its MACs,
+clustering counted. All cluster by WK-Means, but for "ToMe's". Accuracy on the test images; intervals: 95%, paired
+bootstrap over images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tokenpool_ext import learn_schedule, patch, search_schedule, unpatch
+from tokenpool_ext import patch, search_schedule, unpatch
 from tokenpool_ext.cost import cost
 
 from . import data
@@ -22,27 +22,8 @@ from .schedules import constant_r
 from .train import ViT, pictures
 
 BUDGETS = (0.8, 0.58, 0.45)
-SEARCHED, LEARNED = "search_schedule", "learn_schedule"
+SEARCHED = "search_schedule"
 ONE = torch.zeros(1, 1, 28, 28)
-
-
-def learned(model: ViT, seen: torch.Tensor, budget: float, steps: int) -> tuple[dict[int, int], float]:
-    """Counts of the smallest penalty, to a tenth of a factor of ten, that meets the budget, and that penalty."""
-    whole, low, high = cost(model, ONE).total, -50, -10  # tenths of log10
-    found = {}
-    while high - low > 1:
-        middle = (low + high) // 2
-        counts = learn_schedule(model, seen.split(32), penalty=10 ** (middle / 10), steps=steps)
-        patch(model, num_tokens=counts, example=ONE)
-        share = cost(model, ONE).total / whole
-        unpatch(model)
-        low, high = (low, middle) if share <= budget else (middle, high)
-        if share <= budget:
-            found = {middle: counts}
-    if not found:
-        raise RuntimeError(f"no penalty meets {budget:g} in {steps} steps: take more")
-    ((penalty, counts),) = found.items()
-    return counts, 10 ** (penalty / 10)
 
 
 @torch.no_grad()
@@ -54,7 +35,6 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence trained_schedules", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--base", default=str(data.CACHE / "train" / "base-4-0.pt"), help="checkpoint of `train base`")
-    parser.add_argument("--steps", type=int, default=100, help="of learn_schedule")
     parser.add_argument("--test", type=int, default=10000, help="test images")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -67,15 +47,9 @@ def main(argv=None) -> int:
     records = [{"budget": 1.0, "method": "all tokens", "accuracy": base.double().mean().item()}]
     for budget in BUDGETS:
         ways: dict[str, dict] = {}
-        seconds, penalties = {}, {}
         start = time.process_time()
-        ways[SEARCHED] = {
-            "num_tokens": search_schedule(model, [seen[:1], seen[1:]], budget=budget)
-        }  # MACs are counted on one
-        seconds[SEARCHED], start = time.process_time() - start, time.process_time()
-        counts, penalties[LEARNED] = learned(model, seen, budget, args.steps)
-        ways[LEARNED] = {"num_tokens": counts}
-        seconds[LEARNED] = time.process_time() - start
+        found = search_schedule(model, [seen[:1], seen[1:]], budget=budget)  # MACs are counted on one
+        ways[SEARCHED], seconds = {"num_tokens": found}, time.process_time() - start
         ways["one ratio after blocks 1, 3, 4"] = {"budget": budget}
         ways["one ratio after every block"] = {"budget": budget, "layers": range(5)}
         ways["r tokens fewer in every block"] = constant_r(model, budget, ONE, depth=model.depth - 1, example=ONE)
@@ -88,10 +62,8 @@ def main(argv=None) -> int:
             rows[method] = {"budget": budget, "method": method, "macs": round(cost(model, ONE).total / whole, 4)}
             unpatch(model)
             rows[method] |= {"accuracy": results[method].mean().item()}
-            if method in seconds:
-                rows[method] |= {"num_tokens": arguments["num_tokens"], "seconds": round(seconds[method])}
-            if method in penalties:
-                rows[method]["penalty"] = penalties[method]
+            if method == SEARCHED:
+                rows[method] |= {"num_tokens": found, "seconds": round(seconds)}
             for name, other in (("all", base.double()), ("searched", results[SEARCHED])):
                 if other is not results[method]:
                     difference = results[method] - other
@@ -99,6 +71,6 @@ def main(argv=None) -> int:
                     rows[method][f"minus_{name}_95"] = [round(v, 4) for v in data.interval(difference)]
             print(rows[method], flush=True)
         records += rows.values()
-    about = {"seed": 5, "searched_on": len(seen), "steps": args.steps, "images": len(images)}
+    about = {"seed": 5, "searched_on": len(seen), "images": len(images)}
     print(data.save("trained-schedules", about, {"records": records}))
     return 0
