@@ -285,6 +285,42 @@ def test_as_many_images_as_heads(rows):
     torch.testing.assert_close(run(x), model(x))
 
 
+class Placed(PlainBlock):
+    """Positions (B, N, D) come beside the tokens; causal where there is more than one token."""
+
+    def forward(self, x, positions):
+        return super().forward(x + positions)
+
+    def attend(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.h, -1)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class PlacedModel(PlainModel):
+    def __init__(self):
+        super().__init__(Placed)
+
+    def forward(self, x):
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.stem(x)], 1)
+        for block in self.stages:
+            x = block(x, self.pos.expand_as(x))
+        return self.head(x.mean(1))
+
+
+@torch.no_grad()
+def test_any_batch_size_and_symbolic_lengths():
+    torch.manual_seed(0)
+    model, x = liven(PlacedModel()), torch.randn(17, 16, 8)
+    vit.patch(model, num_tokens={1: 6}, example=x[:2])
+    batch = torch.export.Dim("batch", min=2, max=64)
+    run = torch.export.export(model, (x[:3],), dynamic_shapes=({0: batch},), strict=False).module()
+    torch.testing.assert_close(run(x), model(x))
+    torch._dynamo.reset()
+    run = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(run(x[:3]), model(x[:3]))
+
+
 FAMILIES = ("hand-written", "nn.TransformerEncoder (N, B, D)", "transformers BertPadded", "transformers Qwen2VL vision")
 
 

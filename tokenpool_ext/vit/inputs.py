@@ -176,7 +176,7 @@ def follow(value: Any, name: str, plan, n: int, index: Tensor, back: list) -> An
 def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -> Tensor:
     b, k = index.shape
     shape = value.shape
-    if n not in shape:
+    if not shape or (n not in shape[1:] and shape[0] != n):  # a look at the batch size would be a limit of an export
         return value
     square = value.dim() >= 2 and shape[-1] == shape[-2] == n
     if square and value.dim() == 2 and "mask" in name:

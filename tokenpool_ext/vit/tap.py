@@ -84,7 +84,9 @@ class Tap(TorchFunctionMode):
         self.seen += 1
         if mask is not None and self.index is not None and mask.shape[-2:] == (self.original, self.original):
             mask = take_square(mask, self.index)  # a bias made inside the block: the rows and columns of those left
-        self.causal = self.causal or bool(given.get("is_causal"))
+        if "is_causal" in given:
+            given["is_causal"] = True if given["is_causal"] else False  # of symbolic lengths it is no bool yet
+            self.causal = self.causal or given["is_causal"]
         if given.get("is_causal") and self.index is not None:  # no token sees what comes after the one it stands for
             mask, given["is_causal"] = (self.index[:, :, None] >= self.index[:, None, :])[:, None], False
         if self.bias is not None:
