@@ -33,9 +33,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import tokenpool_ext as tp
+from bench import machine
 
 try:
     from . import model_zoo
@@ -78,13 +79,12 @@ class Call:
         return self.made(lambda t, d: t.flip(d))
 
     def doubled(self) -> Call:
-        other = self.swapped()
-        pairs = zip(torch.utils._pytree.tree_leaves((self.args, self.kwargs)), other.leaves())
+        pairs = zip(self.leaves(), self.swapped().leaves())
         joined = iter([torch.cat([a, b], self.dim(a)) for a, b in pairs])
         return self.made(lambda t, d: next(joined))
 
     def leaves(self) -> list[torch.Tensor]:
-        return torch.utils._pytree.tree_leaves((self.args, self.kwargs))
+        return tree_leaves((self.args, self.kwargs))
 
     def half(self, i: int) -> Call:
         if self.packed:
@@ -103,6 +103,12 @@ def same(got: list, wanted: list, what: str, tolerance: float = 0.0) -> None:
         finite = b.isfinite()
         far = float((a - b)[finite].abs().amax() / b[finite].abs().amax().clamp(min=1e-9)) if finite.any() else 0.0
         assert torch.equal(finite, a.isfinite()) and far <= tolerance, f"{what}: {far:.1e} apart"
+
+
+def same_kind(got: list, wanted: list) -> None:
+    """Raises where tensors differ in type, or are not finite where those wanted are."""
+    assert [t.dtype for t in got] == [t.dtype for t in wanted], "other types"
+    assert all(t.isfinite().all() or not w.isfinite().all() for t, w in zip(got, wanted)), "not finite"
 
 
 def loss_of(outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -163,8 +169,7 @@ def autocast(model: nn.Module, call: Call) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted, got = call.on(plain), call.on(model)
         loss = loss_of(got)
-    assert [t.dtype for t in got] == [t.dtype for t in wanted], "other types"
-    assert all(t.isfinite().all() or not w.isfinite().all() for t, w in zip(got, wanted)), "not finite"
+    same_kind(got, wanted)
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), "gradients are not finite"
 
@@ -174,9 +179,7 @@ def half(model: nn.Module, call: Call) -> None:
     to = lambda t, d: t.bfloat16() if t.is_floating_point() else t  # noqa: E731
     call, model = call.made(to), model.bfloat16()
     with torch.no_grad():
-        wanted, got = call.on(without(model)), call.on(model)
-    assert [t.dtype for t in got] == [t.dtype for t in wanted], "other types"
-    assert all(t.isfinite().all() or not w.isfinite().all() for t, w in zip(got, wanted)), "not finite"
+        same_kind(call.on(model), call.on(without(model)))
 
 
 @torch.no_grad()
@@ -332,6 +335,7 @@ class Isolated:
             resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit)))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
+            torch.set_num_threads(1)  # makes torch's pool anew, before autograd's threads do at once and abort
             text = work()
         except BaseException as error:
             text = line(error)
@@ -379,7 +383,10 @@ def tried(name: str, use: str, patch: bool) -> str:
 
 def family(name: str, uses: list[str], limit: float) -> tuple[str, dict[str, str]]:
     """(name, use -> "ok", "-", "unpatched too: why" or "fails: why")."""
-    build(name, False)  # the imports, once for all uses
+    try:
+        build(name, False)  # the imports, once for all uses
+    except ImportError as error:
+        return name, {"no use": f"tried: {line(error)}"}
     found = {}
     for use in uses:
         why = Isolated(partial(tried, name, use, True), limit).result()
@@ -395,9 +402,8 @@ def keep(name: str, found: dict[str, str]) -> None:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}
     record["versions"] = model_zoo.versions()
     record["families"].setdefault(name, {}).update(found)
-    beside = RECORD.with_suffix(".new")
-    beside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    beside.replace(RECORD)
+    record["families"] = dict(sorted(record["families"].items()))
+    machine.write(RECORD, record)
     lines = [f"`python -m tests.model_uses --write` on a CPU; {record['versions']}. Numbers are of families.", ""]
     lines += ["| use | works | no such thing | fails unpatched, too | fails |", "|---|---|---|---|---|"]
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -433,7 +439,7 @@ def main() -> None:
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         for name, found in pool.imap(partial(family, uses=options.use, limit=options.limit), names, chunksize=1):
             print(f"{name:<40}", "; ".join(f"{use} {word}" for use, word in found.items()), flush=True)
-            if options.write:
+            if options.write and "no use" not in found:
                 keep(name, found)
 
 
