@@ -149,7 +149,7 @@ class Tap(TorchFunctionMode):
             bias = self.bias[:, 0, 0] if query.dim() == 3 else self.bias[0, 0, 0]
             given["key_padding_mask"] = _added(given.get("key_padding_mask"), bias, query.dtype, keep=False)
             if mask is not None and mask.dtype == torch.bool:
-                given["attn_mask"] = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -torch.inf)
+                given["attn_mask"] = _hiding(mask, query.dtype)
         out = func(**given)
         if self.note:
             q, k = _projected(given, query.detach(), key.detach())
@@ -209,7 +209,7 @@ def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None,
     scale = q.shape[3] ** -0.5 if scale is None else scale
     bias = q.new_zeros(1, 1, 1, 1) if bias is None else bias
     if bias.dtype == torch.bool:
-        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
+        bias = _hiding(~bias, torch.float32)
     b, h, n, _ = k.shape
     if bias.dim() == 4 and bias.shape[2] == 1 and valid is None:
         q = F.pad(q.float() * scale, (0, 1), value=1.0)
@@ -241,6 +241,11 @@ def _added(mask: Tensor | None, bias: Tensor, dtype: torch.dtype, keep: bool = T
     return mask + bias
 
 
+def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True: hidden) as one to add."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+
+
 def _masks(given: dict[str, Any], q: Tensor) -> Tensor | None:
     """The sum of the masks of ``F.multi_head_attention_forward``, (B or 1, H or 1, T or 1, T); boolean ones hide."""
     masks = []
@@ -248,9 +253,7 @@ def _masks(given: dict[str, Any], q: Tensor) -> Tensor | None:
     for name, shape in (("key_padding_mask", (b, 1, 1, n)), ("attn_mask", (-1, h, n, n))):
         mask = given.get(name)
         if mask is not None:
-            mask = mask.detach()
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
+            mask = _hiding(mask, q.dtype) if mask.dtype == torch.bool else mask.detach()
             masks.append(mask[None, None] if mask.shape == shape[2:] else mask.reshape(shape))
     return torch.stack(torch.broadcast_tensors(*masks)).sum(0) if masks else None
 
