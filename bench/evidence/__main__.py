@@ -17,7 +17,6 @@ STUDIES = (
     "schedules",
     "latency",
     "train",
-    "trained_schedules",
     "report",
 )
 

@@ -140,3 +140,8 @@ def interval(differences: torch.Tensor, draws: int = 10_000, seed: int = 0) -> t
     )
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def difference(name: str, differences: torch.Tensor) -> dict:
+    """The entries of a record: ``name``, the mean of (n,) paired differences, and ``name_95``, its interval."""
+    return {name: round(differences.mean().item(), 4), f"{name}_95": [round(v, 4) for v in interval(differences)]}

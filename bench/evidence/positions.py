@@ -52,10 +52,8 @@ def main(argv=None) -> int:
                 means[weight] = means.get(weight, 0) + found.mean().item()
                 row = {"pictures": pictures, "position_weight": weight, "ratio": ratio}
                 for name, now, before in zip(("class", "patches"), found, plain[ratio]):
-                    gain = now - before
                     row[name] = round(now.mean().item(), 4)
-                    row[f"{name}_gain"] = round(gain.mean().item(), 4)
-                    row[f"{name}_gain_95"] = [round(v, 4) for v in data.interval(gain)]
+                    row |= data.difference(f"{name}_gain", now - before)
                 rows.append(row)
                 print(row, flush=True)
         best = best or max((w for w in means if w), key=means.get)

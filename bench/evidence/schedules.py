@@ -55,24 +55,24 @@ def searched(budget: float, seen: torch.Tensor, model, losses: dict, say) -> dic
     return {"num_tokens": found["found"]}
 
 
-def constant_r(model, budget: float, *inputs, depth: int = 12, **options) -> dict:
-    """Arguments of ``patch``: the same number of tokens fewer in every block, for a share of the MACs."""
-    whole, low, high = cost(model, *inputs).total, 1, 32 * depth
-    while low < high:
-        middle = (low + high) // 2
-        patch(model, num_tokens=counts_of_r(middle, depth), **options)
-        low, high = (low, middle) if cost(model, *inputs).total <= budget * whole else (middle + 1, high)
-        unpatch(model)
-    return {"num_tokens": counts_of_r(low, depth), **options}
-
-
 def fixed(budget: float, model) -> dict[str, dict]:
     """Schedule -> arguments of ``patch`` for a share of the MACs."""
+    whole = cost(model).total
+
+    def constant_r(**options) -> dict:
+        low, high = 1, 12 * 32
+        while low < high:
+            middle = (low + high) // 2
+            patch(model, num_tokens=counts_of_r(middle), **options)
+            low, high = (low, middle) if cost(model).total <= budget * whole else (middle + 1, high)
+        unpatch(model)
+        return {"num_tokens": counts_of_r(low), **options}
+
     return {
         "one ratio after blocks 3, 6, 9": {"budget": budget},
         "one ratio after every block": {"budget": budget, "layers": range(12)},
-        "r tokens fewer in every block": constant_r(model, budget),
-        "r, ToMe's matching and place": constant_r(model, budget, pooling="bipartite", position="attention"),
+        "r tokens fewer in every block": constant_r(),
+        "r, ToMe's matching and place": constant_r(pooling="bipartite", position="attention"),
     }
 
 

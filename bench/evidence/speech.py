@@ -206,8 +206,7 @@ def records(kind: str, found: dict[tuple[str, int, float], list[dict]]) -> list[
         for name, other in (("all", ALL), ("grid", ("grid", tokens, 0.0)), ("wkmeans", ("WK-Means", tokens, 0.0))):
             if other in found and other != row:
                 difference = (errors(row) - errors(other)[: len(count)]) / count.mean()
-                made[f"minus_{name}"] = round(difference.mean().item(), 4)
-                made[f"minus_{name}_95"] = [round(v, 4) for v in data.interval(difference)]
+                made |= data.difference(f"minus_{name}", difference)
         for name in ("encoder", "decoder"):
             made[f"{name}_ms"] = round(statistics.median(b[name] for b in batches), 1)
         rows.append(made)

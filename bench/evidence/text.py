@@ -92,9 +92,7 @@ def main(argv=None) -> int:
             score = reciprocal_ranks(queries, gallery, found)
             row = {"method": name, "ratio": ratio, "macs": round(share, 3), "mrr": round(score.mean().item(), 4)}
             row["cosine"] = round((found * gallery[: args.queries]).sum(1).mean().item(), 4)
-            row["minus_all"] = round((score - base).mean().item(), 4)
-            row["minus_all_95"] = [round(v, 4) for v in data.interval(score - base)]
-            rows.append({**row, "ms": round(ms, 2)})
+            rows.append({**row, **data.difference("minus_all", score - base), "ms": round(ms, 2)})
             print(rows[-1], flush=True)
     about = {"documents": len(texts), "queries": args.queries, "tokens": TOKENS}
     print(data.save("text", about, {"records": rows}))

@@ -13,6 +13,7 @@ Intervals: 95%, paired bootstrap over test images; they say nothing of another s
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -97,6 +98,7 @@ def cost(model: ViT, reduce: dict[int, nn.Module]) -> float:
     return gmacs(model, torch.zeros(1, 1, 28, 28))
 
 
+@functools.cache  # it takes a second; evaluation and record ask often
 def schedule(method: str, budget: float) -> tuple[dict[int, int], float]:
     """Block -> patch tokens kept after it, and the share of the whole model's MACs: at most `budget`, methods count.
 
@@ -205,27 +207,27 @@ def run(args) -> None:
     save()
     if rank > 0:
         return
+    test = [t[: args.test] for t in pictures("t10k")]
     right = {}  # (method, budget) -> which test images are right
     for budget in budgets or (1.0,):
         model.reduce = reductions(args.method, budgets.get(budget, {}))
-        right[args.method if tuning else args.what, budget] = correct(model, args)
+        right[args.method if tuning else args.what, budget] = correct(model, *test, args.bf16)
     if args.what == "base":  # off the shelf, before any fine-tuning
         for method, budget in itertools.product(METHODS, BUDGETS):
             if METHODS[method]:
                 model.reduce = reductions(method, schedule(method, budget)[0])
-                right[method, budget] = correct(model, args)
+                right[method, budget] = correct(model, *test, args.bf16)
     for (method, budget), found in right.items():
         print(f"{name}: {method}, {budget:g}: {found.float().mean():.4f}", flush=True)
     save(right=right, about={"what": args.what, "epochs": args.epochs, "seed": args.seed, "bf16": args.bf16})
 
 
 @torch.no_grad()
-def correct(model: ViT, args) -> torch.Tensor:
-    """(--test,) bool: which of the first test images are put into their class."""
-    images, labels = (t[: args.test] for t in pictures("t10k"))
+def correct(model: ViT, images: torch.Tensor, labels: torch.Tensor, bf16: bool = False) -> torch.Tensor:
+    """(n,) bool: which images are put into their class."""
     torch.manual_seed(0)  # for the methods that draw
     model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         found = torch.cat([model(x).argmax(1) for x in images.split(250)])
     model.train()
     return found == labels
@@ -258,9 +260,7 @@ def record(args) -> Path:
             references["wkmeans"] = (seed, last, "kmeans", 0.58)
         for name, key in references.items():
             if key in all_right and all_right[key][0] is not found:
-                difference = found.double() - all_right[key][0].double()
-                row[f"minus_{name}"] = round(difference.mean().item(), 4)
-                row[f"minus_{name}_95"] = [round(v, 4) for v in data.interval(difference)]
+                row |= data.difference(f"minus_{name}", found.double() - all_right[key][0].double())
         records.append(row)
     about = {
         "what": "ViT of 6 blocks, 64 features, 2 heads, 196 tokens from scratch on Fashion-MNIST",
