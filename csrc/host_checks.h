@@ -2,8 +2,10 @@
 // failed one throws, naming the op and the argument. `acc` is the dtype of statistics: float32, or float64 for float64.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "tensors.h"
 
@@ -23,6 +25,20 @@ inline void check(const Tensor& t, const Tensor& like, std::initializer_list<int
                     t.size(axis));
     ++axis;
   }
+}
+
+// The index in `names` of the path that this environment variable asks for, or -1.
+template <size_t N>
+int forced_path(const char* variable, const char* const (&names)[N]) {
+  const char* asked = std::getenv(variable);
+  if (!asked || !*asked) return -1;
+  std::string all;
+  for (size_t i = 0; i < N; ++i) {
+    if (std::string(asked) == names[i]) return static_cast<int>(i);
+    all += (i ? ", " : "") + std::string(names[i]);
+  }
+  STD_TORCH_CHECK(false, variable, " must be one of ", all, ", got ", asked);
+  return -1;
 }
 
 // x (B, N, D), assignment (B, N), weights (B, N): of pool and its relatives.

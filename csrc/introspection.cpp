@@ -6,6 +6,7 @@
 
 #include "cpu/api.h"
 #include "cpu/interrupt.h"
+#include "paths.h"
 #include "planner.h"
 #include "planner_cuda.h"
 #include "values.h"
@@ -91,8 +92,18 @@ int tokenpool_fill_largest(uintptr_t indices, uintptr_t scores, int64_t images, 
   }
 }
 
+// The names of the paths of a backend, in order, a space after each.
+void tokenpool_paths(int of_cuda, char* text, int text_bytes) {
+  std::string all;
+  const auto add = [&all](const auto& names) {
+    for (const char* name : names) all += std::string(name) + ' ';
+  };
+  of_cuda ? add(tokenpool::cuda::kCudaPaths) : add(tokenpool::kCpuPaths);
+  write(text, text_bytes, all);
+}
+
 // problem: tokens, clusters, features, iterations, acc_bytes, centers_given, farthest, medoids
-// plan:    path (0 gram, 1 direct, 2 streamed), flops, workspace_bytes, gram_ns, direct_ns
+// plan:    path, flops, workspace_bytes, gram_ns, direct_ns
 // text:    the reason
 void tokenpool_plan_cpu(const int64_t* problem, double* plan, char* text, int text_bytes) {
   tokenpool::CpuProblem p;
@@ -105,7 +116,8 @@ void tokenpool_plan_cpu(const int64_t* problem, double* plan, char* text, int te
   p.farthest = problem[6] != 0;
   p.medoids = problem[7] != 0;
   const tokenpool::CpuPlan found = tokenpool::plan_cpu(p);
-  plan[0] = found.gram ? 0 : found.center_group == 1 ? 1 : 2;
+  using tokenpool::CpuPath;
+  plan[0] = int(found.gram ? CpuPath::kGram : found.center_group == 1 ? CpuPath::kDirect : CpuPath::kStreamed);
   plan[1] = found.flops;
   plan[2] = found.workspace_bytes;
   plan[3] = found.gram_ns;

@@ -64,16 +64,6 @@ int num_threads() {
   return static_cast<int>(torch::stable::get_num_threads());
 }
 
-int forced_path() {
-  const char* path = std::getenv("TOKENPOOL_EXT_CPU_PATH");
-  if (!path || !*path) return -1;
-  const std::string name = path;
-  const Path found = name == "gram" ? Path::Gram : name == "direct" ? Path::Direct : Path::Streamed;
-  STD_TORCH_CHECK(found != Path::Streamed || name == "streamed",
-                  "TOKENPOOL_EXT_CPU_PATH must be gram, direct or streamed, got ", name);
-  return static_cast<int>(found);
-}
-
 Tensor new_output(const Tensor& like, int64_t images, int64_t rows, int64_t features) {
   Tensor out = new_tensor(like, {images, rows, features});
   prefer_large_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
@@ -117,7 +107,7 @@ Clusters run_cluster(const char* op, bool medoids, const Tensor& tokens, const s
   a.init_centers = by_index ? nullptr : init.data_ptr();
   a.medoids = medoids;
   a.sort = sort;
-  a.path = forced_path();
+  a.path = forced_path("TOKENPOOL_EXT_CPU_PATH", kCpuPaths);
   a.threads = num_threads();
   a.parallel_for = run_parallel;
   a.centers = centers.data_ptr();

@@ -145,20 +145,6 @@ size_t shared_memory_limit(int major, int minor) {
   return 48 * 1024;
 }
 
-const char* path_name(CudaPath path) {
-  switch (path) {
-    case CudaPath::kResident:
-      return "resident";
-    case CudaPath::kGram:
-      return "gram";
-    case CudaPath::kStreaming:
-      return "streaming";
-    case CudaPath::kSpread:
-      return "spread";
-  }
-  return "unknown";
-}
-
 CudaPlan plan_cuda(const CudaProblem& p) {
   CudaPlan plan;
   CudaProblem chosen_for = p;

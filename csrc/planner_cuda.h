@@ -12,6 +12,7 @@
 #include <string>
 
 #include "cuda/sizes.h"
+#include "paths.h"
 
 namespace tokenpool {
 namespace cuda {
@@ -33,8 +34,6 @@ struct CudaProblem {
   size_t shared_limit = 0;  // opt-in bytes per block; 0: from the compute capability
   int force_path = -1;      // a CudaPath, where it is possible; for tests and benchmarks
 };
-
-enum class CudaPath : int { kResident = 0, kGram = 1, kStreaming = 2, kSpread = 3 };
 
 struct CudaPlan {
   CudaPath path = CudaPath::kGram;
@@ -63,8 +62,6 @@ int usual_sm_count(int major, int minor);
 
 // Largest shared memory of one block on a device of this compute capability, in bytes.
 size_t shared_memory_limit(int major, int minor);
-
-const char* path_name(CudaPath path);
 
 CudaPlan plan_cuda(const CudaProblem& problem);
 

@@ -92,7 +92,7 @@ double distance(const double* a, const double* b, int64_t d) {
   return sum;
 }
 
-void clustering(DType t, int64_t n, int64_t d, int64_t k, Path path, bool medoids) {
+void clustering(DType t, int64_t n, int64_t d, int64_t k, CpuPath path, bool medoids) {
   const std::string what = "cluster, dtype " + std::to_string(int(t)) + ", path " + std::to_string(int(path)) +
                            (medoids ? ", medoids, " : ", ") + std::to_string(n) + " tokens";
   const DType acc = t == DType::Float64 ? t : DType::Float32;
@@ -223,7 +223,7 @@ void attention(DType t, int64_t n, int64_t d) {
 int main() {
   for (DType t : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16}) {
     for (int64_t n : {20, 197}) {
-      for (Path path : {Path::Gram, Path::Direct, Path::Streamed})
+      for (CpuPath path : {CpuPath::kGram, CpuPath::kDirect, CpuPath::kStreamed})
         for (bool medoids : {false, true}) clustering(t, n, 37, n / 3, path, medoids);
       assigning(t, n, 37, 50);
       pooling(t, n, 37, 9);

@@ -14,9 +14,6 @@ from .checks import FLOATING, check_choice, check_int
 from .ops import accumulate_dtype
 from .starts import STRATEGIES
 
-CPU_PATHS = ("gram", "direct", "streamed")
-CUDA_PATHS = ("resident", "gram", "streaming", "spread")  # numbered as csrc/planner_cuda.h does
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -107,7 +104,7 @@ def explain(
         if loader.extension is None:
             raise RuntimeError(f"explain: plans for the CPU need the compiled extension: {loader.ops_reason}")
         plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
-        forced = _forced("TOKENPOOL_EXT_CPU_PATH", CPU_PATHS)
+        forced = _forced("TOKENPOOL_EXT_CPU_PATH", loader.extension.cpu_paths)
         if forced and forced != plan["path"]:
             plan = {
                 **plan,
@@ -182,27 +179,27 @@ def _plan_cuda(
     if code is None:
         raise ValueError(f"explain: the CUDA kernels take float32, bfloat16 and float16, got {dtype}")
     major, minor = capability
-    forced = _forced("TOKENPOOL_EXT_CUDA_PATH", CUDA_PATHS)
+    paths = loader.extension.cuda_paths
+    forced = _forced("TOKENPOOL_EXT_CUDA_PATH", paths)
     found = loader.extension.plan_cuda(
         (B, N, D, K, num_iters, code, medoids, given, major, minor, multiprocessors, 0)
-        + (CUDA_PATHS.index(forced) if forced else -1, farthest, False)
+        + (paths.index(forced) if forced else -1, farthest, False)
     )
-    path = CUDA_PATHS[found["path"]]
     return Plan(
         problem=f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on a GPU of compute capability {major}.{minor}",
         backend="cuda",
-        path=path,
+        path=found["path"],
         flops=found["flops"],
         bytes=found["bytes"],
         workspace_bytes=found["workspace_bytes"],
         threads=None,
         launches=found["launches"],
-        reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == path else "") + found["reason"],
+        reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == found["path"] else "") + found["reason"],
         refusals=refusals,
     )
 
 
-def _forced(variable: str, paths: tuple[str, ...]) -> str | None:
+def _forced(variable: str, paths: list[str]) -> str | None:
     path = os.environ.get(variable) or None
     if path and path not in paths:
         raise ValueError(f"explain: {variable} must be one of {', '.join(paths)}, got {path}")

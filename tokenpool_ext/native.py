@@ -29,6 +29,14 @@ class Native:
         self._fill_largest = function("fill_largest", c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64)
         self._cpu_isa = function("cpu_isa", c_int, c_char_p, c_int)
         self._compiler = function("compiler", c_char_p)
+        paths = function("paths", None, c_int, c_char_p, c_int)
+
+        def names(of_cuda: int) -> list[str]:
+            text = ctypes.create_string_buffer(_TEXT_BYTES)
+            paths(of_cuda, text, _TEXT_BYTES)
+            return text.value.decode().split()
+
+        self.cpu_paths, self.cuda_paths = names(0), names(1)  # of csrc/paths.h, in its order
         self._plan_cpu = function("plan_cpu", None, c_void_p, c_void_p, c_char_p, c_int)
         self._plan_cuda = function("plan_cuda", None, c_void_p, c_void_p, c_char_p, c_int)
         self._raise_interruption = function("raise_interruption", None)
@@ -74,17 +82,17 @@ class Native:
         plan, text = (ctypes.c_double * 5)(), ctypes.create_string_buffer(_TEXT_BYTES)
         self._plan_cpu(problem, plan, text, _TEXT_BYTES)
         found = dict(zip(("path", "flops", "workspace_bytes", "gram_ns", "direct_ns"), plan))
-        return {**found, "path": ("gram", "direct", "streamed")[int(plan[0])], "reason": text.value.decode()}
+        return {**found, "path": self.cpu_paths[int(plan[0])], "reason": text.value.decode()}
 
     def plan_cuda(
         self,
         problem: tuple[int, ...],  # the 15 numbers of csrc/planner_cuda.h
     ) -> dict:
-        """How the CUDA backend would compute a batch on a GPU, and why. `path` is its number in csrc/planner_cuda.h."""
+        """How the CUDA backend would compute a batch on a GPU, and why."""
         plan, text = (c_int64 * 16)(), ctypes.create_string_buffer(_TEXT_BYTES)
         self._plan_cuda((c_int64 * 15)(*problem), plan, text, _TEXT_BYTES)
         return {
-            "path": plan[0],
+            "path": self.cuda_paths[plan[0]],
             "launches": plan[1] * plan[9],
             "workspace_bytes": plan[11],
             "flops": plan[14],

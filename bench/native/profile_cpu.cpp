@@ -59,7 +59,7 @@ struct Profile {
     const double least = best(whole);
     begin();
     Measure<float> measure(tokens);
-    const bool streamed = a.path == int(Path::Streamed) || center_group(tokens.n, centers.k, sizeof(float)) > 1;
+    const bool streamed = a.path == int(CpuPath::kStreamed) || center_group(tokens.n, centers.k, sizeof(float)) > 1;
     std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", least, least / floor,
                 clustering.on_gram() ? "gram"
                 : streamed           ? "streamed"

@@ -7,10 +7,11 @@
 #include <sys/mman.h>
 #endif
 
+#include "../paths.h"
+
 namespace tokenpool {
 
 enum class DType : int { Float32 = 0, Float64 = 1, BFloat16 = 2, Float16 = 3 };
-enum class Path : int { Gram = 0, Direct = 1, Streamed = 2 };  // Streamed: Direct, several centers to a bound
 
 // Runs body(begin, end, context) over [0, count) on torch's thread pool.
 using Body = void (*)(int64_t begin, int64_t end, void* context);

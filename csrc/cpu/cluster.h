@@ -35,7 +35,7 @@ class Clustering {
     assigned_.take(tokens_.arena, tokens_.padded, a.clusters);
     if (k > 0) {
       Measure<In>(tokens_).run();
-      on_gram_ = a.path >= 0 ? a.path == int(Path::Gram) : plan();
+      on_gram_ = a.path >= 0 ? a.path == int(CpuPath::kGram) : plan();
       start(next);
       iterate(next);
     }

@@ -115,15 +115,6 @@ Tensor workspace(const Tensor& like, size_t bytes) {
   return new_tensor(like, {static_cast<int64_t>(bytes) + 1}, ScalarType::Byte);
 }
 
-int forced_path() {
-  const char* value = std::getenv("TOKENPOOL_EXT_CUDA_PATH");
-  if (value == nullptr || *value == '\0') return -1;
-  for (const CudaPath path : {CudaPath::kResident, CudaPath::kGram, CudaPath::kStreaming, CudaPath::kSpread})
-    if (std::string(value) == path_name(path)) return static_cast<int>(path);
-  STD_TORCH_CHECK(false, "TOKENPOOL_EXT_CUDA_PATH must be resident, spread, gram or streaming, got ", value);
-  return -1;
-}
-
 using Clusters = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // centers, assignment, mass, medoids, inertia
 
 Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const std::optional<Tensor>& weights,
@@ -162,7 +153,7 @@ Clusters run_cluster(const char* op, bool with_medoids, const Tensor& x, const s
   problem.minor = properties.minor;
   problem.sm_count = properties.sm_count;
   problem.shared_limit = properties.shared_limit;
-  problem.force_path = forced_path();
+  problem.force_path = forced_path("TOKENPOOL_EXT_CUDA_PATH", kCudaPaths);
   const CudaPlan plan = plan_cuda(problem);
   ClusterCall call{};
   call.shape = Shape{b, problem.tokens, problem.features, problem.clusters};
