@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_identical, positive_weights, tokens
+from model_zoo import PlainModel, liven
 
 import tokenpool_ext as tp
-from tokenpool_ext import baselines, viz
+from tokenpool_ext import baselines, doctor, vit, viz
+from tokenpool_ext.cost import cost
+from tokenpool_ext.retrieval import TokenPooler
 
 pytestmark = pytest.mark.one_path
 
@@ -95,3 +100,45 @@ def test_pictures_and_plans_under_defaults(default):
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(dtype)
+
+
+@pytest.mark.parametrize("default", ["meta", torch.bfloat16], ids=str)
+def test_models_and_images_under_defaults(default):
+    torch.manual_seed(0)
+    model, x = liven(PlainModel()), torch.randn(2, 16, 8)
+    pages, document = tokens(2, 16, 4), [tokens(1, n, 4)[0] for n in (9, 5)]
+
+    def patched(**options):
+        with torch.no_grad():
+            return vit.patch(copy.deepcopy(model), **options)(x)
+
+    def results():
+        torch.manual_seed(0)
+        return [
+            *(patched(keep_ratio=0.5, pooling=p) for p in vit.patching.POOLINGS),
+            patched(keep_ratio=0.5, protect=[3]),
+            patched(budget=0.8, example=x, position_weight=1.0),
+            cost(vit.patch(copy.deepcopy(model), keep_ratio=0.5), x).total,
+            tp.search_schedule(model, [x], budget=0.9, layers=[1, 2], counts=[8, 4]),
+            tp.learn_schedule(copy.deepcopy(model), [x], penalty=1e-3, steps=2, loss=lambda out, _: out.square().mean()),
+            *tp.compress(pages, 4, grid=(4, 4), position_weight=1.0),
+            *tp.compress(pages, 4, grid=(2, 2, 4), temporal_window=1),
+            *tp.select(pages, 4, grid=(4, 4)),
+            *TokenPooler(pool_factor=2)(document),
+            *TokenPooler(max_error=0.5)(document),
+            tp.assign(pages, pages[:, :3]),
+            doctor.self_test("cpu", "cpu")[:2],
+        ]
+
+    want, dtype = results(), torch.get_default_dtype()
+    try:
+        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+        got = results()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    for a, b in zip(want, got, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert_identical([a], [b])
+        else:
+            assert a == b

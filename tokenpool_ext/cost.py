@@ -136,7 +136,7 @@ def example_input(model: nn.Module, image_size: int | tuple[int, int] | None = N
     Raises:
         ValueError: the model does not tell its size.
     """
-    parameter = next(model.parameters(), torch.empty(0))
+    parameter = next(model.parameters(), torch.empty(0, device="cpu"))
     device, dtype = parameter.device, parameter.dtype
     config = getattr(model, "config", None)
     side: Any = image_size

@@ -19,8 +19,9 @@ def self_test(name: str, device: str) -> str:
     begun = time.perf_counter()
     for images, tokens, features, clusters in SHAPES:
         # Small integers: every backend must find the same labels, whatever the order of its sums.
-        x = torch.randint(-4, 5, (images, tokens, features), generator=torch.Generator().manual_seed(0)).float()
-        start = torch.arange(clusters).expand(images, clusters) * tokens // clusters
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randint(-4, 5, (images, tokens, features), generator=generator, device="cpu").float()
+        start = torch.arange(clusters, device="cpu").expand(images, clusters) * tokens // clusters
         for algorithm in (functional.kmeans, functional.kmedoids):
             want = algorithm(x, clusters, init=start, num_iters=1, backend="reference")
             got = algorithm(x.to(device), clusters, init=start.to(device), num_iters=1, backend=name)

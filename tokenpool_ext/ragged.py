@@ -132,8 +132,10 @@ class Images:
             return [p.float() for p in self.per_image("positions", positions, 2) or ()]
         if self.grids is None:
             return None
-        cells = [torch.cartesian_prod(*(torch.arange(side) for side in sides)).float() for sides in self.grids]
-        cells = [c.to(x.device) for c, x in zip(cells, self.tokens)]
+        cells = [
+            torch.cartesian_prod(*(torch.arange(side, device=x.device) for side in sides)).float()
+            for sides, x in zip(self.grids, self.tokens)
+        ]
         return cells if self.rows is None else [c[rows] for c, rows in zip(cells, self.rows)]
 
     def segments(self) -> Segments:

@@ -317,14 +317,16 @@ def fewer(block, args, kwargs, at, sides: list, tokens: Tensor, order: Tensor, p
     if n - p < 5:
         return True
     some = order[:, : n - 2]
-    other = torch.cat([torch.arange(p), p + torch.randperm(n - 2 - p, generator=torch.Generator().manual_seed(3))])
+    generator = torch.Generator("cpu").manual_seed(3)
+    moved = p + torch.randperm(n - 2 - p, generator=generator, device="cpu")
+    other = torch.cat([torch.arange(p, device="cpu"), moved]).to(some.device)
     results = []
-    for index in (some, some[:, other.to(some.device)]):
+    for index in (some, some[:, other]):
         a, k, _ = inputs.follow_all(sides, plan, args, kwargs, n, index)
         a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(tokens, index), layout))
         with Tap(b, n - 2, None, index, n, packed=layout == "packed"):
             results.append(inputs.batch_first(first_of(pooled_free(block)(*a, **k)), layout))
-    return bool((results[0][:, other.to(some.device)] - results[1]).float().abs().amax() <= limit)
+    return bool((results[0][:, other] - results[1]).float().abs().amax() <= limit)
 
 
 def first_of(out: Any) -> Any:

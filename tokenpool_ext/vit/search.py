@@ -34,6 +34,7 @@ FINE = 32  # counts that are timed to find the steps
 SAME = 0.02  # times that differ by less are the same
 ROUNDS = 3  # turns of a measured time
 UNITS = 1 << 13  # the budget in the dynamic program
+HOST: Any = {"device": "cpu", "dtype": torch.float64}  # of tables, whatever the default device
 
 
 def search_schedule(
@@ -169,13 +170,13 @@ class _Search:
         if target == "latency":
             levels = self.plateaus(levels if counts is not None else self.even(FINE))
         costs = self.costs(levels, measure)
-        losses = torch.full((len(self.blocks), len(levels), len(levels)), torch.inf, dtype=torch.float64)
+        losses = torch.full((len(self.blocks), len(levels), len(levels)), torch.inf, **HOST)
         for table in losses:
             table.fill_diagonal_(0)
         for i in self.places:
-            lost = torch.tensor([0.0, *(self.loss({i: n}) for n in levels[1:])], dtype=torch.float64)
+            lost = torch.tensor([0.0, *(self.loss({i: n}) for n in levels[1:])], **HOST)
             lost = lost.clamp(min=0).cummax(0).values
-            pools = torch.ones(len(levels), len(levels)).triu(1).bool()
+            pools = losses.new_ones(len(levels), len(levels)).triu(1).bool()
             losses[i] = torch.where(pools, lost, losses[i])
         return self.fit(budget, levels, losses, costs, measure)
 
@@ -234,9 +235,9 @@ class _Search:
         size = len(levels)
         pairs = [(m, n) for m in range(size) for n in range(m, size) if m == n or (m and later)]
         schedules = [{first: levels[m]} | ({} if m == n else {later[0]: levels[n]}) for m, n in pairs]
-        table = {pair: torch.tensor(row, dtype=torch.float64) for pair, row in zip(pairs, measure(schedules))}
+        table = {pair: torch.tensor(row, **HOST) for pair, row in zip(pairs, measure(schedules))}
         whole = table[0, 0]
-        costs = torch.empty(len(self.blocks) + 1, size, size, dtype=torch.float64)
+        costs = torch.empty(len(self.blocks) + 1, size, size, **HOST)
         for m in range(size):
             own = torch.cat([whole[: first + 1], table[m, m][first + 1 : -1], whole[-1:]])
             costs[:, m] = own[:, None]
@@ -329,12 +330,12 @@ def cheapest(losses: Tensor, costs: Tensor, limit: int) -> list[int] | None:
     the first. An infinite loss forbids. Of paths of equal loss one of the least cost. None: there is no path.
     """
     depth, size, _ = losses.shape
-    best = torch.full((size, limit + 1), torch.inf, dtype=torch.float64)
+    best = losses.new_full((size, limit + 1), torch.inf)
     best[0, 0] = 0
     origins = []
     for i in range(depth):
         found = torch.full_like(best, torch.inf)
-        origin = torch.zeros(size, limit + 1, dtype=torch.int16)
+        origin = costs.new_zeros(size, limit + 1, dtype=torch.int16)
         for m in range(size):
             for n in range(size):
                 c = int(costs[i, m, n])
@@ -361,7 +362,7 @@ def cheapest(losses: Tensor, costs: Tensor, limit: int) -> list[int] | None:
 
 def least_cost(losses: Tensor, costs: Tensor) -> float:
     """The least summed cost of any path that no infinite loss forbids."""
-    best = torch.full((losses.shape[1],), torch.inf, dtype=torch.float64)
+    best = losses.new_full((losses.shape[1],), torch.inf)
     best[0] = 0
     for loss, cost in zip(losses, costs):
         best = (best[:, None] + torch.where(loss == torch.inf, torch.inf, cost)).amin(0)
