@@ -120,7 +120,9 @@ def test_models_and_images_under_defaults(default):
             patched(budget=0.8, example=x, position_weight=1.0),
             cost(vit.patch(copy.deepcopy(model), keep_ratio=0.5), x).total,
             tp.search_schedule(model, [x], budget=0.9, layers=[1, 2], counts=[8, 4]),
-            tp.learn_schedule(copy.deepcopy(model), [x], penalty=1e-3, steps=2, loss=lambda out, _: out.square().mean()),
+            tp.learn_schedule(
+                copy.deepcopy(model), [x], penalty=1e-3, steps=2, loss=lambda out, _: out.square().mean()
+            ),
             *tp.compress(pages, 4, grid=(4, 4), position_weight=1.0),
             *tp.compress(pages, 4, grid=(2, 2, 4), temporal_window=1),
             *tp.select(pages, 4, grid=(4, 4)),
