@@ -137,6 +137,10 @@ def test_mask(name, tokens):
     y, clusters = layer(x, scores, mask=mask)
     assert torch.isfinite(y).all()
     assert (clusters.assignment[~mask[:, P:]] == -1).all()
+    bad = torch.where(mask, scores, -1.0)
+    for more in ({}, {"sizes": torch.where(mask, 2.0, -1.0)}, {"features": x} if name[:4] == "kmed" else {}):
+        first, *_ = layer(x, scores, mask=mask, **more)
+        assert torch.equal(layer(x, bad, mask=mask, **more)[0], first), "scores and sizes of padding do not count"
     if name != "grid":
         assert torch.equal((clusters.mass > 0).sum(1), torch.tensor([K, K, 5]))
         assert (y[2, P + 5 :] == 0).all()

@@ -89,6 +89,22 @@ def test_padding_may_hold_nan(backend):
     assert_identical(tp.pool(x, a, 4, backend=backend.name), tp.pool(spoiled, a, 4, backend=backend.name))
 
 
+@pytest.mark.parametrize("ignored", [-1.0, 1e38, float("inf"), float("nan")])
+def test_weights_of_ignored_tokens_are_not_looked_at(backend, ignored):
+    x, a = tokens(2, 12, 3, device=backend.device), labels(2, 12, 4, backend.device, padding=0.4)
+    w = positive_weights(2, 12, device=backend.device)
+    spoiled = torch.where(a < 0, ignored, w)
+    got = []
+    for weights in (w, spoiled):
+        inputs = [x.clone().requires_grad_(), weights.requires_grad_()]
+        centers = tp.pool(inputs[0], a, 4, weights=inputs[1], backend=backend.name)
+        got.append([centers, *torch.autograd.grad(centers.square().sum(), inputs)])
+    assert_identical(*got)
+    if ignored < 0 and backend.device == "cpu":
+        with pytest.raises(ValueError, match="weights must be >= 0, got -1"):
+            tp.pool(x, a.clamp(min=0), 4, weights=spoiled.detach(), backend=backend.name)
+
+
 def test_nan_stays_in_its_cluster(backend):
     x, a = tokens(1, 12, 3, device=backend.device), (torch.arange(12, device=backend.device) % 4)[None]
     clean = tp.pool(x, a, 4, backend=backend.name)

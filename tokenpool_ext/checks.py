@@ -177,6 +177,7 @@ def check_mask(name: str, mask: Tensor | None, x3: Tensor, batched: bool) -> Ten
 def check_weights(
     name: str, weights: Tensor | None, x3: Tensor, batched: bool, mask: Tensor | None = None
 ) -> Tensor | None:
+    """(B, N) weights in acc, or None; mask: as in `check_negative`."""
     if weights is None:
         return None
     check_tensor(name, "weights", weights)
@@ -186,10 +187,18 @@ def check_weights(
 
 
 def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights of the right shape and device, none of them seen to be below 0, in acc."""
+    """Weights of the right shape and device, none of them seen to be below 0, in acc.
+
+    mask: (B, N) bool, True for tokens that count, or integer labels, -1 for those that do not. Looked at where there
+    is something below 0 only.
+    """
     weights = _converted(weights, accumulate_dtype(x3.dtype))
-    if values.any_negative(weights, mask):
-        negative = weights < 0 if mask is None else (weights < 0) & mask
+    if not values.any_negative(weights):
+        return weights
+    negative = weights.detach() < 0
+    if mask is not None:
+        negative &= mask if mask.dtype == torch.bool else mask >= 0
+    if negative.any():
         least = float(weights.detach()[negative].amin())
         raise ValueError(f"{name}: {argument} must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
     return weights

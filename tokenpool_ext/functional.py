@@ -186,7 +186,7 @@ def pool(
         assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored. Others raise on a CPU, and are ignored on a GPU
             and where ops are recorded (torch.compile, export), where values are not looked at.
         num_clusters: K >= 1.
-        weights: (B, N) or (N,), >= 0; None: all ones. A cluster whose weights add up to zero gets its plain mean.
+        weights: (B, N) or (N,), >= 0 where the assignment is; None: all ones. A cluster whose weights add up to zero gets its plain mean.
 
     Returns:
         (B, K, D) or (K, D) in x.dtype; zeros for a cluster without tokens. Gradients flow to x and weights.
@@ -197,7 +197,7 @@ def pool(
     assignment = check_assignment(name, assignment, x3, batched)
     num_clusters = check_int(name, "num_clusters", num_clusters, 1)
     check_labels(name, assignment, num_clusters)
-    weights = check_weights(name, weights, x3, batched)
+    weights = check_weights(name, weights, x3, batched, assignment)
     chain = select("pool", x3, backend)
     if autograd.wanted(x3, weights):
         centers = autograd.pool(chain, x3, assignment, weights, num_clusters)

@@ -59,14 +59,11 @@ def plain(t: Tensor) -> bool:
     )
 
 
-def any_negative(t: Tensor, mask: Tensor | None = None) -> bool:
-    """Is a value of a float32 or float64 tensor seen to be below 0, where the mask is True?"""
-    if mask is None and loader.extension is not None and t.is_contiguous() and plain(t):
+def any_negative(t: Tensor) -> bool:
+    """Is a value of a float32 or float64 tensor seen to be below 0?"""
+    if loader.extension is not None and t.is_contiguous() and plain(t):
         return loader.extension.any_negative(t.data_ptr(), t.numel(), t.element_size())
-    if not visible(t):
-        return False
-    negative = t < 0
-    return bool((negative if mask is None else negative & mask).any())
+    return visible(t) and bool((t < 0).any())
 
 
 def extremes(t: Tensor) -> tuple[int, int]:
