@@ -186,7 +186,8 @@ def pool(
         assignment: (B, N) or (N,) integers in -1..K-1; -1 is ignored. Others raise on a CPU, and are ignored on a GPU
             and where ops are recorded (torch.compile, export), where values are not looked at.
         num_clusters: K >= 1.
-        weights: (B, N) or (N,), >= 0 where the assignment is; None: all ones. A cluster whose weights add up to zero gets its plain mean.
+        weights: (B, N) or (N,), >= 0 where the assignment is; None: all ones. A cluster whose weights add up to zero
+            gets its plain mean.
 
     Returns:
         (B, K, D) or (K, D) in x.dtype; zeros for a cluster without tokens. Gradients flow to x and weights.
