@@ -401,3 +401,54 @@ def test_forward_errors(tokens):
         with pytest.raises(error) as caught:
             call()
         assert words in str(caught.value), caught.value
+
+
+def test_mass_is_what_tokens_count_also_where_nothing_is_pooled(name, tokens):
+    x, scores = tokens
+    sizes = torch.arange(3.0 * (P + N)).view(3, P + N)
+    layer = LAYERS[name](return_clusters=True)
+    for given in (scores, None):
+        if given is None and name in ("score", "importance"):
+            continue
+        counted = given if given is not None and name in (*SELECTIONS, "kmeans", "kmedoids", "kmedoids-mean") else sizes
+        for kept in (K, N):
+            layer.num_tokens = kept
+            clusters = layer(x, given, sizes=sizes)[1]
+            member = clusters.assignment >= 0
+            want = torch.zeros(3, kept).scatter_add(1, clusters.assignment.clamp(min=0), counted[:, P:] * member)
+            torch.testing.assert_close(clusters.mass, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bfloat16, torch.float64, torch.bool])
+def test_sizes_of_any_dtype_merge_as_those_of_float32(dtype):
+    x = torch.randn(2, 1200, 4, generator=torch.Generator().manual_seed(5))
+    sizes = torch.full((2, 1200), 7).to(dtype)
+    layer = BipartiteMatching(2, num_prefix_tokens=0, return_clusters=True)  # ten rounds: sums above 255
+    y, clusters, _ = layer(x, sizes=sizes)
+    expected = layer(x, sizes=sizes.float())
+    assert torch.equal(clusters.assignment, expected[1].assignment) and torch.equal(y, expected[0])
+
+
+@pytest.mark.parametrize("layer", [ScorePruning(3, num_prefix_tokens=0), ImportanceSampling(3, num_prefix_tokens=0)])
+def test_a_selection_keeps_real_tokens_before_padding_and_before_those_below_zero(layer):
+    x, mask = torch.randn(1, 8, 2), torch.tensor([[False] * 4 + [True] * 4])
+    layer.return_clusters = True
+    for scores in ([0.0, 0, 0, 0, 0, 0, 1, 0], [9.0, 9, 9, 9, 1, 0, 1, 0], [9.0, 9, 9, 9, -1, 1, 1, 1]):
+        kept = layer(x, torch.tensor([scores]), mask=mask)[1].medoids[0].tolist()
+        assert len(set(kept)) == 3 and min(kept) >= 4, kept
+        assert all(i in kept for i in range(4, 8) if scores[i] > 0), kept
+
+
+def test_scores_of_float64_are_compared_as_such():
+    x, steps = torch.randn(1, 5, 2, dtype=torch.float64), torch.arange(5, dtype=torch.float64)
+    layer = ScorePruning(2, num_prefix_tokens=0, return_clusters=True)
+    assert layer(x, 1 + 1e-12 * steps[None])[1].medoids.tolist() == [[3, 4]]
+    tiny = torch.tensor([[1e-200, 1e-200, 1e-100, 1e-200, 1e-200]], dtype=torch.float64)
+    for seed in range(20):
+        sampled = ImportanceSampling(1, seed=seed, num_prefix_tokens=0, return_clusters=True)(x, tiny)
+        assert sampled[1].medoids.tolist() == [[2]]
+
+
+@pytest.mark.parametrize("ratio, n, kept", [(4e-5, 1000, 1), (4e-5, 10**5, 4), (6e-5, 10**5, 6), (1e-300, 50, 1)])
+def test_a_tiny_keep_ratio_keeps_few(ratio, n, kept):
+    assert TokenPooling(keep_ratio=ratio).tokens_kept(n) == kept

@@ -40,24 +40,28 @@ class _Selection(TokenReduction):
         want_clusters: bool,
     ) -> tuple[Tensor, Clusters | None]:
         priority = self.priority(x, scores)
-        if mask is not None:
-            priority = torch.where(mask, priority, -torch.inf)
+        if mask is not None:  # padding comes after all real tokens
+            least = torch.finfo(priority.dtype).min
+            priority = torch.where(mask, priority.clamp(min=least), -torch.inf)
         index = falling(priority)[:, :k].sort(dim=1).values
         if mask is not None:  # padding that had to be taken: zeros at the end, as after clustering
             real = mask.gather(1, index)
             index = torch.where(real, index, x.shape[1]).sort(dim=1).values
             index = torch.where(index < x.shape[1], index, -1)
         tokens = take_tokens(x, index)
-        return tokens, self._clusters(x, tokens, index, scores) if want_clusters else None
+        return tokens, self._clusters(x, tokens, index, self._weights(scores, sizes)) if want_clusters else None
 
-    def _clusters(self, x: Tensor, tokens: Tensor, index: Tensor, scores: Tensor | None) -> Clusters:
+    def _weights(self, scores: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+        return sizes if scores is None else scores
+
+    def _clusters(self, x: Tensor, tokens: Tensor, index: Tensor, weights: Tensor | None) -> Clusters:
         b, n, _ = x.shape
         k = index.shape[1]
         label = torch.arange(k, device=x.device).expand(b, k)
         # Missing tokens (-1) write to an extra column that is cut off.
         assignment = torch.full((b, n + 1), -1, dtype=torch.int64, device=x.device)
         assignment = assignment.scatter(1, torch.where(index >= 0, index, n), label)[:, :n]
-        mass = x.new_ones(b, n, dtype=accumulate_dtype(x.dtype)) if scores is None else scores.detach()
+        mass = x.new_ones(b, n, dtype=accumulate_dtype(x.dtype)) if weights is None else weights.detach()
         mass = torch.where(index >= 0, mass.to(accumulate_dtype(x.dtype)).gather(1, index.clamp(min=0)), 0)
         return Clusters(tokens, assignment, mass, index, mass.new_zeros(b))
 
@@ -73,7 +77,7 @@ class _ScoredSelection(_Selection):
                 f"{type(self).__name__}: scores must be a (B, N) tensor, got None;"
                 " tokenpool_ext.attention_received(q, k) gives them"
             )
-        return scores.detach().float()
+        return scores.detach().to(accumulate_dtype(scores.dtype))
 
 
 class ScorePruning(_ScoredSelection):
@@ -120,7 +124,9 @@ class ImportanceSampling(_Seeded, _ScoredSelection):
 
     def priority(self, x: Tensor, scores: Tensor | None) -> Tensor:
         exponential = -torch.log1p(-self._uniform(x))
-        return self._scores(scores).log() - exponential.clamp(min=torch.finfo(exponential.dtype).tiny).log()
+        return (
+            self._scores(scores).clamp(min=0).log() - exponential.clamp(min=torch.finfo(exponential.dtype).tiny).log()
+        )
 
 
 class RandomSelection(_Seeded, _Selection):
@@ -243,7 +249,7 @@ class BipartiteMatching(TokenReduction):
                 "BipartiteMatching: mask must be None, got a tensor; the matching has no notion of padding"
             )
         metric = (x if features is None else features).detach()
-        weights = sizes
+        weights = None if sizes is None else sizes.detach().to(accumulate_dtype(sizes.dtype))
         assignment = None
         n = x.shape[1]
         while n > k:

@@ -129,6 +129,9 @@ class TokenPooling(TokenReduction):
     def needs_scores(self) -> bool:
         return self.weighted
 
+    def _weights(self, scores: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+        return scores if self.weighted and scores is not None else sizes
+
     def reduce(
         self,
         x: Tensor,
@@ -139,10 +142,9 @@ class TokenPooling(TokenReduction):
         sizes: Tensor | None,
         want_clusters: bool,
     ) -> tuple[Tensor, Clusters | None]:
-        scores = scores if self.weighted else None
-        weights = sizes if scores is None else scores
+        weights = self._weights(scores, sizes)
         on, name = x if features is None else features.detach(), self.algorithm
-        argument = "sizes" if scores is None else "scores"
+        argument = "sizes" if weights is sizes else "scores"
         in_acc = None if weights is None else check_negative(type(self).__name__, argument, weights, on, mask)
         chain = select(name, on, self.backend)
         start = check_init(name, self.init, on, k, mask, None, True)

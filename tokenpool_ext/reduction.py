@@ -115,6 +115,10 @@ class TokenReduction(nn.Module):
             return kept_by_count(num_patches, self.num_tokens)
         return kept_by_ratio(num_patches, *as_fraction(self.keep_ratio))
 
+    def _weights(self, scores: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+        """What each token counts in ``Clusters.mass``; None: 1."""
+        return sizes
+
     def reduce(
         self,
         x: Tensor,
@@ -196,7 +200,7 @@ class TokenReduction(nn.Module):
             tokens, new_sizes = x, sizes
             clusters: Clusters | None = None
             if clusters_wanted:
-                clusters = _identity(x[:, prefix:], scores, mask)
+                clusters = _identity(x[:, prefix:], self._weights(scores, patch_sizes), mask)
         else:
             if self.position_weight:
                 if positions is None:
@@ -266,12 +270,12 @@ def _cluster_sums(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     return sizes.new_zeros(sizes.shape[0], k + 1).scatter_add(1, assignment + 1, sizes)[:, 1:]
 
 
-def _identity(x: Tensor, scores: Tensor | None, mask: Tensor | None) -> Clusters:
+def _identity(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> Clusters:
     """The clusters of a sequence that was short enough: one a token."""
     acc = accumulate_dtype(x.dtype)
     b, n, _ = x.shape
     index = torch.arange(n, device=x.device).expand(b, n).contiguous()
-    mass = torch.ones(b, n, dtype=acc, device=x.device) if scores is None else scores.detach().to(acc)
+    mass = torch.ones(b, n, dtype=acc, device=x.device) if weights is None else weights.detach().to(acc)
     if mask is not None:
         index, mass = torch.where(mask, index, -1), torch.where(mask, mass, 0)
     return Clusters(x, index, mass, index, torch.zeros(b, dtype=acc, device=x.device))
@@ -290,9 +294,10 @@ def cached(function: Function) -> Function:
 
 @cached
 def as_fraction(ratio: float) -> tuple[int, int]:
-    """A ratio as numerator and denominator (at most 10000): 0.7 is 7/10."""
-    fraction = Fraction(ratio).limit_denominator(10000)
-    return max(fraction.numerator, 1), fraction.denominator
+    """A ratio as numerator and denominator, to a ten-thousandth of it: 0.7 is 7/10."""
+    exact = Fraction(ratio)
+    fraction = exact.limit_denominator(10000 * min(exact.denominator // exact.numerator + 1, 2**31))
+    return max(fraction.numerator, 1), fraction.denominator if fraction.numerator else 2**31
 
 
 def kept_by_count(n: int, count: int) -> int:
