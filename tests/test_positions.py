@@ -31,6 +31,22 @@ def test_coordinates_spread_as_far_as_asked(dtype, size):
     assert (same[..., 5:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", [50.0, 1e6, 1e30, 1e38, 1e300])
+def test_a_weight_of_any_size_clusters_by_place(dtype, weight):
+    """Three groups of places, whatever the tokens say; the spread of these times 50 is more than float16 holds."""
+    torch.manual_seed(0)
+    x = (60 * torch.randn(2, 48, 256)).to(dtype)
+    group = torch.arange(48) % 3
+    places = (100.0 * group[:, None] + torch.rand(48, 2)).expand(2, 48, 2)
+    assert with_positions(x, places, weight).isfinite().all()
+    merged = tp.compress(x, 3, positions=places, position_weight=weight, scores=torch.rand(2, 48))
+    layer = tp.TokenPooling(3, num_prefix_tokens=0, position_weight=weight, return_clusters=True)
+    for labels in (merged.assignment, layer(x, positions=places)[1].assignment):
+        assert all(len(labels[b][group == j].unique()) == 1 for b in range(2) for j in range(3))
+    assert merged.tokens.dtype == dtype and merged.tokens.isfinite().all()
+
+
 def test_padding_has_no_part_in_the_spreads():
     torch.manual_seed(0)
     x, positions = torch.randn(1, 16, 4), grid(16)

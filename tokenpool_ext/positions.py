@@ -9,9 +9,12 @@ from torch import Tensor
 
 from .ops import accumulate_dtype
 
+HEAVIEST = 2.0**60  # a weight beside which features are rounding in every dtype
+
 
 def with_positions(features: Tensor, positions: Tensor, weight: float, mask: Tensor | None = None) -> Tensor:
-    """Features with the coordinates appended, so scaled that they spread ``weight`` times as far as the features.
+    """Features with the coordinates appended, so scaled that they spread ``weight`` times as far as the features (at
+    most ``HEAVIEST`` times).
 
     The spread of an image is the root of its tokens' mean squared distance to their mean.
 
@@ -22,13 +25,18 @@ def with_positions(features: Tensor, positions: Tensor, weight: float, mask: Ten
         mask: (B, N) bool, True = real token: padding has no part in the spreads.
 
     Returns:
-        (B, N, E + P) in features.dtype; no gradient through the scale nor the coordinates.
+        (B, N, E + P) in features.dtype; no gradient through the scale nor the coordinates. Where the coordinates would
+        be too large for it, all of the image is scaled down: distances keep their ratios.
     """
     acc = accumulate_dtype(features.dtype)
     real = torch.ones_like(positions[:, :, :1], dtype=torch.bool) if mask is None else mask[:, :, None]
     places, _ = _in_spreads(positions.detach().to(acc), real)
     _, spread = _in_spreads(features.detach().to(acc), real)
-    return torch.cat([features, (weight * spread * places).to(features.dtype)], dim=2)
+    weight = min(weight, HEAVIEST)
+    farthest = places.abs().amax((1, 2), keepdim=True)
+    shrink = 1 / (spread / (torch.finfo(features.dtype).max / 4) * (weight * farthest)).clamp(min=1)
+    parts = features * shrink, weight * (spread * shrink) * places
+    return torch.cat([part.to(features.dtype) for part in parts], dim=2)
 
 
 def _in_spreads(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,13 +81,13 @@ def compress(
     places = images.coordinates(positions)
     segments = images.segments()
     padded = None if places is None else segments.split(places)
-    features = segments.x
+    features = None
     if check_position_weight(name, position_weight):
         if padded is None:
             raise ValueError(f"{name}: position_weight={position_weight:g} needs positions or grid, got neither")
-        features = with_positions(features, padded, position_weight, segments.mask)
+        features = with_positions(segments.x.detach(), padded, position_weight, segments.mask)
     clusters = kmeans(
-        features,
+        segments.x if features is None else features,
         segments.counts,
         weights=segments.weights,
         mask=segments.mask,
@@ -95,7 +95,9 @@ def compress(
         num_iters=num_iters,
         backend=backend,
     )
-    means, assignment = clusters.centers[:, :, : segments.x.shape[2]], clusters.assignment
+    means, assignment = clusters.centers, clusters.assignment
+    if features is not None:  # means of the tokens alone
+        means = pool(segments.x, assignment, means.shape[1], weights=segments.weights, backend=backend)
     order, medoids = _reading_order(clusters.medoids)
     means = means.gather(1, order[..., None].expand_as(means))
     assignment = torch.where(assignment >= 0, order.argsort(1).gather(1, assignment.clamp(min=0)), -1)
