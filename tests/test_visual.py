@@ -132,6 +132,29 @@ def test_scores_weigh_and_gradients_flow():
     torch.testing.assert_close(x.grad, share[:, None].expand(30, 8), rtol=0, atol=1e-6)
 
 
+def test_positions_beside_a_mask_are_of_all_tokens():
+    x, places, scores = tokens(2, 6, 3), tokens(2, 6, 2, seed=1), tokens(2, 6, seed=2).abs()
+    mask = torch.tensor([[True] * 6, [False, True] * 3])
+    merged = tp.compress(x, 3, mask=mask, positions=places, scores=scores)
+    lists = tp.compress(x, 3, mask=mask, positions=list(places), scores=list(scores))
+    assert torch.equal(lists.positions, merged.positions) and torch.equal(lists.tokens, merged.tokens)
+    for b in range(2):
+        rows = mask[b]
+        alone = tp.compress(x[b, rows], 3, positions=places[b, rows], scores=scores[b, rows])
+        assert torch.equal(merged.positions[b], alone.positions)
+    for wrong in (places[:, :5], tokens(2, 7, 2), tokens(3, 6, 2)):
+        with pytest.raises(ValueError, match="positions"):
+            tp.compress(x, 3, mask=mask, positions=wrong)
+
+
+def test_images_of_several_dtypes_keep_theirs():
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    images = [tokens(9, 4, seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    for x, y, a in zip(images, *tp.compress(images, 3)[::3]):
+        assert y.dtype == x.dtype
+        torch.testing.assert_close(y.double(), members_mean(x, a, 3), rtol=0, atol=torch.finfo(x.dtype).eps * 4)
+
+
 def test_drop_placeholders():
     ids = torch.tensor([1, 9, 9, 9, 9, 2, 9, 9, 3])
     shorter, kept = drop_placeholders(ids, 9, [2, 1])
@@ -164,6 +187,19 @@ def test_drop_placeholders():
         (lambda: tp.compress(tokens(4, 3), 2, scores=tokens(3)), ValueError, "scores"),
         (lambda: tp.compress(tokens(4, 3), 2, position_of="mode"), ValueError, "position_of"),
         (lambda: tp.compress(tokens(2, 4, 3), 2, mask=torch.ones(2, 4)), TypeError, "mask"),
+        (lambda: tp.compress(None, 2), TypeError, "compress: tokens must be a tensor or a list"),
+        (lambda: tp.compress([tokens(4, 3), None], 2), TypeError, r"tokens\[1\] must be a torch.Tensor"),
+        (lambda: tp.select(tokens(2, 4, 3).to_sparse(), 2), TypeError, "select: tokens must be a dense"),
+        (lambda: tp.select(tokens(4, 3), 2, grid=4), TypeError, "select: grid must be"),
+        (lambda: tp.select(tokens(4, 3), 2, scores=3), TypeError, "select: scores must be"),
+        (lambda: tp.select(tokens(4, 3), 2, scores=-tokens(4).abs()), ValueError, "select: scores must be >= 0"),
+        (lambda: tp.compress(tokens(4, 3), 2, scores=tokens(4) + 0j), TypeError, "scores of image 0 must be real"),
+        (lambda: tp.compress(tokens(4, 3), 2, positions=tokens(4, 2) + 0j), TypeError, "positions of image 0 must be"),
+        (
+            lambda: tp.compress([tokens(4, 3)] * 2, 2, positions=[tokens(4, 2), tokens(4, 3)]),
+            ValueError,
+            "positions of image 1.*one P",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, error, words):

@@ -3,14 +3,14 @@ or windows of videos), and results back in the form of the input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .checks import FLOATING, INTEGER, check_int
+from .checks import INTEGER, check_device, check_dims, check_int, check_negative, check_tensor
 
 
 class Images:
@@ -25,26 +25,28 @@ class Images:
         scores: Tensor | Sequence[Tensor] | None,
         mask: Tensor | None,
         window: int | None,
+        positions: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         self.name = name
         self.rows: list[Tensor] | None = None
         self.form = "list"
         if isinstance(tokens, Tensor):
-            if tokens.dim() not in (2, 3):
-                raise ValueError(f"{name}: tokens must have shape (B, N, D) or (N, D), got {tuple(tokens.shape)}")
+            check_dims(name, "tokens", tokens, 2, 3, "(B, N, D) or (N, D)")
             self.form = "batch" if tokens.dim() == 3 else "one"
             self.width = tokens.shape[-2]
             tokens = list(tokens) if self.form == "batch" else [tokens]
+        if not isinstance(tokens, Iterable):
+            raise TypeError(f"{name}: tokens must be a tensor or a list of them, got {type(tokens).__name__}")
         self.tokens = list(tokens)
         for i, x in enumerate(self.tokens):
-            if not isinstance(x, Tensor) or x.dtype not in FLOATING:
-                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"{name}: tokens[{i}] must be a floating tensor, got {got}")
+            check_tensor(name, f"tokens[{i}]", x, floating=True)
+            check_device(name, f"tokens[{i}]", x, self.tokens[0])
             if x.dim() != 2 or x.shape[1] != self.tokens[0].shape[-1]:
                 raise ValueError(f"{name}: tokens[{i}] must have shape (n, D) with one D, got {tuple(x.shape)}")
         if not self.tokens:
             raise ValueError(f"{name}: tokens must hold at least one image, got none")
-        self.scores = self.per_image("scores", scores, 1)
+        self.scores = self._per_image("scores", scores, 1)
+        self.positions = self._per_image("positions", positions, 2)
         self.grids = self._grids(grid, window)
         self.window = window
         if mask is not None:
@@ -52,19 +54,24 @@ class Images:
         self.lengths = [len(x) for x in self.tokens]
         self.counts = self._counts(num_tokens)
 
-    def per_image(self, argument: str, value: Tensor | Sequence[Tensor] | None, dims: int) -> list[Tensor] | None:
+    def _per_image(self, argument: str, value: Tensor | Sequence[Tensor] | None, dims: int) -> list[Tensor] | None:
         if value is None:
             return None
         if isinstance(value, Tensor):
-            one = value if self.form == "one" else None
-            value = [one] if one is not None else list(value)
+            value = [value] if self.form == "one" else list(value)
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{self.name}: {argument} must be a tensor or a list of them, got {type(value).__name__}")
         if len(value) != len(self.tokens):
             raise ValueError(f"{self.name}: {argument} must hold {len(self.tokens)} images, got {len(value)}")
         for i, (v, x) in enumerate(zip(value, self.tokens)):
-            if not isinstance(v, Tensor) or v.dim() != dims or len(v) != len(x):
-                got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
-                shape = (len(x),) if dims == 1 else f"({len(x)}, P)"
-                raise ValueError(f"{self.name}: {argument} of image {i} must have shape {shape}, got {got}")
+            what = f"{argument} of image {i}"
+            check_tensor(self.name, what, v)
+            if v.dtype.is_complex:
+                raise TypeError(f"{self.name}: {what} must be real, got {v.dtype}")
+            if v.dim() != dims or len(v) != len(x) or v.shape[1:] != value[0].shape[1:]:
+                shape = (len(x),) if dims == 1 else f"({len(x)}, P) with one P"
+                raise ValueError(f"{self.name}: {what} must have shape {shape}, got {tuple(v.shape)}")
+            check_device(self.name, what, v, x)
         return list(value)
 
     def _grids(self, grid: Any, window: int | None) -> list[tuple[int, ...]] | None:
@@ -74,7 +81,10 @@ class Images:
             return None
         if isinstance(grid, Tensor):
             grid = grid.tolist()
-        grids = [grid] * len(self.tokens) if all(not hasattr(side, "__len__") for side in grid) else list(grid)
+        if not isinstance(grid, Iterable):
+            raise TypeError(f"{self.name}: grid must be (H, W), (T, H, W) or a list of them, got {type(grid).__name__}")
+        grid = list(grid)
+        grids = [grid] * len(self.tokens) if all(not hasattr(side, "__len__") for side in grid) else grid
         if len(grids) != len(self.tokens):
             raise ValueError(f"{self.name}: grid must be one for all or {len(self.tokens)}, got {len(grids)}")
         for i, (sides, x) in enumerate(zip(grids, self.tokens)):
@@ -104,6 +114,8 @@ class Images:
         self.tokens = [x[rows] for x, rows in zip(self.tokens, real)]
         if self.scores is not None:
             self.scores = [s[rows] for s, rows in zip(self.scores, real)]
+        if self.positions is not None:
+            self.positions = [p[rows] for p, rows in zip(self.positions, real)]
         self.rows = real
 
     def _counts(self, num_tokens: int | Tensor | Sequence[int]) -> list[int]:
@@ -124,12 +136,10 @@ class Images:
                 )
         return [int(k) for k in counts]
 
-    def coordinates(self, positions: Tensor | Sequence[Tensor] | None) -> list[Tensor] | None:
+    def coordinates(self) -> list[Tensor] | None:
         """float32 coordinates of every token of every image, from `positions` or the grid."""
-        if positions is not None:
-            if self.rows is not None and isinstance(positions, Tensor):
-                positions = [p[rows] for p, rows in zip(positions, self.rows)]
-            return [p.float() for p in self.per_image("positions", positions, 2) or ()]
+        if self.positions is not None:
+            return [p.float() for p in self.positions]
         if self.grids is None:
             return None
         cells = [
@@ -181,9 +191,11 @@ class Segments:
         self.lengths = [n for parts in lengths for n in parts]
         self.k = [k for shares in counts for k in shares]
         self.x = self.split(images.tokens)
-        self.weights = (
-            None if images.scores is None else self.split([s.detach()[:, None] for s in images.scores])[..., 0]
-        )
+        weights = None
+        if images.scores is not None:
+            weights = self.split([s.detach()[:, None] for s in images.scores])[..., 0]
+            weights = check_negative(images.name, "scores", weights, self.x, None)  # padded with zeros
+        self.weights = weights
         device = self.x.device
         same = len(set(self.lengths)) == 1
         self.mask = None

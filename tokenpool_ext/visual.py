@@ -77,8 +77,8 @@ def compress(
     """
     name = "compress"
     check_choice(name, "position_of", position_of, ("mean", "medoid"))
-    images = Images(name, tokens, num_tokens, grid, scores, mask, temporal_window)
-    places = images.coordinates(positions)
+    images = Images(name, tokens, num_tokens, grid, scores, mask, temporal_window, positions)
+    places = images.coordinates()
     segments = images.segments()
     padded = None if places is None else segments.split(places)
     features = None
@@ -109,8 +109,9 @@ def compress(
         places = segments.join(placed)
     sizes = torch.zeros(medoids.shape, dtype=torch.int64, device=means.device)
     sizes.scatter_add_(1, assignment.clamp(min=0), (assignment >= 0).long())
+    merged = [rows.to(x.dtype) for rows, x in zip(segments.join(means), images.tokens)]
     return Compressed(
-        images.give_back(segments.join(means)),
+        images.give_back(merged),
         None if places is None else images.give_back(places),
         images.give_back(segments.join(sizes)),
         images.give_back_tokens(segments.join_labels(assignment)),
