@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 
 import model_uses
 import pytest
@@ -13,8 +14,10 @@ from test_vit_any import make, plain
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from tokenpool_ext import vit
+from tokenpool_ext.vit.pooled import _THREAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,21 +50,164 @@ def test_a_forward_kept_on_a_block_whose_class_wraps_it(kept_before):
         assert torch.equal(vit.unpatch(model)(x), whole)
 
 
+def looped(m, x, left_out=(), between=lambda t: t):
+    """A forward block by block, without some."""
+    x = torch.cat([m.cls_token.expand(x.shape[0], -1, -1), m.stem(x)], 1) + m.pos
+    for i, block in enumerate(m.stages):
+        x = x if i in left_out else between(block(x))
+    return x
+
+
+class Dropping(PlainModel):
+    left_out: set = set()
+
+    def forward(self, x):
+        return looped(self, x, self.left_out)
+
+
 @torch.no_grad()
-def test_blocks_left_out_leave_nothing_behind():
-    """LayerDrop: a forward without its last block, then one without the block that pools."""
+@pytest.mark.parametrize("called", ["model", "blocks"])
+@pytest.mark.parametrize("first, then", [({3}, {1}), ({2, 3}, {1}), ({3}, {1, 2}), ({2, 3}, {0, 1})])
+def test_blocks_left_out_leave_nothing_behind(first, then, called):
+    """LayerDrop: a forward without its last blocks, then one without the block that pools."""
     model, x = plain()
+    model.__class__ = Dropping
     whole, y = copy.deepcopy(model), x.flip(0, 1)
     vit.patch(model, num_tokens={1: 6})
 
     def run(m, x, left_out):
-        x = torch.cat([m.cls_token.expand(2, -1, -1), m.stem(x)], 1) + m.pos
-        for i, block in enumerate(m.stages):
-            x = x if i in left_out else block(x)
-        return x
+        m.left_out = left_out
+        return m(x) if called == "model" else looped(m, x, left_out)
 
-    run(model, x, {3})
-    assert torch.equal(run(model, y, {1}), run(whole, y, {1}))
+    run(model, x, first)
+    assert torch.equal(run(model, y, then), run(whole, y, then))
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_leaves_nothing_behind():
+    model, x = plain()
+    whole, tokens = copy.deepcopy(model), torch.randn(2, 17, 32)
+    vit.patch(model, num_tokens={1: 6})
+    hook = model.stages[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    hook.remove()
+    assert not _THREAD.runs
+    for i in (2, 3):
+        assert torch.equal(model.stages[i](tokens), whole.stages[i](tokens))
+
+
+@torch.no_grad()
+def test_a_buffer_that_every_forward_writes_its_tokens_to():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6})
+    wanted = [model(x), model(x.flip(0))]
+    buffer = torch.empty(2, 17, 32)
+    model.stages[1].register_forward_hook(lambda m, a, out: buffer.copy_(out))
+    assert torch.equal(model(x), wanted[0]) and torch.equal(model(x.flip(0)), wanted[1])
+
+
+@torch.no_grad()
+def test_forwards_that_take_turns():
+    """Two models in one, block by block; parts of a model on batch after batch."""
+    one, x = plain()
+    two, _ = plain()
+    vit.patch(one, num_tokens={1: 8, 2: 6})
+    vit.patch(two, num_tokens={1: 5, 2: 3})
+    for between in (lambda t: t, lambda t: t.clone()):
+        alone = [looped(m, x, between=between) for m in (one, two)]
+        tokens = [torch.cat([m.cls_token.expand(2, -1, -1), m.stem(x)], 1) + m.pos for m in (one, two)]
+        for blocks in zip(one.stages, two.stages):
+            tokens = [between(block(t)) for block, t in zip(blocks, tokens)]
+        assert all(torch.equal(a, b) for a, b in zip(tokens, alone))
+        vit.patch(one, num_tokens={1: 6})
+        wanted = [looped(one, t) for t in (x, x.flip(0))]
+        halves = [between(looped(one, t, {2, 3})) for t in (x, x.flip(0))]
+        for half, want in zip(halves, wanted):
+            torch.testing.assert_close(one.stages[3](one.stages[2](half)), want)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("segments", [((0, 4),), ((0, 2), (2, 4)), ((0, 3), (3, 4))])
+def test_checkpoints_of_several_blocks_with_new_tensors_between(segments, reentrant):
+    class Model(PlainModel):
+        checkpoints = False
+
+        def forward(self, x):
+            x = torch.cat([self.cls_token.expand(2, -1, -1), self.stem(x)], 1) + self.pos
+            for start, end in segments:
+
+                def part(x, blocks=self.stages[start:end]):
+                    for block in blocks:
+                        x = block(x) * 1.0
+                    return x
+
+                x = checkpoint(part, x, use_reentrant=reentrant) if self.checkpoints else part(x)
+            return self.head(x.mean(1))
+
+    model, x = plain()
+    model.__class__ = Model
+    vit.patch(model, num_tokens={1: 6, 2: 4})
+    found = []
+    for model.checkpoints in (False, True):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_whose_saved_tensors_are_copied_say_so(reentrant):
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6})
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        out = looped(model, x.requires_grad_(), {2, 3})
+        for block in model.stages[2:]:
+            out = checkpoint(block, out, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match="block 3: run again in backward, it got a copy"):
+            out.sum().backward()
+
+
+def test_transforms_of_torch_func():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6, 2: 4})
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(model, weights, (x[None],)).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    model(x).square().sum().backward()
+    torch.testing.assert_close({n: g.sum(0) for n, g in each.items()}, {n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(torch.vmap(lambda x: model(x[None])[0])(x), model(x))
+    out, along = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(along, torch.autograd.functional.jvp(model, x, torch.ones_like(x))[1])
+    torch.testing.assert_close(torch.func.jacrev(model)(x), torch.autograd.functional.jacobian(model, x))
+
+
+@torch.no_grad()
+def test_some_blocks_compiled():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6, 2: 4})
+    wanted = model(x)
+    for compiled in ({2}, {1, 3}):
+        torch._dynamo.reset()
+        other = copy.deepcopy(model)
+        for i in compiled:
+            other.stages[i].compile(backend="eager")
+        torch.testing.assert_close(other(x), wanted)
+
+
+@torch.no_grad()
+def test_hidden_states_are_saved_without_what_they_carry():
+    model, x = plain()
+    vit.patch(model, num_tokens={1: 6})
+    torch._dynamo.reset()
+    for run in (looped, torch.compile(looped, backend="eager")):
+        out = run(model, x, {3})
+        torch.save(out, file := io.BytesIO())
+        file.seek(0)
+        assert torch.equal(torch.load(file), out) and copy.deepcopy(out).equal(out)
 
 
 class Packed(nn.Module):

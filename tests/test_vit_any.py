@@ -20,7 +20,7 @@ from torch import nn
 import tokenpool_ext as tp
 from tokenpool_ext import vit
 from tokenpool_ext.vit import finding, inputs, patched_blocks, patching, record
-from tokenpool_ext.vit.pooled import _RUN
+from tokenpool_ext.vit.pooled import _THREAD
 from tokenpool_ext.vit.tap import Tap
 
 NEEDS = {"timm": "timm", "transformers": "transformers", "torchvision": "torchvision", "open_clip": "open_clip"}
@@ -273,7 +273,7 @@ def test_a_new_tensor_between_blocks_is_pooled_by_the_same_assignment(position):
     wanted = model(**kwargs).last_hidden_state
     handles = [layer.register_forward_hook(lambda m, a, out: out.clone()) for layer in model.layers]
     torch.testing.assert_close(model(**kwargs).last_hidden_state, wanted)
-    assert _RUN.state is None, "nothing is kept when the forward is over"
+    assert not _THREAD.runs, "nothing is kept when the forward is over"
     [h.remove() for h in handles]
     [layer.register_forward_hook(lambda m, a, out: out * 1.0) for layer in model.layers]
     torch.testing.assert_close(model(**kwargs).last_hidden_state, wanted)

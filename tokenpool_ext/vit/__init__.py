@@ -68,10 +68,12 @@ def patch(
     kind of block is proven by permuting its tokens; one that is windowed, causal or bound to a grid is refused by name.
 
     The blocks from the first pooling one on get a subclass of their class, and those that pool a parameter-free
-    submodule ``tokenpool`` (visible in ``print(model)``; it adds nothing to ``state_dict``). Nothing is kept on the
-    model between forwards, and patching again replaces the earlier patch. The user's hooks stay and do not run while
-    patching.
-    Outside its blocks the model sees as many tokens as ever, each being the cluster it is in.
+    submodule ``tokenpool`` (visible in ``print(model)``; it adds nothing to ``state_dict``). The modules around the
+    blocks get two hooks that end what a forward knows when it ends. Nothing is kept on the model between forwards, and
+    patching again replaces the earlier patch. The user's hooks stay and do not run while patching.
+    Outside its blocks the model sees as many tokens as ever, each being the cluster it is in. Something between the
+    blocks may make new tensors of them; a block that is called by itself, outside the model's forward, takes a tensor
+    that no block handed out as it is, unpooled.
 
     A patched model compiles and exports (``torch.compile``, ``torch.export``); ``torch.jit`` and ``torch.fx`` are
     refused. Compile after patching: a compiled model is patched too, but compiles anew.

@@ -43,6 +43,9 @@ def apply_patch(
     remove_patch(model)
     for i, part in parts.items():
         pooled.install(found.blocks[i], Place(plan, i, part), modules.get(i))
+    for owner in found.owners:
+        if "_orig_mod" not in owner._modules:  # not torch.compile's wrapper
+            pooled.surround(owner, plan)
     return model
 
 

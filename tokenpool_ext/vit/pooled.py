@@ -8,17 +8,19 @@ A patched block keeps its parameters, hooks and children; its ``__class__`` beco
 3. pools what comes out, if the schedule names this block,
 4. hands out N tokens again (``unpool``), so nothing outside the blocks can tell.
 
-The state of a forward (:class:`State`) is tied to the memory of the tokens handed out, and to the running thread until
-the last block is through; never to a module. A class, not an attribute, holds the new ``forward``: copies, replicas and
+The state of a forward (:class:`State`) comes with the tokens handed out (:class:`Tag`), and is kept by the running
+thread as long as a module around the blocks is being called (:class:`Run`): something between the blocks may make a new
+tensor there. It is never tied to a module. A class, not an attribute, holds the new ``forward``: copies, replicas and
 pickles find the module they are called on.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +106,10 @@ def install(block: nn.Module, place: Place, pooling: nn.Module | None) -> None:
 
 
 def remove(block: nn.Module) -> None:
+    for hooks in (block._forward_pre_hooks, block._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Around)]:
+            del hooks[key]
+            block._forward_hooks_always_called.pop(key, None)
     if block.__dict__.pop(PLACE, None) is None:
         return
     block._modules.pop(SUBMODULE, None)
@@ -132,15 +138,70 @@ def _rebind(block: nn.Module) -> None:
             block.__dict__[name] = type(block).forward.__get__(block)
 
 
-class _Run(threading.local):
-    """The forward that is under way in this thread."""
+class Run:
+    """One call of a module around the blocks, or what one backward computes again: what its blocks did last."""
 
-    plan: Plan | None = None
-    index = -1
-    state: State | None = None
+    def __init__(self, plan: Plan, task: int, begun: bool) -> None:
+        self.plan, self.task, self.begun = plan, task, begun
+        self.index = -1
+        self.state: State | None = None
+        self.sure = True
+
+    def take(self, index: int) -> State | None:
+        """The state that the block before left, if ``index`` goes on from there."""
+        state = self.state if self.index < index else None
+        self.sure = self.sure and not (self.begun and self.index == index)  # else two take turns in the blocks
+        self.index, self.state = index, None
+        return state if self.sure else None
 
 
-_RUN = _Run()
+class _Thread(threading.local):
+    runs: tuple[Run, ...] = ()  # those under way in this thread, the innermost last
+
+
+_THREAD = _Thread()
+
+
+def graph_task() -> int:
+    """Of the backward that is under way, in which gradient checkpointing runs blocks again; -1 outside."""
+    return torch._C._current_graph_task_id()
+
+
+def under_way(plan: Plan) -> Run | None:
+    """The run that a block of the plan is called in; None where a block is called by itself."""
+    task = graph_task()
+    for run in reversed(_THREAD.runs):
+        if run.plan is plan and run.task == task:
+            return run
+    return None if task == -1 else _begin(Run(plan, task, False))
+
+
+def _begin(run: Run) -> Run:
+    _THREAD.runs = (*(r for r in _THREAD.runs if r.task in (-1, run.task)), run)
+    return run
+
+
+class Around:
+    """The hooks of a module around the blocks: no state outlives its call, whichever way it ends."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _begin(Run(self.plan, graph_task(), True))
+
+    def end(self, module: nn.Module, args: Any, out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            runs = _THREAD.runs
+            at = max((i for i, run in enumerate(runs) if run.plan is self.plan and run.begun), default=len(runs))
+            _THREAD.runs = runs[:at]
+
+
+def surround(module: nn.Module, plan: Plan) -> None:
+    around = Around(plan)
+    module.register_forward_pre_hook(around.begin)
+    module.register_forward_hook(around.end, always_call=True)
 
 
 def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -151,10 +212,8 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     check(block, place, given, pooling)
     plain = layout == "batch first"
     x = given if plain else batch_first(given, layout)
-    # torch.compile of torch 2.11 cannot guard on a plan; there the state comes with the tokens
-    if not torch.compiler.is_compiling() and _RUN.plan is plan and _RUN.index >= index and not in_backward():
-        forget()  # a forward begins, and the one before left out its last blocks
-    state = None if index == plan.first else recall(plan, index, x)
+    begun = None if torch.compiler.is_compiling() else under_way(plan)
+    state = recall(plan, index, x, given, begun)
     records = () if pooling is None else recording.active(plan)
     for record in records:
         record.enter(index, x)
@@ -197,7 +256,9 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     if plan.outside == "full":
         tokens = spread(tokens, state, x, before)
     tokens = tokens if plain else as_given(tokens, layout)
-    remember(plan, index, tokens, state)
+    mark(tokens, Tag(plan, state, None))
+    if begun is not None:
+        begun.state = state
     if isinstance(out, Tensor):
         return tokens
     rest = [next((whole for cut, whole in back if cut is value), value) for value in out[1:]] if back else out[1:]
@@ -226,47 +287,58 @@ def spread(tokens: Tensor, state: State, x: Tensor, before: Tensor | None) -> Te
 # --- the state of a forward -------------------------------------------------------------------------------------------
 
 
-def remember(plan: Plan, index: int, tokens: Tensor, state: State) -> None:
-    """Tie the state to the tokens handed out, and to the thread until the last block is through."""
-    holder = tokens if torch.compiler.is_compiling() else tokens.untyped_storage()
-    setattr(holder, TAG, (plan, state))
-    if in_backward():
-        return
-    if index == plan.depth - 1:
-        forget()
-    else:
-        _RUN.plan, _RUN.index, _RUN.state = plan, index, state
+class Tag(NamedTuple):
+    """What tokens carry."""
+
+    plan: Plan
+    state: State | None
+    run: Any  # the Run within which it holds; None: everywhere. Backward, which computes again, takes any
+
+    def __reduce__(self):  # tokens that are saved or copied leave it behind
+        return OrderedDict, ()
 
 
-def forget() -> None:
-    _RUN.plan, _RUN.index, _RUN.state = None, -1, None
+def mark(x: Tensor, tag: Tag) -> None:
+    """On the tensor, which compiled blocks see, and on its memory, which views share."""
+    setattr(x, TAG, tag)
+    if _has_memory(x):
+        setattr(x.untyped_storage(), TAG, tag)
 
 
-def recall(plan: Plan, index: int, x: Tensor) -> State | None:
-    """The state that came with ``x``; of this thread's forward if something between blocks made a new tensor."""
-    holder = x if torch.compiler.is_compiling() else x.untyped_storage()
-    tag = getattr(holder, TAG, None)
-    state = tag[1] if tag is not None and tag[0] is plan else None
-    if state is None and not in_backward() and _RUN.plan is plan and _RUN.index < index:
-        state = _RUN.state
-        if state is not None:
-            setattr(holder, TAG, (plan, state))
-    if state is None:
+def _has_memory(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def recall(plan: Plan, index: int, x: Tensor, given: Tensor, run: Run | None) -> State | None:
+    """The state that came with ``x`` as ``given``; that of the run if something between blocks made a new tensor."""
+    known = run is None or run.begun or run.index >= 0
+    left = None if run is None else run.take(index)
+    if index == plan.first:
         return None
-    if x.shape[0] != state.labels.shape[0] or x.shape[1] not in (state.labels.shape[1], state.index.shape[1]):
-        if tag is not None:
-            return None  # a part of it
+    tag = getattr(given, TAG, None)
+    if tag is None and _has_memory(given):
+        tag = getattr(given.untyped_storage(), TAG, None)
+    if isinstance(tag, Tag) and tag.plan is plan:
+        if tag.run is None or run is not None and (tag.run is run or run.task != -1):
+            return tag.state if tag.state is not None and _fits(x, tag.state) else None  # None: a part of it
+    if not known:
+        raise RuntimeError(
+            f"block {index}: run again in backward, it got a copy of its tokens without what is known of them; a"
+            " patched model cannot be checkpointed while saved tensors are copied, say to the CPU: unpatch(model)"
+        )
+    if left is not None and not _fits(x, left):
         raise RuntimeError(
             f"block {index}: {tuple(x.shape)} tokens came, but the block before handed out"
-            f" {state.labels.shape[1]} tokens of {state.labels.shape[0]} images; something between the blocks changes"
+            f" {left.labels.shape[1]} tokens of {left.labels.shape[0]} images; something between the blocks changes"
             " their number, which a patched model cannot follow: unpatch(model)"
         )
-    return state
+    if not torch.compiler.is_compiling():
+        mark(given, Tag(plan, left, run or False))
+    return left
 
 
-def in_backward() -> bool:
-    """Whether gradient checkpointing runs the block again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _fits(x: Tensor, state: State) -> bool:
+    return x.shape[0] == state.labels.shape[0] and x.shape[1] in (state.labels.shape[1], state.index.shape[1])
 
 
 def check(block: nn.Module, place: Place, x: Tensor, pooling: nn.Module | None) -> None:

@@ -67,10 +67,11 @@ def _cuda(module: nn.Module) -> list[torch.device]:
 
 
 def _of_torch(hooks: OrderedDict) -> OrderedDict:
-    """The hooks in which pruning, weight norms, sharding and offloading make or gather a module's weight."""
+    """The hooks in which pruning, weight norms, sharding and offloading make or gather a module's weight; and ours."""
     kept = OrderedDict()
     for key, hook in hooks.items():
-        if (getattr(hook, "__module__", None) or "").startswith(("torch.nn.utils.", "torch.distributed.")):
+        module = getattr(hook, "__module__", None) or ""
+        if module.startswith(("torch.nn.utils.", "torch.distributed.", pooled.__name__)):
             kept[key] = hook
     return kept
 
