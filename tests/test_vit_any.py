@@ -5,6 +5,7 @@ Tiny models with random weights; what is compared is stated by reasoning (duplic
 
 from __future__ import annotations
 
+import collections
 import copy
 import importlib.util
 import pickle
@@ -414,8 +415,34 @@ def test_supported_tells_before_anything_is_changed():
     assert not any(patching.patches(model)) and type(model.stages[0]) is PlainBlock
     told = tp.supported(PlainModel(Ordered))
     assert not told and "Ordered" in told.reason
-    assert not tp.supported(model, keep_ratio=2.0)
+    assert not tp.supported(model, keep_ratio=2.0) and not tp.supported(model, budget=2.0)
+    assert tp.supported(model, budget=0.9) and not tp.supported(model, budget=0.9, r=2)
     assert "timm vit_small_patch16_224" in tp.supported() and len(tp.supported()) > 60
+
+
+@torch.no_grad()
+def test_one_block_that_is_several():
+    model, x = plain()
+    model.stages = nn.ModuleList([model.stages[0]] * 4)
+    whole = model(x)
+    with pytest.raises(ValueError, match="blocks 1 and 2 of stages are one module"):
+        vit.patch(model, num_tokens={1: 6})
+    assert torch.equal(model(x), whole)
+    vit.patch(model, blocks=[model.stages[0]], num_tokens={0: 6})
+    assert not torch.equal(model(x), whole)
+    vit.patch(model, blocks=[model.stages[0]], num_tokens={0: 16})
+    assert torch.equal(model(x), whole)
+
+
+@torch.no_grad()
+def test_what_a_processor_gives_is_an_example():
+    model, _, kwargs = make("transformers ViT")
+    batch = collections.UserDict(kwargs)  # a BatchFeature is one
+    vit.patch(model, keep_ratio=0.5, example=batch)
+    vit.unpatch(model)
+    found = [tp.search_schedule(model, [b], budget=0.95, counts=[12], layers=[1]) for b in (batch, kwargs)]
+    assert found[0] == found[1]
+    assert tp.learn_schedule(model, [batch], penalty=1e-3, steps=1)
 
 
 @torch.no_grad()
@@ -487,6 +514,12 @@ def test_bench_model_compares_at_equal_cost():
         assert row[f"{name}_ms"] > 0 and row[f"{name}_speedup"] > 0
     with pytest.raises(ValueError, match="budget"):
         bench_model(model, budget=0.01)
+    vit.patch(model.train(), keep_ratio=0.5)
+    (again,) = bench_model(model, batches=[1], budget=0.8, rounds=1)
+    assert again["pooled_share"] == row["pooled_share"] and model.training and patched_blocks(model)
+    for wrong in ({"rounds": 0}, {"batches": [0]}, {"batches": []}):
+        with pytest.raises(ValueError, match=f"bench-model: {next(iter(wrong))} must"):
+            bench_model(model, **wrong)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from .checks import check_int
 from .cost import IMAGE, cost, example_input
 
 __all__ = ["bench_model"]
@@ -35,7 +36,7 @@ def bench_model(
     """Time a model whole, pooled and with ToMe's schedule, on made-up inputs, without gradients.
 
     Args:
-        model: any that :func:`~tokenpool_ext.patch` takes; it is copied and left as it is.
+        model: any that :func:`~tokenpool_ext.patch` takes; a copy without its patch is timed, in eval mode.
         batches: batch sizes.
         budget: share of the model's multiply-accumulates that both poolings come down to.
         rounds: turns; one more goes before.
@@ -49,12 +50,16 @@ def bench_model(
     Raises:
         TypeError, ValueError: as ``patch``; a budget that ToMe's schedule cannot come down to.
     """
-    from .vit import patch
+    from .vit import patch, unpatch
 
-    models = {"whole": model.eval()}
-    models["pooled"] = patch(copy.deepcopy(model), budget=budget)
-    whole = cost(model).total
-    models["tome"] = tome(copy.deepcopy(model), budget * whole)
+    batches = [check_int("bench-model", "batches", batch, 1) for batch in batches]
+    if not batches:
+        raise ValueError("bench-model: batches must hold at least one batch size, got none")
+    rounds = check_int("bench-model", "rounds", rounds, 1)
+    models = {"whole": unpatch(copy.deepcopy(model)).eval()}
+    models["pooled"] = patch(copy.deepcopy(models["whole"]), budget=budget)
+    whole = cost(models["whole"]).total
+    models["tome"] = tome(copy.deepcopy(models["whole"]), budget * whole)
     shares = {name: cost(m).total / whole for name, m in models.items()}
     return [measure(models, shares, batch, rounds) for batch in batches]
 

@@ -153,6 +153,8 @@ def patch(
 def supported(model: nn.Module | None = None, **arguments: Any) -> Support | list[str]:
     """Whether :func:`patch` takes ``model`` with these arguments: true or false, with the reason. Changes nothing.
 
+    Whether a ``budget`` can be kept only ``patch`` finds out.
+
         >>> tokenpool_ext.supported(model)
         Support(ok=True, reason='blocks (12 x Block); scores and sizes', num_prefix_tokens=1)
 
@@ -161,7 +163,7 @@ def supported(model: nn.Module | None = None, **arguments: Any) -> Support | lis
     """
     bound = inspect.signature(patch).bind(model, **arguments)
     bound.apply_defaults()
-    given = {name: value for name, value in bound.arguments.items() if name not in ("model", "budget")}
+    given = {name: value for name, value in bound.arguments.items() if name != "model"}
     schedule = {name: given.pop(name) for name in ("num_tokens", "keep_ratio", "r", "layers")}
     return support_of(model, {**given, "schedule": schedule})
 

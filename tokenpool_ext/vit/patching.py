@@ -53,12 +53,7 @@ def ratio_for(model: nn.Module, budget: float, schedule: dict[str, Any], argumen
     """The largest ratio kept, in steps of 1/128, at which a forward takes at most ``budget`` of the unpooled MACs."""
     from ..cost import cost
 
-    check_ratio("patch", "budget", budget)
-    given = [f"{name}={schedule[name]!r}" for name in ("num_tokens", "keep_ratio", "r") if schedule[name] is not None]
-    if given:
-        raise ValueError(
-            f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {given[0]} and {budget=}"
-        )
+    check_budget(budget, schedule)
     found, *_ = prepare(model, schedule=schedule, **arguments)
     remove_patch(model)
     args, kwargs = probing.inputs_for(found, arguments["example"])
@@ -86,6 +81,15 @@ def ratio_for(model: nn.Module, budget: float, schedule: dict[str, Any], argumen
     return low / 128
 
 
+def check_budget(budget: float, schedule: dict[str, Any]) -> None:
+    check_ratio("patch", "budget", budget)
+    given = [f"{name}={schedule[name]!r}" for name in ("num_tokens", "keep_ratio", "r") if schedule[name] is not None]
+    if given:
+        raise ValueError(
+            f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {given[0]} and {budget=}"
+        )
+
+
 class Support(NamedTuple):
     """Whether ``patch`` takes a model, and what it found: false in a condition where it does not."""
 
@@ -102,7 +106,10 @@ def support_of(model: nn.Module | None, arguments: dict[str, Any]) -> Support | 
     if model is None:
         listed = (Path(__file__).parent / "supported.txt").read_text().splitlines()
         return [line for line in listed if line and not line.startswith("#")]
+    budget = arguments.pop("budget")
     try:
+        if budget is not None:
+            check_budget(budget, arguments["schedule"])
         found, plan, *_ = prepare(model, **arguments)
     except (TypeError, ValueError) as error:
         return Support(False, str(error))
@@ -165,8 +172,14 @@ def prepare(
     )
     make = pooling_factory(pooling, pooling_options)
     touched = list(range(plan.first, depth))
+    seen: dict[nn.Module, int] = {}
     for i in touched:
         check_untouched(found.blocks[i], i)
+        if seen.setdefault(found.blocks[i], i) != i:
+            raise ValueError(
+                f"patch: blocks {seen[found.blocks[i]]} and {i} of {found.path or 'blocks'} are one module, which has"
+                " one place in a schedule; give it once with blocks=[...]: it then pools in each of its calls"
+            )
     modules = {i: make_pooling(make, value, plan, found.blocks[i]) for i, value in counts.items()}
     parts = probing.probe(found, touched, plan, example, position)
     if track_size and not plan.form.attends:

@@ -13,7 +13,7 @@ import inspect
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -222,8 +222,8 @@ def inputs_for(blocks: finding.BlockList, example: Any) -> tuple[tuple, dict]:
 
 
 def as_call(example: Any) -> tuple[tuple, dict]:
-    if isinstance(example, dict):
-        return (), example
+    if isinstance(example, Mapping):  # what a processor of transformers returns is no dict
+        return (), dict(example)
     return (example if isinstance(example, tuple) else (example,)), {}
 
 
