@@ -127,6 +127,19 @@ def test_model_against_counted_products():
     assert cost(model) == counted(model), "one counter"
 
 
+def test_protected_tokens_are_counted():
+    """Those named to ``patch``, and those for detection behind the patches."""
+    transformers = pytest.importorskip("transformers")
+    size = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, patch_size=14)
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=56, **size)).eval()
+    assert tokens_per_layer(patch(model, num_tokens={1: 6}, protect=[1, 2])) == [17, 1 + 2 + 6, 9]
+    assert tokens_per_layer(patch(model, keep_ratio=0.5, layers=[0], num_prefix_tokens=5)) == [5 + 6, 11, 11]
+    model = transformers.YolosModel(transformers.YolosConfig(image_size=[56, 56], num_detection_tokens=3, **size))
+    spec = ViTSpec.from_model(model)
+    assert (spec.num_patches, spec.num_prefix_tokens, spec.patch_inputs) == (16, 1 + 3, 14 * 14 * 3)
+    assert tokens_per_layer(model, {1: 6}) == tokens_per_layer(patch(model, num_tokens={1: 6})) == [20, 10, 10]
+
+
 def test_unknown_models():
     with pytest.raises(TypeError, match="Linear"):
         gmacs(nn.Linear(2, 2))

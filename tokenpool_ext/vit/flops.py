@@ -1,13 +1,8 @@
-"""MACs of a plain Vision Transformer from its shape alone: what a schedule would cost, before there is a model.
+"""What a schedule would cost, before there is a model: MACs of a plain Vision Transformer from its shape alone.
 
-Models are counted by ``tokenpool_ext.cost``, which runs them; here are the formulas of a :class:`ViTSpec`. Per block
-with N tokens of width M (Marin et al., arXiv 2110.03860, section 3): queries, keys, values and output projection
-``4 N M^2``, attention ``2 N^2 M``, MLP ``8 N M^2`` unless said otherwise; patch embedding ``n P^2 C M``, head
-``M * classes``. A block that pools between attention and MLP pays for its MLP only on the tokens left.
-
-Pooling n patch tokens of width E (M, or the head width when keys are clustered) to K: K-Means with T iterations
-``min(T K, n) n E``, K-Medoids ``n^2 E``, a round of bipartite matching ``n^2 E / 4``, others nothing. Significance
-scores: ``2 N^2 M``. The choice of starts is left out.
+Models are counted by ``tokenpool_ext.cost``, which runs them; here are the formulas of a :class:`ViTSpec` (Marin et
+al., arXiv 2110.03860, section 3), a line each in :func:`cost`. A block that pools between attention and MLP pays for
+its MLP only on the tokens left. The choice of starts is left out.
 """
 
 from __future__ import annotations
@@ -21,15 +16,20 @@ from torch import Tensor, nn
 
 from ..cost import Cost, example_input
 from ..cost import cost as counted
-from . import finding
+from . import finding, probing
 from . import schedule as schedules
+from .inputs import find_tokens
+from .patching import patched_blocks, patches, remove_patch
 
 __all__ = ["Cost", "ViTSpec", "cost", "gmacs", "tokens_per_layer"]
 
 
 @dataclass(frozen=True)
 class ViTSpec:
-    """The shape of a plain Vision Transformer. ``mlp_macs`` is the MLP's cost per token (0: the usual 8 M^2)."""
+    """The shape of a plain Vision Transformer.
+
+    ``num_prefix_tokens``: those that are never pooled. ``mlp_macs``: the MLP's cost per token (0: the usual 8 M^2).
+    """
 
     depth: int
     width: int
@@ -43,23 +43,14 @@ class ViTSpec:
     @classmethod
     def from_model(cls, model: nn.Module, image_size: int | tuple[int, int] | None = None) -> ViTSpec:
         """That of a model, by counting one forward of it, unpatched. ``image_size``: pixels; None: the model's own."""
-        from .patching import patched_blocks, remove_patch
-
-        if patched_blocks(model):  # a copy that shares the weights
+        places = patches(model)
+        if places:  # a copy that shares the weights
             model = remove_patch(copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}))
         found = finding.find_blocks(model, None, "ViTSpec.from_model")
-        shapes: list[Any] = []
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            shapes.append(next(v.shape for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
-
-        hook = found.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            parts = counted(model, *_example(model, image_size))
-        finally:
-            hook.remove()
-        tokens, width = shapes[0][-2:]
-        prefix = finding.count_prefix(found)[0]
+        example = _example(model, image_size)
+        parts = counted(model, *example)
+        tokens, width = find_tokens(*probing.captured(found, [0], example)[0])[1].shape[-2:]
+        prefix = places[0][1].plan.num_protected if places else sum(finding.count_prefix(found))
         names = ("num_heads", "num_attention_heads")
         heads = (getattr(m, name) for m in found.blocks[0].modules() for name in names if hasattr(m, name))
         return cls(
@@ -87,18 +78,15 @@ def tokens_per_layer(
         schedule: ``{block: count or ratio}``; None: that of the patched model, or none.
         image_size: pixels, when not the model's own.
     """
+    layers: dict[int, Any] = {}
     if isinstance(model, nn.Module):
-        from .patching import patched_blocks
-
-        poolings: Mapping[int, Any] = patched_blocks(model) if schedule is None else schedule
+        layers = patched_blocks(model) if schedule is None else {}
         model = ViTSpec.from_model(model, image_size)
-    else:
-        poolings = schedule or {}
-    spec, poolings = model, _normalised(model, poolings)
-    left, out = spec.num_patches, []
-    for layer in range(spec.depth):
-        left = _kept(left, poolings.get(layer))
-        out.append(left + spec.num_prefix_tokens)
+    schedule = schedules.normalise(model.depth, schedule) if schedule else {}
+    left, out = model.num_patches, []
+    for i in range(model.depth):
+        left = layers[i].tokens_kept(left) if i in layers else schedules.kept(left, schedule.get(i))
+        out.append(left + model.num_prefix_tokens)
     return out
 
 
@@ -117,34 +105,25 @@ def cost(
 
     A model, patched or not, is counted as it is (``tokenpool_ext.cost``) when no ``schedule`` is given. With one, and
     for a :class:`ViTSpec`, it is "what if", by the formulas above: name the ``pooling``: "kmeans", "kmedoids",
-    "bipartite", or anything else for one that costs nothing; ``scores``: whether significance scores are computed.
+    "bipartite", or anything else for one that costs nothing; ``scores``: whether significance scores are computed. They
+    are a plain Vision Transformer's: of a model with other blocks, patch a copy and count that.
     """
     if isinstance(model, nn.Module):
         if schedule is None:
             finding.find_blocks(model, None, "cost")
             return counted(model, *_example(model, image_size))
         model = ViTSpec.from_model(model, image_size)
-    m, p = model.width, model.num_prefix_tokens
-    width = m // model.num_heads if cluster_on == "keys" and model.num_heads else m
-    left, schedule = model.num_patches, _normalised(model, schedule or {})
-    projections = attention = mlp = score = clustering = 0
-    for layer in range(model.depth):
-        n = left + p
-        after = _kept(left, schedule.get(layer))
-        projections += 4 * n * m * m
-        attention += 2 * n * n * m
-        mlp += (model.mlp_macs or 8 * m * m) * (after + p if position == "attention" else n)
-        if after < left:
-            score += 2 * n * n * m if scores else 0
-            clustering += _clustering(pooling, left, after, width, num_iters)
-        left = after
+    m, p, out = model.width, model.num_prefix_tokens, tokens_per_layer(model, schedule)
+    into = [model.num_patches + p, *out[:-1]]
+    pooled = [(n, k) for n, k in zip(into, out) if k < n]
+    features = m // model.num_heads if cluster_on == "keys" and model.num_heads else m
     return Cost(
         embedding=model.num_patches * model.patch_inputs * m,
-        projections=projections,
-        attention=attention,
-        mlp=mlp,
-        scores=score,
-        clustering=clustering,
+        projections=4 * m * m * sum(into),  # queries, keys, values and output
+        attention=2 * m * sum(n * n for n in into),
+        mlp=(model.mlp_macs or 8 * m * m) * sum(out if position == "attention" else into),
+        scores=2 * m * sum(n * n for n, _ in pooled) if scores else 0,
+        clustering=features * sum(_products(pooling, n - p, k - p, num_iters) for n, k in pooled),
         head=m * model.num_classes,
     )
 
@@ -154,26 +133,13 @@ def gmacs(model: nn.Module | ViTSpec, schedule: Mapping[int, int | float] | None
     return cost(model, schedule, **options).gmacs
 
 
-def _clustering(kind: str, n: int, k: int, width: int, iters: int) -> int:
-    if kind == "kmeans":
-        return min(iters * k, n) * n * width
-    if kind == "kmedoids":
-        return n * n * width
-    macs = 0
-    while kind == "bipartite" and n > k:
-        macs, n = macs + (n // 2) * (n - n // 2) * width, max(k, n - n // 2)
-    return macs
-
-
-def _normalised(spec: ViTSpec, schedule: Mapping[int, Any]) -> Mapping[int, Any]:
-    """Of a patched model: its pooling layers, by block, as they are."""
-    layers = any(isinstance(entry, nn.Module) for entry in schedule.values())
-    return schedule if layers or not schedule else schedules.normalise(spec.depth, schedule)
-
-
-def _kept(left: int, entry: Any) -> int:
-    return int(entry.tokens_kept(left)) if hasattr(entry, "tokens_kept") else schedules.kept(left, entry)
+def _products(kind: str, n: int, k: int, iters: int) -> int:
+    """Inner products that pooling n patch tokens to k takes."""
+    if kind == "bipartite":  # rounds that halve at most
+        half = n // 2
+        return 0 if n <= k else half * (n - half) + _products(kind, max(k, n - half), k, iters)
+    return {"kmeans": min(iters * k, n) * n, "kmedoids": n * n}.get(kind, 0)
 
 
 def _example(model: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[Tensor, ...]:
-    return () if image_size is None else tuple(example_input(model, image_size).values())
+    return tuple(example_input(model, image_size).values())
