@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -292,7 +293,9 @@ def test_numbers_of_numpy_are_welcome():
     assert torch.equal(tp.pool(x, tp.kmeans(x, 5).assignment, np.int32(5)), tp.kmeans(x, 5).centers)
     assert torch.equal(tp.TokenPooling(np.int64(5))(x, scores), tp.TokenPooling(5)(x, scores))
     assert repr(tp.TokenPooling(keep_ratio=np.float32(0.7))) == repr(tp.TokenPooling(keep_ratio=float(np.float32(0.7))))
-    assert torch.equal(tp.attention_received(Q, Q, scale=np.float32(2)), tp.attention_received(Q, Q, scale=2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(tp.attention_received(Q, Q, scale=np.float32(2)), tp.attention_received(Q, Q, scale=2.0))
     assert str(tp.explain(np.int64(2), 12, 5, 3)) == str(tp.explain(2, 12, 5, 3))
     refused("kmeans", good(num_clusters=np.bool_(True)), TypeError, "num_clusters", "bool")
 

@@ -125,9 +125,52 @@ def test_nan_stays_in_its_document():
 
 
 def relative_error(x, y, assignment):
-    x = x.double()
+    x = x.double() / x.double().abs().max()  # no square overflows or vanishes
     means = tp.pool(x, assignment, len(y))
     return float((x - means[assignment]).square().sum() / x.square().sum())
+
+
+SIZES = [(torch.float32, 1e-30), (torch.float32, 1e-13), (torch.float32, 1e19), (torch.bfloat16, 1e30)]
+SIZES += [(torch.float64, 1e-200), (torch.float64, 1e200)]
+
+
+@pytest.mark.parametrize("dtype, size", SIZES, ids=str)
+def test_tokens_of_any_length_are_scaled_to_unit_norm(dtype, size):
+    docs = [x.double() for x in documents(40, 2, 1)]
+    pooled, assignment = TokenPooler(3)([(x * size).to(dtype) for x in docs], return_assignment=True)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}.get(dtype, 1e-2)
+    for x, y, a in zip(docs, pooled, assignment):
+        means = torch.stack([normalize(x, dim=-1)[a == j].mean(0) for j in range(len(y))])
+        torch.testing.assert_close(y.double(), normalize(means, dim=-1), rtol=0, atol=tolerance)
+    x = (docs[0] * size).to(dtype).requires_grad_()
+    TokenPooler(3)([x])[0].sum().backward()
+    assert x.grad.isfinite().all()
+    mixed = docs[0].to(dtype)  # a token of another length changes no other
+    mixed[::2] *= size
+    same = TokenPooler(3)([docs[0].to(dtype)])[0]
+    torch.testing.assert_close(TokenPooler(3)([mixed])[0], same, rtol=0, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype, size", SIZES, ids=str)
+@pytest.mark.parametrize("refine", [0, 3])
+def test_bounds_hold_for_tokens_of_any_length_that_are_not_scaled(dtype, size, refine):
+    x = (documents(60)[0].double() * size).to(dtype)
+    for bound in (0.0, 0.2):
+        pooler = TokenPooler(max_error=bound, normalize=False, refine=refine)
+        pooled, assignment = pooler([x], return_assignment=True)
+        assert relative_error(x, pooled[0], assignment[0]) <= bound + 1e-6 and len(pooled[0]) > 5
+    near = TokenPooler(distance_threshold=0.2, normalize=False, refine=refine)
+    assert len(near([x])[0]) == len(near([(x.double() / size).to(dtype)])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_equal_tokens_are_at_distance_zero(dtype, normalized):
+    """Tokens of zeros, too: they stand for each other, and for no other token."""
+    x = torch.cat([torch.randn(5, 24, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 24)]).to(dtype)
+    for options in ({"distance_threshold": 0.0}, {"max_error": 0.0}, {"distance_threshold": 0.01}):
+        pooled, labels = TokenPooler(**options, normalize=normalized)([x.repeat(7, 1)], return_assignment=True)
+        assert len(pooled[0]) == 6 and labels[0].tolist() == list(range(6)) * 7, options
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.05, 0.2, 0.5, 1.0])
@@ -232,6 +275,9 @@ def test_empty_inputs():
         (lambda p: p(torch.zeros(3, 4), cu_seqlens=torch.tensor([0, 2])), ValueError, "cu_seqlens"),
         (lambda p: p(torch.zeros(3, 4), cu_seqlens=torch.tensor([0, 2, 1, 3])), ValueError, "document 1"),
         (lambda p: p(torch.zeros(3, 4), cu_seqlens=[0, 3]), TypeError, "cu_seqlens"),
+        (lambda p: p(torch.zeros(1, 3, 4).to_sparse()), TypeError, "documents must be a dense"),
+        (lambda p: p([torch.zeros(3, 4).to_sparse()]), TypeError, r"documents\[0\] must be a dense"),
+        (lambda p: p([torch.nested.nested_tensor([torch.zeros(3)])]), TypeError, r"documents\[0\] must be a dense"),
     ],
 )
 def test_bad_input_names_the_argument_or_the_document(call, error, words):

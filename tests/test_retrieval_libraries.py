@@ -110,6 +110,22 @@ def test_sentence_transformers_checkpoint(st, encoder, tmp_path):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def test_sentence_transformers_attributes_set_later_are_those_given_at_first(st):
+    docs = unit(40, 9, 1)
+    later = {"pool_factor": 5.0, "num_protected_tokens": 3, "normalize_embeddings": False, "max_tokens": 6}
+    for name, value in later.items():
+        pooling, theirs = st[1](2.0), st[0].HierarchicalTokenPooling(2.0)
+        for module in (pooling, theirs):
+            setattr(module, name, value)
+        expected = st[1](**{"pool_factor": 2.0, name: value})
+        assert all(torch.equal(a, b) for a, b in zip(pooling.pool(docs), expected.pool(docs)))
+        if name != "max_tokens":
+            assert [len(x) for x in pooling.pool(docs)] == [len(x) for x in theirs.pool(docs)]
+    pooling.pool_factor = 0.5
+    with pytest.raises(ValueError, match="pool_factor"):
+        pooling.pool(docs)
+
+
 def test_sentence_transformers_pooling_of_one_call(st, encoder):
     model = encoder()
     plain = [torch.as_tensor(x) for x in model.encode_document(TEXTS)]

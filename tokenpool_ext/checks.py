@@ -6,6 +6,7 @@ ValueError for a wrong value. `name` is the function or layer that was called.
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from typing import Any
@@ -396,7 +397,9 @@ def check_attention(q: Tensor, k: Tensor, scale: float | None, lse: Tensor | Non
         scale = max(q.shape[3], 1) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise TypeError(f"{name}: scale must be a number or None, got {type(scale).__name__}")
-    elif not torch.compiler.is_compiling() and not -LARGEST_FLOAT <= scale <= LARGEST_FLOAT:
+    elif not torch.compiler.is_compiling() and not (
+        -LARGEST_FLOAT <= scale <= LARGEST_FLOAT if isinstance(scale, int) else abs(scale) < math.inf
+    ):
         raise ValueError(f"{name}: scale must be a finite float, got {scale}")
     if lse is not None:
         check_tensor(name, "lse", lse)

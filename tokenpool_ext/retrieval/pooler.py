@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checks import FLOATING, INTEGER, check_bool, check_int
+from ..checks import INTEGER, check_bool, check_dims, check_int, check_tensor
 from ..functional import kmeans, pool, unpool
 from ..ops import accumulate_dtype
-from .refine import refined
+from ..reference_steps import power_of_two_scale
+from .refine import refined, scaled
 
 BATCH_ELEMENTS = 1 << 19  # of the padded tokens of one call of kmeans: 32 MB in float32, whatever the corpus holds
 COUNTS = ("pool_factor", "num_tokens", "max_error", "distance_threshold")  # what says K; one at a time
@@ -197,13 +198,13 @@ class TokenPooler:
         x = pad_sequence([x.to(accumulate_dtype(x.dtype)) for x in documents], batch_first=True)
         x = pad(x, (0, 0, 0, p + length - x.shape[1]))
         if self.normalize:
-            x = normalize(x, dim=-1)
+            x = unit(x)
         free = torch.tensor([len(x) - p for x in documents], device=x.device)
         mask = torch.arange(length, device=x.device) < free[:, None]
         counts = torch.tensor([self.most_vectors(len(x)) - p for x in documents], device=x.device)
         if self.max_error is not None or self.distance_threshold is not None:
             with torch.no_grad():
-                counts = self._fewest(x[:, p:], mask, counts)
+                counts = self._fewest(scaled(x[:, p:]), mask, counts)
         centers, assignment, _ = self._cluster(x[:, p:], mask, counts)
         rows = self._finish(torch.cat([x[:, :p], centers], 1), first.dtype)
         pooled = [row[: p + k].clone() for row, k in zip(rows, counts.tolist())]  # a view would keep the batch
@@ -233,7 +234,7 @@ class TokenPooler:
         return centers, assignment, inertia
 
     def _finish(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return (normalize(x, dim=-1) if self.normalize else x).to(dtype)
+        return (unit(x) if self.normalize else x).to(dtype)
 
     def _fewest(self, x: Tensor, mask: Tensor, most: Tensor) -> Tensor:
         """(B,) the fewest clusters within the bound, by bisection of all documents at once; `most` where none is."""
@@ -251,14 +252,27 @@ class TokenPooler:
         if self.max_error is not None:
             return inertia <= self.max_error * x.square().sum((1, 2))
         assert self.distance_threshold is not None, "one of the two is searched for"
-        standing = unpool(normalize(centers, dim=-1), assignment)
-        distance = 1 - (normalize(x, dim=-1) * standing).sum(-1)
+        tokens, standing = unit(x), unpool(unit(centers), assignment)
+        distance = (tokens - standing).square().sum(-1) / 2  # 1 - cos; of equal directions exactly 0
+        distance = torch.where(tokens.any(-1) == standing.any(-1), distance, 1)  # zero has no direction
         return ((distance <= self.distance_threshold) | ~mask).all(1)
 
     def __repr__(self) -> str:
         names = ("pool_factor", "max_tokens", "max_error", "distance_threshold", "protected_tokens")
         options = [f"{name}={value}" for name in names if (value := getattr(self, name)) not in (None, 0)]
         return f"TokenPooler({', '.join(options)})"
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit norm (zeros stay), also where their squares would overflow or vanish."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    result = x / norm.clamp(min=1e-12)
+    strange = ((norm > 1e-12) & (norm < 1e18)).logical_not()[..., 0].nonzero(as_tuple=True)
+    rows = x[strange]
+    if not rows.any():  # zeros
+        return result
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    return result.index_put(strange, normalize(rows * power_of_two_scale(largest)[0], dim=-1))
 
 
 def padded_length(n: int) -> int:
@@ -277,7 +291,7 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"TokenPooler: {name} must be a number, got {type(value).__name__}")
     number: Any = value
-    if not (low <= number <= high and math.isfinite(number)):
+    if not (low <= number <= high and number < math.inf):
         limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ValueError(f"TokenPooler: {name} must be {limits}, got {value}")
 
@@ -293,11 +307,7 @@ def check_documents(documents: Iterable[Tensor]) -> list[Tensor]:
         if not isinstance(x, Tensor):
             remedy = "; convert it with torch.as_tensor" if hasattr(x, "__array__") else ""
             raise TypeError(f"TokenPooler: documents[{i}] must be a torch.Tensor, got {type(x).__name__}{remedy}")
-        if x.dtype not in FLOATING or x.layout != torch.strided:
-            raise TypeError(
-                f"TokenPooler: documents[{i}] must be a dense floating tensor, got {x.dtype} {x.layout};"
-                " convert it with .float()"
-            )
+        check_tensor("TokenPooler", f"documents[{i}]", x, floating=True)
         if x.dim() != 2:
             raise ValueError(f"TokenPooler: documents[{i}] must have shape (n, D), got {tuple(x.shape)}")
         if x.shape[1] != documents[0].shape[1]:
@@ -311,10 +321,7 @@ def check_documents(documents: Iterable[Tensor]) -> list[Tensor]:
 def _check_tensor(x: Tensor, dims: int, shape: str) -> None:
     if x.is_nested:
         raise TypeError("TokenPooler: documents must not be a nested tensor; pass list(documents.unbind())")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"TokenPooler: documents must be floating, got {x.dtype}; convert them with .float()")
-    if x.dim() != dims:
-        raise ValueError(f"TokenPooler: documents must have shape {shape}, got {tuple(x.shape)}")
+    check_dims("TokenPooler", "documents", x, dims, dims, shape)
 
 
 def _check_padded(x: Tensor, mask: Tensor | None) -> Tensor:

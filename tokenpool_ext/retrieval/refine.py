@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from ..functional import pool
+from ..reference_steps import power_of_two_scale
 
 LEAST_GAIN = 1e-6  # of the token's squared norm: below it, rounding
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Documents (..., n, D) times a power of two each, so that no square of a difference overflows or vanishes."""
+    return x * power_of_two_scale(x.detach().abs().amax((-2, -1), keepdim=True))[0] if x.numel() else x
 
 
 @torch.no_grad()
@@ -22,7 +28,7 @@ def refined(x: Tensor, assignment: Tensor, num_clusters: int, rounds: int) -> Te
 
     Clusters keep at least one token. A document at a time: library products may differ with the batch.
     """
-    x = x.detach().clone()  # of its own memory: products may differ with the alignment too
+    x = scaled(x.detach())  # of its own memory: products may differ with the alignment too
     n, energy = len(x), x.square().sum(1)
     token = torch.arange(n, device=x.device)
     for _ in range(rounds):

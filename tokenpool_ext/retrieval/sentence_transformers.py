@@ -52,26 +52,30 @@ class KMeansTokenPooling(BaseTokenPooling):
         tasks: str | list[str] | None = None,
     ) -> None:
         super().__init__(tasks=tasks)
-        bounded = max_error is not None or distance_threshold is not None
-        self.pooler = TokenPooler(
-            None if bounded and pool_factor == 1 else pool_factor,
-            max_tokens=max_tokens,
-            max_error=max_error,
-            distance_threshold=distance_threshold,
-            protected_tokens=num_protected_tokens,
-            normalize=normalize_embeddings,
-        )
         self.pool_factor = pool_factor
         self.num_protected_tokens = num_protected_tokens
         self.normalize_embeddings = normalize_embeddings
         self.max_tokens = max_tokens
         self.max_error = max_error
         self.distance_threshold = distance_threshold
+        self._pooler()  # checks them
+
+    def _pooler(self) -> TokenPooler:
+        """What the attributes say now: they may be set after construction."""
+        bounded = self.max_error is not None or self.distance_threshold is not None
+        return TokenPooler(
+            None if bounded and self.pool_factor == 1 else self.pool_factor,
+            max_tokens=self.max_tokens,
+            max_error=self.max_error,
+            distance_threshold=self.distance_threshold,
+            protected_tokens=self.num_protected_tokens,
+            normalize=self.normalize_embeddings,
+        )
 
     def forward(self, features: dict[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
         if not self.applies_to(task) or features["token_embeddings"].shape[0] == 0:
             return features
-        embeddings, mask = self.pooler(features["token_embeddings"], features["attention_mask"].bool())
+        embeddings, mask = self._pooler()(features["token_embeddings"], features["attention_mask"].bool())
         features["token_embeddings"], features["attention_mask"] = embeddings, mask
         return features
 
@@ -79,9 +83,9 @@ class KMeansTokenPooling(BaseTokenPooling):
         self, embeddings: Any, *, task: str | None = None, attention_mask: Any = None, padding_side: str = "right"
     ) -> Any:
         if isinstance(embeddings, list) and self.applies_to(task):
-            return self.pooler(embeddings)  # all at once
+            return self._pooler()(embeddings)  # all at once
         return super().pool(embeddings, task=task, attention_mask=attention_mask, padding_side=padding_side)
 
     def pool_one(self, embedding: Tensor, **kwargs: Any) -> Tensor:
-        pooled: list[Tensor] = self.pooler([embedding])
+        pooled: list[Tensor] = self._pooler()([embedding])
         return pooled[0]
