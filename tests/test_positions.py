@@ -47,6 +47,15 @@ def test_a_weight_of_any_size_clusters_by_place(dtype, weight):
     assert merged.tokens.dtype == dtype and merged.tokens.isfinite().all()
 
 
+@pytest.mark.parametrize("features, coordinates", [(0, 2), (3, 0), (0, 0)])
+def test_tokens_without_features_and_places_without_coordinates(features, coordinates):
+    x, positions = torch.ones(2, 16, features), torch.ones(2, 16, coordinates)
+    assert torch.equal(with_positions(x, positions, 1.0)[..., :features], x)
+    assert tp.compress(x, 4, positions=positions, position_weight=1.0).tokens.shape == (2, 4, features)
+    layer = tp.TokenPooling(4, num_prefix_tokens=0, position_weight=1.0)
+    assert layer(x, positions=positions).shape == (2, 4, features)
+
+
 def test_padding_has_no_part_in_the_spreads():
     torch.manual_seed(0)
     x, positions = torch.randn(1, 16, 4), grid(16)
