@@ -29,7 +29,7 @@ def with_positions(features: Tensor, positions: Tensor, weight: float, mask: Ten
         be too large for it, all of the image is scaled down: distances keep their ratios.
     """
     acc = accumulate_dtype(features.dtype)
-    real = torch.ones_like(positions[:, :, :1], dtype=torch.bool) if mask is None else mask[:, :, None]
+    real = (positions.new_ones(positions.shape[:2], dtype=torch.bool) if mask is None else mask)[:, :, None]
     places, _ = _in_spreads(positions.detach().to(acc), real)
     _, spread = _in_spreads(features.detach().to(acc), real)
     weight = min(weight, HEAVIEST)
