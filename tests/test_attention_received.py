@@ -65,6 +65,15 @@ def test_scale(backend, scale):
         np.testing.assert_allclose(f64(got), 1 / 12, rtol=1e-6, err_msg="scale 0 is a scale, not 'unset'")
 
 
+@pytest.mark.parametrize("scale", [1e38, 1e300, -1e38])
+def test_a_score_is_a_share_whatever_the_scale(backend, scale):
+    q = tokens(1, 5, 4, device=backend.device).view(1, 1, 5, 4) * 4
+    got = tp.attention_received(q, q, scale=scale, backend=backend.name)
+    logits = f64(q)[0, 0] @ f64(q)[0, 0].T
+    best = logits.argmax(1) if scale > 0 else logits.argmin(1)
+    np.testing.assert_allclose(f64(got), np.bincount(best, minlength=5)[None] / 5, rtol=1e-6, atol=1e-6)
+
+
 def test_agrees_with_scaled_dot_product_attention(backend):
     """Attention received = the mean output of fused attention over one-hot values."""
     q, k = make((2, 2, 11, 11, 8), device=backend.device)

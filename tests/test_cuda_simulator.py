@@ -511,7 +511,7 @@ def test_the_simulator_finds_faults(tmp_path, sanitizer, fault, message):
 def test_the_bodies_every_backend_shares_pass_on_the_simulator(library, tmp_path):
     """On all four paths, as many cases as it takes for every value of every parameter to occur."""
     report, here = tmp_path / "report.xml", Path(__file__).parent
-    bodies = [str(here / f"test_{name}.py") for name in ("clustering", "pool", "attention_received")]
+    bodies = [str(here / f"test_{name}.py") for name in ("clustering", "pool", "attention_received", "exactness")]
     options = ["-p", "no:cacheprovider", "--simulator", "--cover", f"--junitxml={report}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *bodies],

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.one_path
 
 
 def on(backend, **rest):
-    if backend.name in ("cuda", "triton"):
-        pytest.skip("its tests are the simulator's and the interpreter's")
+    if backend.interpreted or backend.device != "cpu":
+        pytest.skip("the tokens are on the CPU, and too many for Triton's interpreter (test_numerics)")
     return dict(backend=backend.name, **rest)
 
 
@@ -150,13 +150,3 @@ def test_the_largest_numbers_have_finite_means(backend, dtype):
 def test_nothing_to_unpool(backend):
     got = tp.unpool(torch.zeros(2, 0, 3), torch.full((2, 4), -1), **on(backend))
     assert got.shape == (2, 4, 3) and not got.any()
-
-
-@pytest.mark.parametrize("scale", [1e38, 1e300, -1e38])
-def test_a_score_is_a_share_whatever_the_scale(backend, scale):
-    q = tokens(1, 5, 4).view(1, 1, 5, 4) * 4
-    got = tp.attention_received(q, q, scale=scale, **on(backend))
-    logits = f64(q)[0, 0] @ f64(q)[0, 0].T
-    best = logits.argmax(1) if scale > 0 else logits.argmin(1)
-    want = torch.bincount(torch.from_numpy(best), minlength=5)[None] / 5
-    torch.testing.assert_close(got, want.float())

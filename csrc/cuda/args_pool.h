@@ -67,8 +67,9 @@ struct AttentionArgs {
   int64_t q_stride_head;
   int64_t k_stride_head;
   float scale;
-  const float* lse;  // (B, H, Nq)
-  float* lse_out;    // (B, H, Nq) written by the row pass
+  const float* lse;  // (B, H, Nq) from the caller, or null: then the row pass writes `top` and `logs`
+  float* top;        // (B, H, Nq) the product whose logit is a query's largest
+  float* logs;       // (B, H, Nq) logarithm of the sum of exp(logit - largest logit)
   float* parts;      // (B, H, N) written by the column pass
   float* received;   // (B, N)
 };

@@ -1,6 +1,7 @@
 // Attention that each token receives (contract section 9): sums of exp(scale q . k - lse) over queries and heads,
 // with no matrix of size N x N in memory.
 //
+// The largest logit is taken off before the scale is applied, which may be so large that a logit overflows.
 // lse_kernel  (only when the caller has no log-sum-exp): one block per (image, head, 128 queries), online over keys.
 // received_kernel: one block per (image, head, 64 keys), over all queries in ascending tiles of 128.
 // reduce_kernel: adds the heads in ascending order.
@@ -43,16 +44,19 @@ __device__ inline void attention_tile(TileAccumulator& acc, unsigned char* memor
   }
 }
 
-// Maximum and sum of exponentials of a row so far.
+// Maximum of a row's logits so far, before scaling, and the sum of exponentials of their scaled distances to it.
 struct RowSum {
   float largest;
   float sum;
 };
 
-__device__ inline RowSum merge(RowSum a, RowSum b) {
+__device__ inline float moved(RowSum row, float largest, float scale) {
+  return row.sum == 0.0f ? 0.0f : row.sum * expf(scale * (row.largest - largest));
+}
+
+__device__ inline RowSum merge(RowSum a, RowSum b, float scale) {
   const float largest = fmaxf(a.largest, b.largest);
-  if (largest == -infinity()) return RowSum{largest, 0.0f};
-  return RowSum{largest, a.sum * expf(a.largest - largest) + b.sum * expf(b.largest - largest)};
+  return RowSum{largest, moved(a, largest, scale) + moved(b, largest, scale)};
 }
 
 template <typename T>
@@ -62,6 +66,7 @@ __global__ void __launch_bounds__(256, 2) lse_kernel(AttentionArgs a) {
   const int panels = (a.queries + kBlockTile - 1) / kBlockTile;
   const int64_t work_items = a.batch * a.heads * panels;
   const int half = warp_index() % 2, warp_row = warp_index() / 2 * kTile;
+  const float sign = a.scale < 0.0f ? -1.0f : 1.0f, scale = sign * a.scale;
   for (int64_t work = blockIdx.x; work < work_items; work += gridDim.x) {
     const int64_t bh = work / panels;
     const AttentionHead<T> head(a, bh);
@@ -84,14 +89,14 @@ __global__ void __launch_bounds__(256, 2) lse_kernel(AttentionArgs a) {
 #pragma unroll
             for (int c = 0; c < 2; ++c)
               if (key0 + half * kTile + tile_column(ni, c) < a.keys)
-                tile.largest = fmaxf(tile.largest, a.scale * acc[mi][ni][2 * r + c]);
+                tile.largest = fmaxf(tile.largest, sign * acc[mi][ni][2 * r + c]);
 #pragma unroll
           for (int ni = 0; ni < 4; ++ni)
 #pragma unroll
             for (int c = 0; c < 2; ++c)
               if (key0 + half * kTile + tile_column(ni, c) < a.keys)
-                tile.sum += expf(a.scale * acc[mi][ni][2 * r + c] - tile.largest);
-          row[mi][r] = merge(row[mi][r], tile);
+                tile.sum += expf(scale * (sign * acc[mi][ni][2 * r + c] - tile.largest));
+          row[mi][r] = merge(row[mi][r], tile, scale);
         }
     }
 #pragma unroll
@@ -103,15 +108,16 @@ __global__ void __launch_bounds__(256, 2) lse_kernel(AttentionArgs a) {
           RowSum other;
           other.largest = __shfl_xor_sync(kAllLanes, row[mi][r].largest, offset);
           other.sum = __shfl_xor_sync(kAllLanes, row[mi][r].sum, offset);
-          row[mi][r] = merge(row[mi][r], other);
+          row[mi][r] = merge(row[mi][r], other, scale);
         }
         if (lane_index() % 4 == 0) partial[half][warp_row + tile_row(mi, 2 * r)] = row[mi][r];
       }
     __syncthreads();
     const int i = query0 + static_cast<int>(threadIdx.x);
     if (threadIdx.x < kBlockTile && i < a.queries) {
-      const RowSum total = merge(partial[0][threadIdx.x], partial[1][threadIdx.x]);
-      a.lse_out[bh * a.queries + i] = total.largest + logf(total.sum);
+      const RowSum total = merge(partial[0][threadIdx.x], partial[1][threadIdx.x], scale);
+      a.top[bh * a.queries + i] = sign * total.largest;
+      a.logs[bh * a.queries + i] = logf(total.sum);
     }
     __syncthreads();
   }
@@ -138,11 +144,12 @@ __global__ void __launch_bounds__(256, 2) received_kernel(AttentionArgs a) {
         for (int r = 0; r < 2; ++r) {
           const int i = query0 + warp_row + tile_row(mi, 2 * r);
           if (i >= a.queries) continue;
-          const float lse = a.lse[bh * a.queries + i];
+          const float top = a.top ? a.top[bh * a.queries + i] : 0.0f;
+          const float rest = (a.lse ? a.lse : a.logs)[bh * a.queries + i];
 #pragma unroll
           for (int ni = 0; ni < 4; ++ni)
 #pragma unroll
-            for (int c = 0; c < 2; ++c) received[ni][c] += expf(a.scale * acc[mi][ni][2 * r + c] - lse);
+            for (int c = 0; c < 2; ++c) received[ni][c] += expf(a.scale * (acc[mi][ni][2 * r + c] - top) - rest);
         }
     }
 #pragma unroll

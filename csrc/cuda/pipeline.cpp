@@ -1,6 +1,7 @@
 #include "pipeline.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "launchers.h"
 #include "workspace.h"
@@ -312,19 +313,21 @@ int run_unpool(DType dtype, const UnpoolArgs& args, void* stream) {
 size_t attention_workspace_bytes(const AttentionArgs& args) {
   Carver carver(nullptr);
   carver.take<float>(args.batch * args.heads * args.keys);
-  if (args.lse == nullptr) carver.take<float>(args.batch * args.heads * args.queries);
+  if (args.lse == nullptr) carver.take<float>(2 * args.batch * args.heads * args.queries);
   return carver.used();
 }
 
 int run_attention_received(DType dtype, AttentionArgs args, void* workspace, void* stream) {
   Carver carver(workspace);
   args.parts = carver.take<float>(args.batch * args.heads * args.keys);
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  args.scale = std::min(std::max(args.scale, -kLargest), kLargest);
   const size_t shared = stage_bytes(dtype, kBlockTile + kAssignClusters, stage_chunk(dtype));
   const int64_t pairs = args.batch * args.heads;
   if (args.lse == nullptr) {
-    args.lse_out = carver.take<float>(pairs * args.queries);
+    args.top = carver.take<float>(2 * pairs * args.queries);
+    args.logs = args.top + pairs * args.queries;
     TOKENPOOL_TRY(launch_lse(dtype, args, Launch{pairs * divide_up(args.queries, kBlockTile), 256, shared, stream}));
-    args.lse = args.lse_out;
   }
   TOKENPOOL_TRY(
       launch_received(dtype, args, Launch{pairs * divide_up(args.keys, kAssignClusters), 256, shared, stream}));

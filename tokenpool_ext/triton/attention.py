@@ -1,4 +1,7 @@
-"""Attention that each token receives (contract 9), from q, k and the log-sum-exp: no N x N memory."""
+"""Attention that each token receives (contract 9), from q, k and the log-sum-exp: no N x N memory.
+
+The largest logit is taken off before the scale is applied, which may be so large that a logit overflows.
+"""
 
 import triton
 import triton.language as tl
@@ -20,6 +23,7 @@ def _tile(base, rows, n_rows, d0, d, stride_n, stride_d, BD: tl.constexpr):
 def lse_kernel(
     q,
     k,
+    top,
     lse,
     factor,
     H,
@@ -40,14 +44,15 @@ def lse_kernel(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """lse float32 (B, H, Nq) = natural log-sum-exp over keys of scale * q . k; one program per (image, head, query
-    tile), keys in ascending tiles with a running maximum."""
+    """float32 (B, H, Nq): top = the q . k whose logit is the largest, lse = natural log-sum-exp over keys of
+    scale * (q . k - top); one program per (image, head, query tile), keys in ascending tiles with a running maximum."""
     pid = tl.program_id(0).to(tl.int64)
     head = (pid // tiles) % H
     b = pid // (tiles * H)
     rows = ((pid % tiles) * BQ).to(tl.int32) + tl.arange(0, BQ)
     q += b * q_b + head * q_h
     k += b * k_b + head * k_h
+    sign = tl.where(factor < 0, -1.0, 1.0)
     peak = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BQ], tl.float32)
     for n0 in range(0, N, BK):
@@ -60,17 +65,22 @@ def lse_kernel(
                 acc,
                 PRECISION,
             )
-        logit = tl.where((cols < N)[None, :], acc * factor, float("-inf"))
-        top = tl.maximum(peak, tl.max(logit, axis=1))
-        total = total * tl.exp(peak - top) + tl.sum(tl.exp(logit - top[:, None]), axis=1)
-        peak = top
-    tl.store(lse + (b * H + head) * Nq + rows, peak + tl.log(total), mask=rows < Nq)
+        logit = tl.where((cols < N)[None, :], acc * sign, float("-inf"))
+        higher = tl.maximum(peak, tl.max(logit, axis=1))
+        p = tl.where((cols < N)[None, :], tl.exp(factor * sign * (logit - higher[:, None])), 0.0)
+        before = tl.where(total == 0.0, 0.0, total * tl.exp(factor * sign * (peak - higher)))
+        total = before + tl.sum(p, axis=1)
+        peak = higher
+    out = (b * H + head) * Nq + rows
+    tl.store(top + out, peak * sign, mask=rows < Nq)
+    tl.store(lse + out, tl.log(total), mask=rows < Nq)
 
 
 @kernel
 def received_kernel(
     q,
     k,
+    top,
     lse,
     part,
     factor,
@@ -90,13 +100,15 @@ def received_kernel(
     l_b,
     l_h,
     l_n,
+    HAS_TOP: tl.constexpr,
     PRECISION: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """part float32 (B, H, N) = sum over queries of exp(scale q . k - lse); one program per (image, head, key tile),
-    queries in ascending tiles.  Reads H (Nq d + N d) elements an image and key tile (queries from L2)."""
+    """part float32 (B, H, N) = sum over queries of exp(scale (q . k - top) - lse), top being 0 unless HAS_TOP; one
+    program per (image, head, key tile), queries in ascending tiles.  Reads H (Nq d + N d)
+    elements an image and key tile (queries from L2)."""
     pid = tl.program_id(0).to(tl.int64)
     head = (pid // tiles) % H
     b = pid // (tiles * H)
@@ -104,6 +116,7 @@ def received_kernel(
     q += b * q_b + head * q_h
     k += b * k_b + head * k_h
     lse += b * l_b + head * l_h
+    top += b * l_b + head * l_h
     total = tl.zeros([BK], tl.float32)
     for n0 in range(0, Nq, BQ):
         rows = n0 + tl.arange(0, BQ)
@@ -116,6 +129,8 @@ def received_kernel(
                 PRECISION,
             )
         norm = tl.load(lse + rows.to(tl.int64) * l_n, mask=rows < Nq, other=0.0)
+        if HAS_TOP:
+            acc -= tl.load(top + rows.to(tl.int64) * l_n, mask=rows < Nq, other=0.0)[:, None]
         p = tl.where((rows < Nq)[:, None], tl.exp(acc * factor - norm[:, None]), 0.0)
         total += tl.sum(p, axis=0)
     tl.store(part + (b * H + head) * N + cols, total, mask=cols < N)

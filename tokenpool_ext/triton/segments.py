@@ -8,6 +8,8 @@ from . import attention, heuristics, lists, pooling
 from .clustering import precision, strides
 from .launch import launch
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def _labels(assignment, weights, B: int, N: int, K: int):
     """int32 labels (B, N), float32 weights (B, N) and int32 cluster sizes (B, K)."""
@@ -169,7 +171,7 @@ def attention_received(q, k, scale: float, lse):
     shared = dict(
         q=q,
         k=k,
-        factor=float(scale),
+        factor=min(max(float(scale), -LARGEST), LARGEST),
         H=H,
         Nq=Nq,
         N=N,
@@ -178,19 +180,21 @@ def attention_received(q, k, scale: float, lse):
         **strides(q, q_b=0, q_h=1, q_n=2, q_d=3),
         **strides(k, k_b=0, k_h=1, k_n=2, k_d=3),
     )
-    if lse is None:
-        lse = q.new_empty((B, H, Nq), dtype=torch.float32)
+    top, has_top = lse, lse is None
+    if has_top:
+        top, lse = q.new_empty((2, B, H, Nq), dtype=torch.float32)
 
         def rows(config):
             tiles = -(-Nq // config["BQ"])
-            return B * H * tiles, dict(shared, lse=lse, tiles=tiles)
+            return B * H * tiles, dict(shared, top=top, lse=lse, tiles=tiles)
 
         launch(attention.lse_kernel, q, configs, rows)
     part = q.new_empty((B, H, N), dtype=torch.float32)
 
     def columns(config):
         tiles = -(-N // config["BK"])
-        return B * H * tiles, dict(shared, lse=lse, part=part, tiles=tiles, **strides(lse, l_b=0, l_h=1, l_n=2))
+        row = dict(top=top, lse=lse, HAS_TOP=has_top, **strides(lse, l_b=0, l_h=1, l_n=2))
+        return B * H * tiles, dict(shared, **row, part=part, tiles=tiles)
 
     launch(attention.received_kernel, q, configs, columns)
 
