@@ -11,6 +11,7 @@ from torch import nn
 
 import tokenpool_ext as tp
 from tokenpool_ext import patch
+from tokenpool_ext.__main__ import main
 from tokenpool_ext.cost import Cost, cost, gmacs, table
 from tokenpool_ext.models import build
 
@@ -169,3 +170,17 @@ def test_table_and_command():
     assert done.returncode == 0 and "4.599" in done.stdout
     done = subprocess.run([*command[:-1], "nothing"], capture_output=True, text=True)
     assert done.returncode == 2 and "deit-e252" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["cost", "--keep", "0.5", "--layers", "3,a"], "argument --layers: must be whole numbers"),
+        (["cost", "--layers", "3"], "--layers needs --keep"),
+        (["bench-model", "--batch", ""], "argument --batch: must be whole numbers"),
+    ],
+)
+def test_options_that_cannot_be(options, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*options, "--model", "deit-ti"])
+    assert told in capsys.readouterr().err

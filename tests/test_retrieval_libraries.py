@@ -1,8 +1,10 @@
 """The drop-ins against the installed libraries: sentence-transformers 6, colpali-engine, PyLate. Skipped where one is
 not installed."""
 
+import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -124,6 +126,8 @@ def test_sentence_transformers_attributes_set_later_are_those_given_at_first(st)
     pooling.pool_factor = 0.5
     with pytest.raises(ValueError, match="pool_factor"):
         pooling.pool(docs)
+    pooling.pool_factor, pooling.max_tokens = np.float32(1.5), np.int64(6)
+    assert json.loads(json.dumps(pooling.get_config_dict()))["pool_factor"] == 1.5
 
 
 def test_sentence_transformers_pooling_of_one_call(st, encoder):

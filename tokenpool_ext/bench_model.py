@@ -158,23 +158,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv=None) -> int:
+    from .models import build, whole_numbers
+
     parser = argparse.ArgumentParser(
         prog="python -m tokenpool_ext bench-model", description="time a model whole, pooled, and with ToMe's schedule"
     )
     parser.add_argument(
         "--model", required=True, help="deit-s and others, FILE.py:FUNCTION, or the name of a timm model"
     )
-    parser.add_argument("--batch", default="1,8,32", help="batch sizes, comma-separated (default: 1,8,32)")
+    parser.add_argument("--batch", type=whole_numbers, default="1,8,32", help="batch sizes, comma-separated (default: 1,8,32)")
     parser.add_argument("--budget", type=float, default=0.58, help="share of the MACs that is left (default: 0.58)")
     parser.add_argument("--rounds", type=int, default=20, help="turns (default: 20)")
     parser.add_argument("--json", help="write a record (in a checkout of the repository)")
     args = parser.parse_args(argv)
-    from .models import build
-
     try:
         torch.manual_seed(0)
-        batches = [int(b) for b in args.batch.split(",")]
-        rows = bench_model(build(args.model), batches, args.budget, args.rounds)
+        rows = bench_model(build(args.model), args.batch, args.budget, args.rounds)
     except (ValueError, TypeError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -301,6 +301,8 @@ def _layer(event: _Event, host_of: dict[nn.Module, int], direct: set[nn.Module],
 
 def main(argv: list[str] | None = None) -> int:
     """``python -m tokenpool_ext cost``: whole and pooled, side by side."""
+    from .models import build, whole_numbers
+
     parser = argparse.ArgumentParser(
         prog="python -m tokenpool_ext cost", description="MACs of one input by component, whole and pooled."
     )
@@ -308,20 +310,19 @@ def main(argv: list[str] | None = None) -> int:
         "--model", required=True, help="deit-s and others, FILE.py:FUNCTION, or the name of a timm model"
     )
     parser.add_argument("--keep", type=float, help="also pooled: the ratio of tokens kept at each pooling block")
-    parser.add_argument("--layers", help="which blocks pool, such as 3,6,9 (default: at 1/4, 1/2 and 3/4 of the depth)")
+    parser.add_argument("--layers", type=whole_numbers, help="which blocks pool, such as 3,6,9 (default: at 1/4, 1/2 and 3/4 of the depth)")
     parser.add_argument("--pooling", default="kmeans,kmedoids", help="methods as patch() names them, comma-separated")
     args = parser.parse_args(argv)
-    from .models import build
-
+    if args.layers is not None and args.keep is None:
+        parser.error("--layers needs --keep, the ratio of tokens kept there")
     try:
         costs = {"whole": cost(build(args.model, "meta" if args.keep is None else "cpu"))}
         if args.keep is not None:
             from .vit import patch
 
             model = build(args.model)
-            layers = None if args.layers is None else [int(layer) for layer in args.layers.split(",")]
             for pooling in args.pooling.split(","):
-                costs[pooling] = cost(patch(model, keep_ratio=args.keep, layers=layers, pooling=pooling))
+                costs[pooling] = cost(patch(model, keep_ratio=args.keep, layers=args.layers, pooling=pooling))
     except (ValueError, TypeError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from pathlib import Path
 
 import torch
 from torch import nn
 
-__all__ = ["PLAIN_VITS", "build"]
+__all__ = ["PLAIN_VITS", "build", "whole_numbers"]
 
 # name -> (image side, width, blocks, heads), patch 16, MLP ratio 4: the models of arXiv 2110.03860
 PLAIN_VITS = {
@@ -66,6 +67,14 @@ def _plain(side: int, width: int, depth: int, heads: int) -> nn.Module:
     )
     model: nn.Module = transformers.ViTForImageClassification(config)
     return model
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The value of an option such as ``1,8,32``."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers, comma-separated, got {text!r}") from None
 
 
 def _from_file(path: str, function: str) -> nn.Module:

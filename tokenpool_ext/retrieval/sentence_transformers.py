@@ -72,6 +72,11 @@ class KMeansTokenPooling(BaseTokenPooling):
             normalize=self.normalize_embeddings,
         )
 
+    def get_config_dict(self) -> dict[str, Any]:
+        """What is saved; numbers of NumPy as Python's."""
+        config = super().get_config_dict()
+        return {key: value.item() if hasattr(value, "item") else value for key, value in config.items()}
+
     def forward(self, features: dict[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
         if not self.applies_to(task) or features["token_embeddings"].shape[0] == 0:
             return features
