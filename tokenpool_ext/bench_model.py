@@ -166,7 +166,9 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--model", required=True, help="deit-s and others, FILE.py:FUNCTION, or the name of a timm model"
     )
-    parser.add_argument("--batch", type=whole_numbers, default="1,8,32", help="batch sizes, comma-separated (default: 1,8,32)")
+    parser.add_argument(
+        "--batch", type=whole_numbers, default="1,8,32", help="batch sizes, comma-separated (default: 1,8,32)"
+    )
     parser.add_argument("--budget", type=float, default=0.58, help="share of the MACs that is left (default: 0.58)")
     parser.add_argument("--rounds", type=int, default=20, help="turns (default: 20)")
     parser.add_argument("--json", help="write a record (in a checkout of the repository)")

@@ -310,7 +310,11 @@ def main(argv: list[str] | None = None) -> int:
         "--model", required=True, help="deit-s and others, FILE.py:FUNCTION, or the name of a timm model"
     )
     parser.add_argument("--keep", type=float, help="also pooled: the ratio of tokens kept at each pooling block")
-    parser.add_argument("--layers", type=whole_numbers, help="which blocks pool, such as 3,6,9 (default: at 1/4, 1/2 and 3/4 of the depth)")
+    parser.add_argument(
+        "--layers",
+        type=whole_numbers,
+        help="which blocks pool, such as 3,6,9 (default: at 1/4, 1/2 and 3/4 of the depth)",
+    )
     parser.add_argument("--pooling", default="kmeans,kmedoids", help="methods as patch() names them, comma-separated")
     args = parser.parse_args(argv)
     if args.layers is not None and args.keep is None:
