@@ -320,6 +320,14 @@ def schedules() -> str:
     return markdown(head, rows)
 
 
+def latency() -> str:
+    rows = []
+    for row in data.load("latency")["records"]:
+        times = [f"{row['ms']:.0f}", f"{row['speedup']:.2f}x", f"{100 * row['macs']:.0f}"]
+        rows.append([row["schedule"], *times, number(row["cosine"], 4), str(row.get("search_seconds", ""))])
+    return markdown(["schedule", "ms", "speed", "% of MACs", "class token", "search, s"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "speed": speed,
@@ -340,6 +348,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-untuned": lambda: trained(False),
     "positions": positions,
     "schedules": schedules,
+    "latency": latency,
     "speech-strengths": strengths,
     "speech-dense": lambda: speech("dense"),
     "speech-padded": lambda: speech("padded"),
