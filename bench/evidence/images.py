@@ -2,12 +2,12 @@
 
 The gallery is not pooled: pooled against pooled hides how far features move. Features are the final class token,
 cosine similarity, votes weighted by exp(similarity / 0.07). ``stamps``: every picture against all others, k = 5.
-``fashion``: ``--queries`` test pictures against ``--gallery`` training pictures, k = 10, enlarged to ``--size`` pixels a
-side. Nothing is trained.
+``fashion``: ``--queries`` test pictures against ``--gallery`` training pictures, k = 10. Pictures have ``--size``
+pixels a side. Nothing is trained.
 
 Pooled features are kept in bench/.cache, a file a variant and chunk: an interrupted run goes on where it stopped, and
-``--report`` makes the record from the chunks that every variant has. Fashion-MNIST in an hour of
-one core: --data fashion --size 112 --gallery 5000 --queries 2000.
+``--report`` makes the record from the chunks that every variant has. Fashion-MNIST in an hour of one core:
+--data fashion --size 112 --gallery 5000 --queries 2000.
 """
 
 from __future__ import annotations
