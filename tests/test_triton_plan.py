@@ -281,6 +281,7 @@ def test_sizes_are_runtime_values():
         "HAS_WEIGHTS",
         "HAS_COUNTS",
         "HAS_INDEX",
+        "HAS_TOP",
     }
     kernels = {one.kernel.fn.__name__: one for one in all_launches()}
     assert len(kernels) >= 14
