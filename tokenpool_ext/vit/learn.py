@@ -139,7 +139,8 @@ def learn_schedule(
                     gradients = torch.autograd.grad(lost + penalty * drawn, retentions)
                 for retention, gradient in zip(retentions, gradients):
                     retention.grad = gradient
-                optimizer.step()
+                with torch.device("cpu"):  # where Adam counts its steps; torch 2.11 takes the default device
+                    optimizer.step()
                 for retention in retentions:
                     retention.clamp_(0, 1)
         sums = {i: max(1, math.ceil(module.retention.sum().item() - 1e-3)) for i, module in pools.items()}
