@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -64,6 +65,18 @@ def calls(backend):
     return found
 
 
+@contextlib.contextmanager
+def under(default):
+    """A default device (a name) or a default dtype."""
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+
+
 def flat(result):
     return [t for part in result for t in (part if isinstance(part, tuple) else (part,))]
 
@@ -72,13 +85,8 @@ def flat(result):
 def test_defaults_change_nothing(backend, default):
     made = calls(backend)
     want = {name: flat(call()) for name, call in made.items()}
-    dtype = torch.get_default_dtype()
-    try:
-        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+    with under(default):
         got = {name: flat(call()) for name, call in made.items()}
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(dtype)
     for name in made:
         assert_identical(want[name], got[name], what=name)
 
@@ -93,13 +101,9 @@ def test_pictures_and_plans_under_defaults(default):
             str(tp.explain(2, 196, 98, 64))
         ]
 
-    want, dtype = drawn(), torch.get_default_dtype()
-    try:
-        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+    want = drawn()
+    with under(default):
         assert drawn() == want
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(dtype)
 
 
 @pytest.mark.parametrize("default", ["meta", torch.bfloat16], ids=str)
@@ -132,13 +136,9 @@ def test_models_and_images_under_defaults(default):
             doctor.self_test("cpu", "cpu")[:2],
         ]
 
-    want, dtype = results(), torch.get_default_dtype()
-    try:
-        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+    want = results()
+    with under(default):
         got = results()
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(dtype)
     for a, b in zip(want, got, strict=True):
         if isinstance(a, torch.Tensor):
             assert_identical([a], [b])

@@ -40,6 +40,7 @@ from .inputs import (
     take,
     valid_tokens,
 )
+from .recording import graph_task
 from .reducing import Plan, Reducer, State, in_order
 from .tap import Tap
 
@@ -160,11 +161,6 @@ class _Thread(threading.local):
 
 
 _THREAD = _Thread()
-
-
-def graph_task() -> int:
-    """Of the backward that is under way, in which gradient checkpointing runs blocks again; -1 outside."""
-    return torch._C._current_graph_task_id()
 
 
 def under_way(plan: Plan) -> Run | None:

@@ -141,9 +141,14 @@ def record(model: nn.Module) -> Iterator[Record]:
         _ACTIVE.reset(token)
 
 
+def graph_task() -> int:
+    """Of the backward that is under way, in which gradient checkpointing runs blocks again; -1 outside."""
+    return torch._C._current_graph_task_id()
+
+
 def active(plan: Plan) -> tuple[Record, ...]:
     """The records that want to know of this forward."""
     records = () if torch.compiler.is_compiling() else _ACTIVE.get()
-    if not records or torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint recomputes
+    if not records or graph_task() != -1:
         return ()
     return tuple(r for r in records if r._plan is plan)
