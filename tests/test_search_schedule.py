@@ -153,6 +153,26 @@ def test_inputs_of_every_kind(images):
 
 
 @pytest.mark.parametrize(
+    "find", [{"budget": 0.7, "counts": COUNTS}, {"penalty": 1e-2, "steps": 2}], ids=["search", "learn"]
+)
+def test_what_loaders_give(images, find):
+    """Lists, which torch's collation makes of tuples, and mappings of transformers."""
+    search, model = search_schedule if "budget" in find else learn_schedule, build()
+    found = search(model, [images], **find)
+    data = torch.utils.data.TensorDataset(images)
+    assert found == search(model, torch.utils.data.DataLoader(data, batch_size=3), **find)
+    assert found == search(model, [transformers.BatchEncoding({"pixel_values": images})], **find)
+    labelled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(3)), batch_size=3)
+    assert found == search(model, [x for x, y in labelled], **find)
+    data = [{"pixel_values": image, "labels": i} for i, image in enumerate(images)]
+    assert found == search(model, torch.utils.data.DataLoader(data, batch_size=3), **find)
+    layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False))
+    with pytest.raises(TypeError, match="a batch must hold what Sequential takes and no more.*too many positional"):
+        search(model, [[torch.zeros(2, 9, 8), torch.arange(2)]], **find)
+
+
+@pytest.mark.parametrize(
     "error, message, changed",
     [
         (ValueError, r"budget must be in \(0, 1\], got 0", {"budget": 0}),

@@ -406,6 +406,18 @@ def test_schedules():
     with record(model) as r:
         model(x)
     assert [c.mass.shape[1] for _, c in r.layers] == [5, 2]
+    expected = model(x)
+    for name, value in (("num_prefix_tokens", 3), ("return_clusters", False)):
+        before = getattr(patched_blocks(model)[3], name)
+        setattr(patched_blocks(model)[3], name, value)
+        with pytest.raises(ValueError, match=rf"block 3 \(PlainBlock\): .*num_prefix_tokens=1 .*got .*{name}={value}"):
+            model(x)
+        setattr(patched_blocks(model)[3], name, before)
+    model.stages[3].tokenpool = tp.TokenPooling(2)
+    with pytest.raises(ValueError, match="block 3 .*got num_prefix_tokens=1 and return_clusters=False"):
+        model(x)
+    model.stages[3].tokenpool = tp.TokenPooling(keep_ratio=0.5, return_clusters=True)
+    assert torch.equal(model(x), expected)
 
 
 def test_supported_tells_before_anything_is_changed():

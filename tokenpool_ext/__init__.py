@@ -8,6 +8,7 @@ model = tp.patch(model, keep_ratio=0.7)                       # a timm or Huggin
 from ._version import __version__
 from .backends import backends
 from .baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
+from .cost import Cost, cost
 from .explain import Plan, explain
 from .functional import Clusters, assign, attention_received, kmeans, kmedoids, pool, unpool
 from .modules import TokenPooling
@@ -17,6 +18,7 @@ from .vit import learn_schedule, patch, search_schedule, supported, unpatch
 __all__ = [
     "BipartiteMatching",
     "Clusters",
+    "Cost",
     "GridPooling",
     "ImportanceSampling",
     "Plan",
@@ -28,6 +30,7 @@ __all__ = [
     "attention_received",
     "backends",
     "compress",
+    "cost",
     "explain",
     "kmeans",
     "kmedoids",

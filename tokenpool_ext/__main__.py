@@ -59,9 +59,9 @@ def main(argv=None) -> int:
 
         return demo.main(argv[1:])
     if command == "cost":
-        from . import cost
+        from .cost import main as cost
 
-        return cost.main(argv[1:])
+        return cost(argv[1:])
     if command == "bench-model":
         from . import bench_model
 

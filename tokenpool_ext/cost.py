@@ -85,8 +85,8 @@ def cost(model: nn.Module, *inputs: Any, **keywords: Any) -> Cost:
     """MACs of ``model(*inputs, **keywords)``, by component.
 
     The forward is run, without gradients and in eval mode (modes are restored): any model whose operators PyTorch sees,
-    patched by ``tokenpool_ext.patch`` or holding ``TokenPooling`` layers. On the meta device it costs nothing; there a
-    model can be counted but not patched, for patching looks at values. Compiled models: count before compiling.
+    patched by ``tokenpool_ext.patch`` or holding ``TokenPooling`` layers. On the meta device it costs nothing; what is
+    patched there is not proven to suit pooling. Compiled models: count before compiling.
     On the ``reference`` backend this package's operators are products like any other: what runs in pooling layers is
     counted as clustering, but scores count as attention.
 
@@ -103,15 +103,14 @@ def cost(model: nn.Module, *inputs: Any, **keywords: Any) -> Cost:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"cost: model must be an nn.Module, got {type(model).__name__}")
-    if not inputs and not keywords:
-        inputs, keywords = (), example_input(model)
-        if IMAGE in keywords:
-            inputs = (keywords.pop(IMAGE),)
     return _by_component(counted(model, inputs, keywords))
 
 
 def counted(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> list[_Event]:
     """Every operator of one forward that has MACs, in eval mode and without gradients; modes are restored."""
+    if not inputs and not keywords:
+        keywords = example_input(model)
+        inputs = (keywords.pop(IMAGE),) if IMAGE in keywords else ()
     training = [(module, module.training) for module in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator for a whole nn.TransformerEncoderLayer
@@ -130,7 +129,7 @@ def counted(model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any])
 IMAGE = ""  # the name under which `example_input` gives what is positional
 
 
-def example_input(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, Tensor]:
+def example_input(model: nn.Module) -> dict[str, Tensor]:
     """Keywords of a forward with one input of the model's own size; an image stands under IMAGE (positional).
 
     Raises:
@@ -139,7 +138,7 @@ def example_input(model: nn.Module, image_size: int | tuple[int, int] | None = N
     parameter = next(model.parameters(), torch.empty(0, device="cpu"))
     device, dtype = parameter.device, parameter.dtype
     config = getattr(model, "config", None)
-    side: Any = image_size
+    side: Any = None
     for owner, name in (
         (config, "image_size"),
         (getattr(model, "patch_embed", None), "img_size"),
@@ -154,7 +153,8 @@ def example_input(model: nn.Module, image_size: int | tuple[int, int] | None = N
         length = min(config.max_position_embeddings, 512)
         return {"input_ids": torch.zeros(1, length, dtype=torch.int64, device=device)}
     raise ValueError(
-        f"cost: {type(model).__name__} does not tell the size of its input; pass one: cost(model, torch.zeros(...))"
+        f"{type(model).__name__} does not tell the size of its input; give one after the model, such as"
+        " torch.zeros(1, 3, 224, 224)"
     )
 
 

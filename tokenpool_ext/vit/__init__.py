@@ -18,18 +18,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .flops import Cost, ViTSpec, cost, gmacs, tokens_per_layer
 from .learn import learn_schedule
 from .patching import Support, apply_patch, patched_blocks, remove_patch, support_of
-from .recording import Record, record
+from .recording import Record, record, tokens_per_layer
 from .search import search_schedule
 
 __all__ = [
-    "Cost",
     "Record",
-    "ViTSpec",
-    "cost",
-    "gmacs",
     "learn_schedule",
     "patch",
     "patched_blocks",
@@ -115,7 +110,8 @@ def patch(
         positions: (n, P) coordinates of the tokens that may be pooled, for ``position_weight``. Default: row and
             column in a square image.
         blocks: the block list, as a dotted path or as modules, for a model with several.
-        example: inputs of the model, a tensor, tuple or dict, to try its blocks on where made-up ones do not do.
+        example: inputs of the model, a tensor, tuple, list or mapping, to try its blocks on where made-up ones do not
+            do.
         **pooling_options: for the pooling module, e.g. ``weighted=True``, ``num_iters=5``, ``init=None``,
             ``emit=None``, ``sort=True``, ``position_weight=0.0``, ``backend=None`` of ``TokenPooling``. Unknown names
             raise.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..reference_steps import wide_dtype
-from . import schedule
+from . import probing, schedule
 from .patching import patches
 
 
@@ -24,6 +25,20 @@ def inputs_of(name: str, batches: Iterable[Any]) -> list[Any]:
     if not listed:
         raise ValueError(f"{name}: batches must hold at least one input of the model, got none")
     return listed
+
+
+def calls_of(name: str, model: nn.Module, batches: list[Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The batches as arguments of the model's forward."""
+    calls = [probing.as_call(batch) for batch in batches]
+    for args, kwargs in calls:
+        try:
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{name}: a batch must hold what {type(model).__name__} takes and no more, such as [x for x, y in"
+                f" loader] without the labels ({error})"
+            ) from None
+    return calls
 
 
 def blocks_of(options: dict[str, Any]) -> Any:

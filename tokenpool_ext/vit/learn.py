@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checks import check_int
 from ..reduction import TokenReduction, _identity
 from . import finding, probing
-from .calibration import blocks_of, compared, inputs_of, places_of, refuse_patched
+from .calibration import blocks_of, calls_of, compared, inputs_of, places_of, refuse_patched
 from .patching import patched_blocks, remove_patch
 
 __all__ = ["learn_schedule"]
@@ -91,8 +91,8 @@ def learn_schedule(
         model: any model that ``patch`` takes, not patched, whose attention is seen (``supported(model)`` says). It runs
             in eval mode, without autocast and hooks. A head should read tokens that are not pooled (a class token):
             of others it sees them all.
-        batches: inputs of the model, each a tensor, a tuple, or a dict of keywords, all with the same number of tokens;
-            taken in turns.
+        batches: inputs of the model, each a tensor, a tuple or list, or a mapping of keywords, all with the same number
+            of tokens; taken in turns.
         penalty: times the sum over the blocks of (block index + 1) times the sum of the retentions, added to the loss.
             More of it keeps fewer tokens. PoWER-BERT's: 1e-4 to 7e-3.
         steps: updates, a batch each.
@@ -119,10 +119,10 @@ def learn_schedule(
     batches = inputs_of(NAME, batches)
     depth = len(found.blocks)
     places = places_of(NAME, depth, range(max(depth - 1, 1)) if layers is None else layers)
+    calls = calls_of(NAME, model, batches)
     from . import patch
 
     try:
-        calls = [probing.as_call(batch) for batch in batches]
         with probing.quiet(model):
             whole = [compared(NAME, model(*args, **kwargs)) for args, kwargs in calls] if loss is None else calls
         patch(model, keep_ratio=1.0, layers=places, pooling=SoftExtract, **{"example": batches[0], **options})

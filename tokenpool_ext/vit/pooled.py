@@ -352,6 +352,12 @@ def check(block: nn.Module, place: Place, x: Tensor, pooling: nn.Module | None) 
     if pooling is None:
         return
     n, protected = x.shape[1 if place.plan.form.layout == "batch first" else 0], place.plan.num_protected
+    if isinstance(pooling, TokenReduction) and not (pooling.num_prefix_tokens == protected and pooling.return_clusters):
+        raise ValueError(
+            f"{name}: its pooling layer must keep num_prefix_tokens={protected} and return_clusters=True, got"
+            f" num_prefix_tokens={pooling.num_prefix_tokens} and return_clusters={pooling.return_clusters}; for other"
+            " tokens that are never pooled patch again with num_prefix_tokens=... or protect=..."
+        )
     if n <= protected:
         raise ValueError(
             f"{name}: num_prefix_tokens = {protected} tokens are never"

@@ -224,7 +224,7 @@ def inputs_for(blocks: finding.BlockList, example: Any) -> tuple[tuple, dict]:
 def as_call(example: Any) -> tuple[tuple, dict]:
     if isinstance(example, Mapping):  # what a processor of transformers returns is no dict
         return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}  # DataLoaders give lists
 
 
 def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..cost import counted
 from ..functional import Clusters
 
 if TYPE_CHECKING:
     from .pooled import Plan
 
-__all__ = ["Record", "record"]
+__all__ = ["Record", "record", "tokens_per_layer"]
 
 
 class Record:
@@ -115,28 +116,63 @@ def record(model: nn.Module) -> Iterator[Record]:
         :class:`Record`, which stays valid after the context.
 
     Raises:
-        TypeError: ``model`` is not a module, or a pooling module of its blocks is not a ``TokenReduction`` and so has
-            no clusters to tell (the class is named).
+        TypeError: ``model`` is not a module.
         ValueError: ``model`` is not patched, or compiled by ``torch.compile``.
     """
-    from .patching import patched_blocks, patches
-
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"record: model must be an nn.Module, got {type(model).__name__}")
-    poolings = patched_blocks(model)
-    if not poolings:
-        raise ValueError(
-            f"record: {type(model).__name__} is not patched, so there is nothing to record; patch it first"
-        )
+    made = _of("record", model)
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(
             "record: model is compiled by torch.compile, and compiled graphs record nothing; run the model itself,"
             " uncompiled"
         )
-    made = Record(patches(model)[0][1].plan, list(poolings))
+    with _filled(made):
+        yield made
+
+
+def tokens_per_layer(model: nn.Module, *inputs: Any, **keywords: Any) -> list[int]:
+    """Tokens that leave each block of a patched model, those that are never pooled included.
+
+        >>> tokenpool_ext.vit.tokens_per_layer(tokenpool_ext.patch(model, num_tokens={3: 128, 7: 64}))
+        [197, 197, 197, 129, 129, 129, 129, 65, 65, 65, 65, 65]
+
+    One forward is run, without gradients and in eval mode (modes are restored).
+
+    Args:
+        model: a model given to :func:`patch`, compiled or not.
+        inputs, keywords: of its forward. None at all: one image or sequence of the model's own size.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` is not patched, or does not tell the size of its input.
+    """
+    made = _of("tokens_per_layer", model)
+    with _filled(made), torch.compiler.set_stance("force_eager"):
+        counted(model, inputs, keywords)
+    left, counts, out = made.assignment.shape[1], dict(made.layers), []
+    for i in range(made._plan.depth):
+        left = counts[i].medoids.shape[1] if i in counts else left
+        out.append(left + made.num_prefix_tokens)
+    return out
+
+
+def _of(caller: str, model: nn.Module) -> Record:
+    from .patching import patched_blocks, patches
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
+    pools = patched_blocks(model)
+    if not pools:
+        raise ValueError(
+            f"{caller}: {type(model).__name__} is not patched, so there is nothing to tell; patch it first"
+        )
+    return Record(patches(model)[0][1].plan, list(pools))
+
+
+@contextmanager
+def _filled(made: Record) -> Iterator[None]:
     token = _ACTIVE.set((*_ACTIVE.get(), made))
     try:
-        yield made
+        yield
     finally:
         _ACTIVE.reset(token)
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import cost as counting
 from ..checks import check_choice, check_int, check_ratio
+from ..cost import counted
 from ..reduction import TokenReduction
 from . import finding, probing
-from .calibration import blocks_of, compared, feature_of, inputs_of, places_of, refuse_patched
+from .calibration import blocks_of, calls_of, compared, feature_of, inputs_of, places_of, refuse_patched
 from .inputs import batch_first, find_tokens, named, packed_ends
 from .patching import patched_blocks, patches, remove_patch
 
@@ -58,8 +58,8 @@ def search_schedule(
 
     Args:
         model: any model that ``patch`` takes, not patched. It runs in eval mode, without gradients, autocast and hooks.
-        batches: inputs of the model, each a tensor, a tuple, or a dict of keywords; no labels. All with the same number
-            of tokens. Cost is measured on the first.
+        batches: inputs of the model, each a tensor, a tuple or list, or a mapping of keywords; no labels. All with the
+            same number of tokens. Cost is measured on the first.
         budget: share of the unpooled model's cost that may be used, in (0, 1].
         target: ``"macs"``: multiply-accumulates as ``tokenpool_ext.cost`` counts them, pooling's own included; the
             result depends on nothing but model and batches. ``"latency"``: median seconds of a forward on this device,
@@ -88,12 +88,12 @@ def search_schedule(
     refuse_patched(NAME, model)
     batches = inputs_of(NAME, batches)
     places = places_of(NAME, len(found.blocks), layers)
+    calls = calls_of(NAME, model, batches)
     from . import patch
 
     try:
         patch(model, keep_ratio=1.0, layers=places, **{"example": batches[0], **options})
         with probing.quiet(model):
-            calls = [probing.as_call(batch) for batch in batches]
             search = _Search(model, found.blocks, places, calls, feature or feature_of, options.get("init"))
             return search.run(budget, target, counts)
     finally:
@@ -255,7 +255,7 @@ class _Search:
         for counts in schedules:
             self.keep(counts)
             row = [0] * (len(place) + 1)
-            for event in counting.counted(self.model, *self.calls[0]):
+            for event in counted(self.model, *self.calls[0]):
                 row[next((place[m] for m in event.stack if m in place), -1)] += event.macs
             rows.append(row)
         return rows
