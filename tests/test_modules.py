@@ -229,17 +229,18 @@ def test_compile_fullgraph(name, tokens):
 
 
 @pytest.mark.parametrize("options", [dict(num_tokens=6), dict(keep_ratio=0.5)])
-def test_compile_dynamic(options):
-    layer = TokenPooling(**options)
+@pytest.mark.parametrize("kind", [TokenPooling, GridPooling, BipartiteMatching, ScorePruning])
+def test_compile_dynamic(kind, options):
+    layer = kind(**options)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for n in (17, 26, 37):
         for batch in (2, 3):
-            x = torch.randn(batch, n, 4)
-            torch.testing.assert_close(compiled(x), layer(x))
+            x, scores = torch.randn(batch, n, 4), torch.rand(batch, n)
+            torch.testing.assert_close(compiled(x, scores), layer(x, scores))
     # One graph serves every length when K is given; the number of clusters itself is part of a graph.
-    assert counter.frame_count <= (1 if "num_tokens" in options else 3)
+    assert counter.frame_count <= (1 if "num_tokens" in options and kind in (TokenPooling, ScorePruning) else 3)
 
 
 def test_keep_ratio_is_the_published_schedule():

@@ -7,6 +7,7 @@ selection assigns -1 to the tokens it dropped; they count nothing in ``Clusters.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -177,6 +178,7 @@ class GridPooling(TokenReduction):
         want_clusters: bool,
     ) -> tuple[Tensor, Clusters | None]:
         b, n, _ = x.shape
+        n, k = operator.index(n), operator.index(k)  # cells are made in Python, so each n has its own compiled graph
         cells = grid_cells(n, k, *(self.grid_size or (1, 1)))
         assignment = torch.tensor(cells, device=x.device).expand(b, n)
         if mask is not None:
