@@ -126,6 +126,21 @@ def test_vmap_of_one_image_and_of_layers(backend):
     torch.testing.assert_close(torch.vmap(layer)(x[:, None])[:, 0], layer(x))
 
 
+def test_what_needs_values_is_refused_under_vmap_by_name():
+    x, mask, counts = (
+        tokens(6, 12, 4).view(3, 2, 12, 4),
+        torch.arange(72).view(3, 2, 12) % 12 > 2,
+        torch.full((3, 2), 4),
+    )
+    with pytest.raises(TypeError, match="kmeans: num_clusters must not be mapped over by torch.vmap"):
+        torch.vmap(lambda x, k: tp.kmeans(x, k).centers)(x, counts)
+    with pytest.raises(TypeError, match="kmedoids: x beside check_finite must not be mapped"):
+        torch.vmap(lambda x: tp.kmedoids(x, 4, check_finite=True).centers)(x)
+    for options in ({"init": "bipartite"}, {"weights": torch.where(mask[0], 1.0, -1.0)}):  # masks are mapped over
+        one = lambda mask: tp.kmeans(x[0], 8, mask=mask, **options).centers  # noqa: E731
+        torch.testing.assert_close(torch.vmap(one)(mask), torch.stack([one(m) for m in mask]))
+
+
 def test_checks_of_values_hold_under_grad(exact):
     x = tokens(2, 12, 3, device=exact.device)
     if exact.device == "cpu":

@@ -245,6 +245,27 @@ def test_gradients_reach_the_tokens():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_vmap_is_a_larger_batch():
+    x = torch.stack(documents(12, 12, 12, 12, 12, 12)).view(3, 2, 12, 24)
+    x[0, 1, 3] *= 1e-30  # by itself scaled
+    x[1, 0, :2] = 0
+    for options in ({"pool_factor": 3}, {"num_tokens": 2, "protected_tokens": 1}, {"pool_factor": 1, "refine": 3}):
+        pooler = TokenPooler(**options)
+        for function in (
+            lambda x: pooler(x, return_assignment=True),
+            lambda x: pooler(list(x)),
+            lambda x: pooler(x.flatten(0, 1), cu_seqlens=torch.tensor([0, 5, 24])),
+        ):
+            got = torch.vmap(lambda x: tuple(function(x)))(x)
+            for a, parts in zip(got, zip(*(function(each) for each in x))):
+                torch.testing.assert_close(a, torch.stack(parts), rtol=0, atol=1e-6)
+    with pytest.raises(TypeError, match="documents beside max_error must not be mapped over by torch.vmap"):
+        torch.vmap(TokenPooler(max_error=0.2))(x)
+    for argument, value in (("mask", torch.ones(3, 2, 12) > 0), ("cu_seqlens", torch.tensor([[0, 12]] * 3))):
+        with pytest.raises(TypeError, match=f"{argument} must not be mapped"):
+            torch.vmap(lambda x, v: TokenPooler(2)(x, **{argument: v})[0])(x if argument == "mask" else x[:, 0], value)
+
+
 def test_results_do_not_keep_the_batch_in_memory():
     for y in TokenPooler(2)(documents(100, 100, 3)):
         assert y.untyped_storage().nbytes() == y.numel() * 4
@@ -276,6 +297,9 @@ def test_empty_inputs():
         (lambda p: p(torch.zeros(3, 4), cu_seqlens=torch.tensor([0, 2, 1, 3])), ValueError, "document 1"),
         (lambda p: p(torch.zeros(3, 4), cu_seqlens=[0, 3]), TypeError, "cu_seqlens"),
         (lambda p: p(torch.zeros(1, 3, 4).to_sparse()), TypeError, "documents must be a dense"),
+        (lambda p: p([torch.zeros(3, 4, device="meta")]), TypeError, r"documents\[0\] must hold values"),
+        (lambda p: p(torch.zeros(1, 3, 4, device="meta")), TypeError, "documents must hold values"),
+        (lambda p: p(torch.zeros(3, 4), cu_seqlens=torch.zeros(2, device="meta").int()), TypeError, "cu_seqlens must"),
         (lambda p: p([torch.zeros(3, 4).to_sparse()]), TypeError, r"documents\[0\] must be a dense"),
         (lambda p: p([torch.nested.nested_tensor([torch.zeros(3)])]), TypeError, r"documents\[0\] must be a dense"),
     ],
@@ -300,6 +324,7 @@ def test_bad_input_names_the_argument_or_the_document(call, error, words):
         ({"pool_factor": 2, "protected_tokens": -1}, ValueError, "protected_tokens"),
         ({"pool_factor": 2, "refine": -1}, ValueError, "refine"),
         ({"pool_factor": 2, "normalize": 1}, TypeError, "normalize"),
+        ({"pool_factor": 2, "backend": "gpu"}, ValueError, "backend"),
     ],
 )
 def test_bad_options(options, error, words):

@@ -1,5 +1,6 @@
 """`select` and `compress`: counts, order, positions, ragged images, videos, and placeholders."""
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -132,6 +133,46 @@ def test_scores_weigh_and_gradients_flow():
     torch.testing.assert_close(x.grad, share[:, None].expand(30, 8), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grid": (3, 4), "position_weight": 0.7},
+        {"grid": (3, 2, 2), "temporal_window": 2, "position_of": "medoid"},
+        {"mask": torch.arange(24).view(2, 12) % 5 > 0},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_gradients_reach_tokens_and_scores(options):
+    x, s = tokens(2, 12, 3, dtype=torch.float64), tokens(2, 12, seed=1, dtype=torch.float64).abs() + 0.1
+    inputs = x.requires_grad_(), s.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, s: tp.compress(x, 4, scores=s, **options).tokens, inputs)
+    if "mask" not in options:  # a list of images, and one alone
+        images = lambda x, s: tuple(tp.compress(list(x), [4, 3], scores=list(s), **options).tokens)  # noqa: E731
+        assert torch.autograd.gradcheck(images, inputs)
+        assert torch.autograd.gradcheck(lambda x, s: tp.compress(x[0], 4, scores=s[0], **options).tokens, inputs)
+
+
+def test_vmap_is_a_larger_batch():
+    x, s = tokens(3, 2, 12, 4), tokens(3, 2, 12, seed=1).abs()
+    masks = torch.arange(24).view(2, 12) % 5 > 0
+    for options in ({}, {"grid": (3, 2, 2), "temporal_window": 2, "position_of": "medoid"}, {"mask": masks}):
+        both = lambda x, s: (*tp.compress(x, 4, scores=s, **options)[::2], *tp.select(x, 4, scores=s))  # noqa: E731
+        got = torch.vmap(both)(x, s)
+        for a, parts in zip(got, zip(*(both(*each) for each in zip(x, s)))):
+            assert torch.equal(a, torch.stack(parts))
+    ragged = lambda x: tp.compress([x[0], x[1, :5]], [4, 2]).tokens[1]  # noqa: E731
+    assert torch.equal(torch.vmap(ragged)(x), torch.stack([ragged(each) for each in x]))
+    grad = torch.func.grad(lambda s, x: tp.compress(x, 4, scores=s).tokens.square().sum())
+    torch.testing.assert_close(torch.vmap(grad)(s, x), torch.stack([grad(*each) for each in zip(s, x)]))
+    for argument, value in (("mask", masks.expand(3, 2, 12)), ("num_tokens", torch.full((3, 2), 4))):
+        for function in (tp.compress, tp.select):
+            with pytest.raises(TypeError, match=rf"{argument} must not be mapped over by torch.vmap"):
+                torch.vmap(lambda x, v: function(x, **{"num_tokens": 4, argument: v})[0])(x, value)
+    with pytest.raises(TypeError, match="input_ids must not be mapped"):
+        torch.vmap(lambda ids: drop_placeholders(ids, 9, [1]))(torch.full((2, 3), 9))
+
+
 def test_positions_beside_a_mask_are_of_all_tokens():
     x, places, scores = tokens(2, 6, 3), tokens(2, 6, 2, seed=1), tokens(2, 6, seed=2).abs()
     mask = torch.tensor([[True] * 6, [False, True] * 3])
@@ -145,6 +186,16 @@ def test_positions_beside_a_mask_are_of_all_tokens():
     for wrong in (places[:, :5], tokens(2, 7, 2), tokens(3, 6, 2)):
         with pytest.raises(ValueError, match="positions"):
             tp.compress(x, 3, mask=mask, positions=wrong)
+
+
+def test_grids_and_counts_of_any_library():
+    """`image_grid_thw` of a processor is a tensor, or a list of its rows; arrays and ranges are lists of numbers."""
+    x, grids = tokens(2, 12, 4), torch.tensor([[3, 4], [2, 6]])
+    want = tp.compress(x, [2, 3], grid=[(3, 4), (2, 6)])
+    for grid in (grids, list(grids), grids.numpy(), list(grids.numpy()), [tuple(row) for row in grids]):
+        for counts in (torch.tensor([2, 3]), np.array([2, 3]), range(2, 4), [torch.tensor(2), np.int64(3)]):
+            for a, b in zip(tp.compress(x, counts, grid=grid), want):
+                assert torch.equal(a, b)
 
 
 def test_images_of_several_dtypes_keep_theirs():
@@ -175,6 +226,9 @@ def test_drop_placeholders():
         (lambda: tp.compress([], 2), ValueError, "tokens"),
         (lambda: tp.compress([tokens(4, 3), tokens(4, 2)], 2), ValueError, r"tokens\[1\]"),
         (lambda: tp.compress(tokens(4, 3).long(), 2), TypeError, "tokens"),
+        (lambda: tp.compress(tokens(2, 4, 3), 2, scores=torch.tensor(1.0)), ValueError, "scores must hold 2 images"),
+        (lambda: tp.compress([tokens(4, 3)] * 2, 2, grid=[(2, 2), None]), TypeError, "grid of image 1.*None"),
+        (lambda: tp.compress(tokens(4, 3), torch.ones((), device="meta").int()), TypeError, "num_tokens must hold"),
         (lambda: tp.select([tokens(4, 3), tokens(1, 3)], 2), ValueError, "image 1"),
         (lambda: tp.select(tokens(4, 3), 0), ValueError, "num_tokens"),
         (lambda: tp.select(tokens(4, 3), 2.0), TypeError, "num_tokens"),

@@ -104,6 +104,7 @@ def check_num_clusters(name: str, num_clusters: object, x3: Tensor, batched: boo
     if tuple(num_clusters.shape) not in {expected, (b,)}:
         raise ValueError(f"{name}: num_clusters must have shape (B,) = {(b,)}, got {tuple(num_clusters.shape)}")
     check_device(name, "num_clusters", num_clusters, x3)
+    check_known(name, "num_clusters", num_clusters)
     counts = num_clusters.reshape(b).to(torch.int64)
     if b == 0:
         return 1, counts
@@ -152,6 +153,22 @@ def check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:
         )
 
 
+def check_known(name: str, argument: str, value: Any) -> None:
+    """Values that must be looked at, say for the shape of a result, are not those that `torch.vmap` maps over."""
+    if isinstance(value, Tensor) and values.batched(value):
+        raise TypeError(
+            f"{name}: {argument} must not be mapped over by torch.vmap, its values are needed; call {name} on all at "
+            "once"
+        )
+    if isinstance(value, Tensor):
+        check_not_meta(name, argument, value)
+
+
+def check_not_meta(name: str, argument: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise TypeError(f"{name}: {argument} must hold values, got a tensor on the device meta")
+
+
 def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: bool) -> Tensor:
     """Check the shape (B, N), or (N,) beside unbatched tokens, and return it as (B, N)."""
     expected = x3.shape[:2] if batched else x3.shape[1:2]
@@ -198,8 +215,8 @@ def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: 
         return weights
     negative = weights.detach() < 0
     if mask is not None:
-        negative &= mask if mask.dtype == torch.bool else mask >= 0
-    if negative.any():
+        negative = negative & (mask if mask.dtype == torch.bool else mask >= 0)
+    if values.visible(negative) and negative.any():
         least = float(weights.detach()[negative].amin())
         raise ValueError(f"{name}: {argument} must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
     return weights
@@ -215,6 +232,8 @@ def _next_valid(mask: Tensor) -> Tensor:
 
 
 def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Tensor | None) -> None:
+    for argument, value in (("x", x3), ("weights", weights), ("mask", mask)):
+        check_known(name, f"{argument} beside check_finite", value)
     bad = ~torch.isfinite(x3).all(2)
     if mask is not None:
         bad &= mask
@@ -292,7 +311,8 @@ def check_init(
         if init == "bipartite" and (counts is not None or mask is not None) and values.visible(x3) and b:
             num_valid = torch.full((b,), n, device=x3.device) if mask is None else mask.sum(1)
             fewest = torch.full((b,), k, device=x3.device) if counts is None else counts
-            if (2 * fewest < num_valid).any():
+            lacking = 2 * fewest < num_valid
+            if values.visible(lacking) and lacking.any():
                 raise ValueError(
                     f"{name}: init='bipartite' needs num_clusters of at least half of every image's valid "
                     "tokens; use another init"

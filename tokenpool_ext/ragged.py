@@ -8,9 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from .checks import INTEGER, check_device, check_dims, check_int, check_negative, check_tensor
+from .checks import INTEGER, check_device, check_dims, check_int, check_known, check_negative, check_tensor
+
+
+def stacked(values: Sequence[Tensor], fill: float = 0, length: int | None = None) -> Tensor:
+    """(B, length, ...) of B tensors (n_i, ...), `fill` behind each; length: the longest one's. `pad_sequence` does not
+    know `torch.vmap`."""
+    length = max(map(len, values)) if length is None else length
+    gap = values[0].new_full((length, *values[0].shape[1:]), fill)
+    parts = [part for rows in values for part in (rows, gap[: length - len(rows)])]
+    return torch.cat(parts).view(len(values), length, *values[0].shape[1:])
+
+
+def _numbers(value: Any) -> Any:
+    """Nested lists of numbers for nested sequences of them, tensors and arrays among them; else the value."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_numbers(v) for v in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 class Images:
@@ -58,7 +73,7 @@ class Images:
         if value is None:
             return None
         if isinstance(value, Tensor):
-            value = [value] if self.form == "one" else list(value)
+            value = [value] if self.form == "one" or value.dim() == 0 else list(value)
         if not isinstance(value, Sequence):
             raise TypeError(f"{self.name}: {argument} must be a tensor or a list of them, got {type(value).__name__}")
         if len(value) != len(self.tokens):
@@ -79,15 +94,16 @@ class Images:
             if window is not None:
                 raise ValueError(f"{self.name}: temporal_window needs grid=(T, H, W), got None")
             return None
-        if isinstance(grid, Tensor):
-            grid = grid.tolist()
-        if not isinstance(grid, Iterable):
+        check_known(self.name, "grid", grid)
+        grid = _numbers(grid)
+        if not isinstance(grid, list):
             raise TypeError(f"{self.name}: grid must be (H, W), (T, H, W) or a list of them, got {type(grid).__name__}")
-        grid = list(grid)
-        grids = [grid] * len(self.tokens) if all(not hasattr(side, "__len__") for side in grid) else grid
+        grids = grid if any(isinstance(sides, list) for sides in grid) else [grid] * len(self.tokens)
         if len(grids) != len(self.tokens):
             raise ValueError(f"{self.name}: grid must be one for all or {len(self.tokens)}, got {len(grids)}")
         for i, (sides, x) in enumerate(zip(grids, self.tokens)):
+            if not isinstance(sides, list):
+                raise TypeError(f"{self.name}: grid of image {i} must be (H, W) or (T, H, W), got {sides!r}")
             total = 1
             for side in sides:
                 total *= check_int(self.name, f"grid of image {i}", side, 1)
@@ -104,6 +120,7 @@ class Images:
     def _mask(self, mask: Tensor) -> None:
         if self.form != "batch" or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"{self.name}: mask must be a (B, N) bool tensor beside (B, N, D) tokens")
+        check_known(self.name, "mask", mask)
         if mask.shape != (len(self.tokens), self.width):
             raise ValueError(
                 f"{self.name}: mask must have shape {(len(self.tokens), self.width)}, got {tuple(mask.shape)}"
@@ -120,12 +137,11 @@ class Images:
 
     def _counts(self, num_tokens: int | Tensor | Sequence[int]) -> list[int]:
         if isinstance(num_tokens, Tensor):
+            check_known(self.name, "num_tokens", num_tokens)
             if num_tokens.dtype not in INTEGER:
                 raise TypeError(f"{self.name}: num_tokens must hold integers, got {num_tokens.dtype}")
-            num_tokens = num_tokens.tolist()
-        counts: list[Any] = (
-            list(num_tokens) if isinstance(num_tokens, (list, tuple)) else [num_tokens] * len(self.tokens)
-        )
+        given = _numbers(num_tokens)
+        counts: list[Any] = given if isinstance(given, list) else [given] * len(self.tokens)
         if len(counts) != len(self.tokens):
             raise ValueError(f"{self.name}: num_tokens must be an int or {len(self.tokens)}, got {len(counts)}")
         for i, (k, x) in enumerate(zip(counts, self.tokens)):
@@ -171,7 +187,7 @@ class Images:
         """(k, ...) an image, in the form of the input."""
         if self.form == "list":
             return values
-        return values[0] if self.form == "one" else pad_sequence(values, batch_first=True, padding_value=fill)
+        return values[0] if self.form == "one" else stacked(values, fill)
 
     def give_back_tokens(self, values: list[Tensor], fill: float = -1) -> Any:
         """(n,) an image: beside its tokens."""
@@ -193,7 +209,7 @@ class Segments:
         self.x = self.split(images.tokens)
         weights = None
         if images.scores is not None:
-            weights = self.split([s.detach()[:, None] for s in images.scores])[..., 0]
+            weights = self.split([s[:, None] for s in images.scores])[..., 0]
             weights = check_negative(images.name, "scores", weights, self.x, None)  # padded with zeros
         self.weights = weights
         device = self.x.device
@@ -206,7 +222,7 @@ class Segments:
         self.counts = self.k[0] if len(set(self.k)) == 1 else torch.tensor(self.k, device=device)
 
     def split(self, values: list[Tensor]) -> Tensor:
-        return pad_sequence(torch.cat(values).split(self.lengths), batch_first=True)
+        return stacked(torch.cat(values).split(self.lengths))
 
     def _images(self, parts: list[Tensor]) -> list[Tensor]:
         result, start = [], 0

@@ -28,10 +28,10 @@ def recorded() -> bool:
 
 def visible(t: Tensor) -> bool:
     """May ops of torch look at the values?"""
-    return t.is_cpu and type(t).__name__ != "FakeTensor" and not recorded() and not _batched(t)
+    return t.is_cpu and type(t).__name__ != "FakeTensor" and not recorded() and not batched(t)
 
 
-def _batched(t: Tensor) -> bool:
+def batched(t: Tensor) -> bool:
     """Does `torch.vmap` stand for many tensors with this one?"""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     while torch._C._are_functorch_transforms_active() and wrapped(t):

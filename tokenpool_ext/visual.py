@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_position_weight
+from .checks import check_choice, check_known, check_position_weight
 from .functional import kmeans, kmedoids, pool
 from .positions import with_positions
 from .ragged import Images
@@ -23,8 +23,10 @@ Grid = Sequence[int]
 class Compressed(NamedTuple):
     """What `compress` returns; each field a list for a list of images, without B for one (N, D) image.
 
-    tokens      (B, K, D) in the tokens' dtype: the means. Zeros behind an image's own K. Differentiable.
-    positions   (B, K, P) float32, or None where neither `positions` nor `grid` was given.
+    tokens      (B, K, D) in the tokens' dtype: the means. Zeros behind an image's own K. Gradients flow to
+                `tokens` and `scores`; the assignment is constant.
+    positions   (B, K, P) float32, or None where neither `positions` nor `grid` was given. Gradients flow to
+                `positions`.
     sizes       (B, K) int64: how many tokens were merged; 0 where there is none.
     assignment  (B, N) int64: the row of `tokens` that stands for each token; -1 for padding.
     """
@@ -107,8 +109,7 @@ def compress(
         else:
             placed = padded.gather(1, medoids.clamp(min=0)[..., None].expand(-1, -1, padded.shape[2]))
         places = segments.join(placed)
-    sizes = torch.zeros(medoids.shape, dtype=torch.int64, device=means.device)
-    sizes.scatter_add_(1, assignment.clamp(min=0), (assignment >= 0).long())
+    sizes = torch.zeros_like(medoids).scatter_add(1, assignment.clamp(min=0), (assignment >= 0).long())
     merged = [rows.to(x.dtype) for rows, x in zip(segments.join(means), images.tokens)]
     return Compressed(
         images.give_back(merged),
@@ -153,7 +154,7 @@ def select(
     indices = segments.join_indices(medoids)
     kept = []
     for i, n in zip(indices, images.lengths):
-        kept.append(torch.zeros(n, dtype=torch.bool, device=i.device).index_fill_(0, i, True))
+        kept.append(torch.zeros(n, dtype=torch.bool, device=i.device).index_fill(0, i, True))
     if images.rows is not None:  # padding: back to the places in the batch
         indices = [rows[i] for rows, i in zip(images.rows, indices)]
     return images.give_back(indices, fill=-1), images.give_back_tokens(kept, fill=False)
@@ -174,6 +175,8 @@ def drop_placeholders(input_ids: Tensor, placeholder: int, counts: Sequence[int]
     Raises:
         ValueError: as many runs as counts are expected, and no run is longer than it was.
     """
+    for argument, value in (("input_ids", input_ids), ("counts", counts)):
+        check_known("drop_placeholders", argument, value)
     counts = [int(c) for c in counts]
     image = input_ids == placeholder
     starts = image & ~torch.cat([image.new_zeros(1), image[:-1]])

@@ -9,12 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import normalize
 
-from ..checks import INTEGER, check_bool, check_dims, check_int, check_tensor
+from .. import values
+from ..checks import (
+    INTEGER,
+    check_backend,
+    check_bool,
+    check_dims,
+    check_int,
+    check_known,
+    check_not_meta,
+    check_tensor,
+)
 from ..functional import kmeans, pool, unpool
 from ..ops import accumulate_dtype
+from ..ragged import stacked
 from ..reference_steps import power_of_two_scale
 from .refine import refined, scaled
 
@@ -46,7 +56,8 @@ class TokenPooler:
             with K < n / 5, where retrieval profits (docs/retrieval.md), 0 in others.
         backend: as in `kmeans`.
 
-    A mean of zero (tokens that cancel) stays zero. Gradients flow to the tokens; the assignment is constant.
+    A mean of zero (tokens that cancel) stays zero. Gradients flow to the tokens; the assignment is constant. Under
+    torch.vmap max_error and distance_threshold are refused: their counts depend on the tokens.
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class TokenPooler:
         if refine is not None:
             check_int("TokenPooler", "refine", refine, 0)
         check_bool("TokenPooler", "normalize", normalize)
+        check_backend("TokenPooler", backend)
         self.pool_factor = pool_factor
         self.max_tokens = max_tokens if num_tokens is None else num_tokens
         self.max_error = max_error
@@ -148,20 +160,20 @@ class TokenPooler:
                 result += (torch.cat(assignment) if assignment else documents.new_zeros(0, dtype=torch.int64),)
             return result
         mask = _check_padded(documents, mask)
-        pooled, assignment = self._pool([x[m] for x, m in zip(documents, mask)], return_assignment, progress)
+        real = [m.nonzero()[:, 0] for m in mask]
+        pooled, assignment = self._pool([x[rows] for x, rows in zip(documents, real)], return_assignment, progress)
         if not pooled:
             result = documents[:, :0], mask[:, :0]
         else:
             counts = torch.tensor([len(p) for p in pooled], device=documents.device)
             result = (
-                pad_sequence(pooled, batch_first=True),
+                stacked(pooled),
                 torch.arange(int(counts.max()), device=counts.device) < (counts[:, None]),
             )
         if return_assignment:
-            labels = torch.full(mask.shape, -1, device=documents.device)
-            if assignment:
-                labels[mask] = torch.cat(assignment)
-            result += (labels,)
+            places = mask.new_full(mask.shape, -1, dtype=torch.int64)
+            labels = [row.index_put((rows,), a) for row, rows, a in zip(places, real, assignment)]
+            result += (torch.stack(labels) if labels else places,)
         return result
 
     # ----------------------------------------------------------------------------------------------------------
@@ -170,6 +182,9 @@ class TokenPooler:
         pooled: list[Any] = [None] * len(documents)
         assignment: list[Any] = [None] * len(documents)
         searched = self.max_error is not None or self.distance_threshold is not None
+        for argument in ("max_error", "distance_threshold"):
+            for x in documents if getattr(self, argument) is not None else ():
+                check_known("TokenPooler", f"documents beside {argument}", x)
         groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
         for i, x in enumerate(documents):
             free = len(x) - self.protected_tokens
@@ -195,8 +210,7 @@ class TokenPooler:
     def _pool_batch(self, documents: list[Tensor], length: int, want_assignment: bool) -> tuple[list[Any], list[Any]]:
         """Documents of one dtype and device, whose free tokens are padded to `length`."""
         first, p = documents[0], self.protected_tokens
-        x = pad_sequence([x.to(accumulate_dtype(x.dtype)) for x in documents], batch_first=True)
-        x = pad(x, (0, 0, 0, p + length - x.shape[1]))
+        x = stacked([x.to(accumulate_dtype(x.dtype)) for x in documents], length=p + length)
         if self.normalize:
             x = unit(x)
         free = torch.tensor([len(x) - p for x in documents], device=x.device)
@@ -267,12 +281,11 @@ def unit(x: Tensor) -> Tensor:
     """Rows of unit norm (zeros stay), also where their squares would overflow or vanish."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     result = x / norm.clamp(min=1e-12)
-    strange = ((norm > 1e-12) & (norm < 1e18)).logical_not()[..., 0].nonzero(as_tuple=True)
-    rows = x[strange]
-    if not rows.any():  # zeros
+    strange = ((norm > 1e-12) & (norm < 1e18)).logical_not()
+    if x.shape[-1] == 0 or values.visible(x) and not x[strange[..., 0]].any():  # zeros at most
         return result
-    largest = rows.detach().abs().amax(-1, keepdim=True)
-    return result.index_put(strange, normalize(rows * power_of_two_scale(largest)[0], dim=-1))
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return torch.where(strange, normalize(x * power_of_two_scale(largest)[0], dim=-1), result)
 
 
 def padded_length(n: int) -> int:
@@ -308,6 +321,7 @@ def check_documents(documents: Iterable[Tensor]) -> list[Tensor]:
             remedy = "; convert it with torch.as_tensor" if hasattr(x, "__array__") else ""
             raise TypeError(f"TokenPooler: documents[{i}] must be a torch.Tensor, got {type(x).__name__}{remedy}")
         check_tensor("TokenPooler", f"documents[{i}]", x, floating=True)
+        check_not_meta("TokenPooler", f"documents[{i}]", x)
         if x.dim() != 2:
             raise ValueError(f"TokenPooler: documents[{i}] must have shape (n, D), got {tuple(x.shape)}")
         if x.shape[1] != documents[0].shape[1]:
@@ -322,6 +336,7 @@ def _check_tensor(x: Tensor, dims: int, shape: str) -> None:
     if x.is_nested:
         raise TypeError("TokenPooler: documents must not be a nested tensor; pass list(documents.unbind())")
     check_dims("TokenPooler", "documents", x, dims, dims, shape)
+    check_not_meta("TokenPooler", "documents", x)
 
 
 def _check_padded(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -331,6 +346,7 @@ def _check_padded(x: Tensor, mask: Tensor | None) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"TokenPooler: mask must be a bool tensor (True = real token), got {got}; write mask != 0")
+    check_known("TokenPooler", "mask", mask)
     if mask.shape != x.shape[:2]:
         raise ValueError(f"TokenPooler: mask must have shape (B, N) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
     return mask.to(x.device)
@@ -341,6 +357,7 @@ def _packed_lengths(x: Tensor, cu_seqlens: Tensor) -> list[int]:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in INTEGER or cu_seqlens.dim() != 1:
         got = (cu_seqlens.dtype, tuple(cu_seqlens.shape)) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens)
         raise TypeError(f"TokenPooler: cu_seqlens must be a (B + 1,) integer tensor, got {got}")
+    check_known("TokenPooler", "cu_seqlens", cu_seqlens)
     ends = cu_seqlens.tolist()
     if not ends or ends[0] != 0 or ends[-1] != len(x):
         raise ValueError(

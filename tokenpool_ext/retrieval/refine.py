@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import values
 from ..functional import pool
 from ..reference_steps import power_of_two_scale
 
@@ -34,10 +35,10 @@ def refined(x: Tensor, assignment: Tensor, num_clusters: int, rounds: int) -> Te
     for _ in range(rounds):
         mass = x.new_zeros(num_clusters).index_add_(0, assignment, x.new_ones(n))
         centers = pool(x, assignment, num_clusters)
-        distance = torch.addmm(centers.square().sum(1), x, centers.T, alpha=-2).add_(energy[:, None]).clamp_(min=0)
+        distance = torch.addmm(centers.square().sum(1), x, centers.T, alpha=-2).add_(energy[:, None]).clamp(min=0)
         m = mass[assignment]
         leave = distance.gather(1, assignment[:, None])[:, 0] * m / (m - 1).clamp(min=1)
-        join = distance.mul_(mass / (mass + 1)).scatter_(1, assignment[:, None], torch.inf)
+        join = distance.mul_(mass / (mass + 1)).scatter(1, assignment[:, None], torch.inf)
         cost, target = join.min(1)
         gain = torch.where(m > 1, leave - cost, 0)
         gain = torch.where(gain > LEAST_GAIN * energy, gain, 0)
@@ -48,7 +49,7 @@ def refined(x: Tensor, assignment: Tensor, num_clusters: int, rounds: int) -> Te
         first = index.new_full((num_clusters,), n)
         first = first.scatter_reduce(0, assignment, index, "amin").scatter_reduce(0, target, index, "amin")
         wins &= (first[assignment] == token) & (first[target] == token)
-        if not wins.any():
+        if values.visible(wins) and not wins.any():  # where none is made, a round changes nothing
             break
         assignment = torch.where(wins, target, assignment)
     first = token.new_full((num_clusters,), n).scatter_reduce(0, assignment, token, "amin")
