@@ -181,6 +181,60 @@ def test_hand_written_blocks_that_lie(block, words):
         vit.patch(PlainModel(block), keep_ratio=0.5)
 
 
+class Laid(PlainBlock):
+    """Its attention product has its images and heads in another layout, and in training some images of a batch only."""
+
+    layout, fused, images = "b h", False, slice(None)
+
+    def attend(self, x):
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.h, d // self.h).permute(2, 0, 3, 1, 4)
+        first, folded = "h b" in self.layout, "(" in self.layout
+        q, k, v = (t.transpose(0, 1) if first else t for t in (q, k, v))
+        q, k, v = (t.reshape(-1, n, d // self.h) if folded else t for t in (q, k, v))
+        if self.fused:
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        out = out.reshape(self.h, b, n, -1).transpose(0, 1) if first else out.reshape(b, self.h, n, -1)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        i = torch.arange(len(x))[self.images]
+        x = x.index_add(0, i, self.attend(self.n1(x[i])))
+        return x + self.down(torch.relu(self.up(self.n2(x))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"cluster_on": "keys", "weighted": False}, {"pooling": "score"}], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("layout", ["b h", "(b h)", "h b", "(h b)"])
+def test_the_layout_of_the_product_changes_nothing(layout, fused, options):
+    """Heads in front of the images, or folded into them: scores, keys and sizes are of each image's own tokens."""
+    model, x = plain()
+    other = PlainModel(Laid)
+    other.load_state_dict(model.state_dict())
+    for block in other.stages:
+        block.layout, block.fused = layout, fused
+    x = torch.cat([x, 2 * x.flip(1)])  # as many images as heads
+    wanted = vit.patch(model, keep_ratio=0.5, **options)(x)
+    torch.testing.assert_close(vit.patch(other, keep_ratio=0.5, **options)(x), wanted)
+    torch.testing.assert_close(other(x[1:2]), wanted[1:2])
+
+
+@pytest.mark.parametrize("part", [slice(1), slice(0, 2)])
+def test_attention_to_some_images_is_refused(part):
+    """Stochastic depth that leaves out images, as DINOv2's own."""
+    model, x = PlainModel(Laid), torch.randn(4, 16, 8)
+    for block in model.stages:
+        block.fused = True
+    vit.patch(model, keep_ratio=0.5)
+    for block in model.stages:
+        block.images = part
+    with pytest.raises(RuntimeError, match=rf"attention ran on {part.stop} of 4 images"):
+        model(x)
+
+
 @torch.no_grad()
 def test_padding_moves_nothing():
     model, _, kwargs = make("transformers BertPadded")

@@ -32,6 +32,7 @@ class Form(NamedTuple):
     square: bool = True  # biases (..., N, N) are cut outside the block, else where they meet the attention product
     folded: bool = False  # biases (X, N, N) are (B * H, N, N), else (H, N, N)
     attends: bool = True  # a tap sees its attention
+    heads_first: bool = False  # its products are (H, B, N, d), or folded so
     shared: frozenset = frozenset()  # names of tables (H, N, ...) of all images, also where H are as many
 
 

@@ -225,9 +225,9 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         short, n, bias, left = shorten(x, state), state.labels.shape[1], state.bias, state.index
         if sides:
             args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
-    scored = pooling is not None and getattr(pooling, "needs_scores", True)
+    scored = pooling is not None and plan.form.attends and getattr(pooling, "needs_scores", True)
     noted = scored or (pooling is not None and plan.cluster_on == "keys")
-    tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, layout == "packed")
+    tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, layout == "packed", plan.form.heads_first)
     before, reducer = None, None
     if pooling is not None:
         valid = valid_tokens(sides, x.shape[0], n, left, plan.form) if sides else None

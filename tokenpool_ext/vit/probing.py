@@ -13,7 +13,7 @@ import inspect
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -282,17 +282,25 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     size = (result - tokens).float().abs().amax().clamp(min=1e-30)
     limit = 2e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
     reason = "its output does not follow its tokens when they are permuted, so it depends on their order or place"
-    for heads, square, folded in itertools.product((True, False), (True, False), (False, True)):
-        form = Form(layout, heads, square, folded, shared=shared)
+    unseen: Form | None = None
+    for first, heads, square, folded in itertools.product((False, True), (True, False), (True, False), (False, True)):
+        form = Form(layout, heads, square, folded, heads_first=first, shared=shared)
         trial = Plan(0, 0, p, plan.suffix, (), "full", "block", "tokens", False, form=form)
-        tap = Tap(b, n, None, None if square else order, n, note=True, packed=layout == "packed")
-        try:
+
+        def run(x: Tensor, form: Form = form, trial: Plan = trial) -> tuple[Tensor, Tap]:
+            """Output and tap on permuted tokens."""
+            index = None if form.square else order
+            tap = Tap(b, n, None, index, n, note=True, packed=layout == "packed", heads_first=form.heads_first)
             a, k, _ = inputs.follow_all(sides, trial, args, kwargs, n, order)
-            a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(tokens, order), layout))
+            a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(x, order), layout))
             with tap:
-                got = inputs.batch_first(first_of(own(*a, **k)), layout)
+                return inputs.batch_first(first_of(own(*a, **k)), layout), tap
+
+        try:
+            got, tap = run(tokens)
         except Exception as error:
-            reason = f"it does not run on permuted tokens ({type(error).__name__}: {error})".splitlines()[0]
+            if not first:
+                reason = f"it does not run on permuted tokens ({type(error).__name__}: {error})".splitlines()[0]
             continue
         if got.shape == expected.shape and float((got - expected).float().abs().amax() / size) <= limit:
             try:
@@ -306,7 +314,11 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
                     f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
                     " which pooled tokens are not; this block is not supported"
                 )
-            return form._replace(attends=tap.seen > 0)
+            if b == 1 or by_images(run, tokens):
+                return form._replace(attends=tap.seen > 0)
+            unseen = unseen or form._replace(attends=False)
+    if unseen is not None:
+        return unseen
     raise TypeError(
         f"patch: {name(block)} is not supported: {reason}. Windowed and grid-bound attention cannot take pooled tokens"
     )
@@ -325,9 +337,19 @@ def fewer(block, args, kwargs, at, sides: list, tokens: Tensor, order: Tensor, p
     for index in (some, some[:, other]):
         a, k, _ = inputs.follow_all(sides, plan, args, kwargs, n, index)
         a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(tokens, index), layout))
-        with Tap(b, n - 2, None, index, n, packed=layout == "packed"):
+        with Tap(b, n - 2, None, index, n, packed=layout == "packed", heads_first=plan.form.heads_first):
             results.append(inputs.batch_first(first_of(pooled_free(block)(*a, **k)), layout))
     return bool((results[0][:, other] - results[1]).float().abs().amax() <= limit)
+
+
+def by_images(run: Callable[[Tensor], tuple[Tensor, Tap]], tokens: Tensor) -> bool:
+    """Whether the scores of the first image, which a tap has after ``run``, are those of its own tokens."""
+    moved = torch.cat([tokens[:1], tokens[1:].flip(2) + 1])
+    try:
+        own, beside = (run(x)[1].scores() for x in (tokens, moved))
+    except RuntimeError:  # shapes that do not fit
+        return False
+    return own is None or beside is None or torch.allclose(own[:1], beside[:1], rtol=1e-2, atol=1e-6)
 
 
 def first_of(out: Any) -> Any:

@@ -38,6 +38,7 @@ class Tap(TorchFunctionMode):
         index: (B, T) the original token each stands for, or None; of ``original`` tokens.
         note: whether queries, keys or probabilities are wanted.
         packed: whether several sequences are in one, each with a product of its own.
+        heads_first: whether the product has its heads before the images.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Tap(TorchFunctionMode):
         original: int = 0,
         note: bool = False,
         packed: bool = False,
+        heads_first: bool = False,
     ) -> None:
         super().__init__()
         self.batch, self.length, self.original = batch, length, original
-        self.index, self.note = index, note
+        self.index, self.note, self.heads_first = index, note, heads_first
         self.bias = bias
         self.found: tuple | None = None
         self.factor: Tensor | None = None  # of the last square product: the keys, where no softmax is fused with it
@@ -81,6 +83,14 @@ class Tap(TorchFunctionMode):
         q, k, mask = given["query"], given["key"], given.get("attn_mask")
         if not (q.shape[-2] == k.shape[-2] == self.length and q.dim() >= 3):
             return self._piece(func, given, q, k) if self.packed and mask is None else func(**given)
+        images = q.shape[1 if self.heads_first else 0] if q.dim() == 4 else q.shape[0] % self.batch or self.batch
+        if images != self.batch:
+            raise RuntimeError(
+                f"patched block: its attention ran on {images} of {self.batch} images, so that nothing is known of"
+                " the others' tokens; turn off a stochastic depth that leaves out images"
+            )
+        if q.dim() == 3 or self.heads_first:
+            return self._by_images(func, given)
         self.seen += 1
         if mask is not None and self.index is not None and mask.shape[-2:] == (self.original, self.original):
             mask = take_square(mask, self.index)  # a bias made inside the block: the rows and columns of those left
@@ -99,6 +109,23 @@ class Tap(TorchFunctionMode):
                 mask = q.new_ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
             self.found = ("product", q.detach(), k.detach().to(q.dtype), given.get("scale"), mask)
         return out
+
+    def _by_images(self, func, given: dict[str, Any]) -> Tensor:
+        """A product with its heads folded into the batch, or first, as one (B, H, T, d)."""
+        shape, first, mask = given["query"].shape, self.heads_first, given.get("attn_mask")
+        given.update({name: self._images(given[name]) for name in ("query", "key", "value")})
+        if mask is not None and mask.dim() > 2 and mask.shape[0] == shape[0]:
+            given["attn_mask"] = self._images(mask)
+        self.heads_first = False
+        out = self._product(func, given)
+        self.heads_first = first
+        return (out.transpose(0, 1) if first else out).reshape(*shape[:-1], -1)
+
+    def _images(self, x: Tensor) -> Tensor:
+        """(B, H, T, .) of queries, keys or probabilities."""
+        if self.heads_first:
+            return (x.unflatten(0, (-1, self.batch)) if x.dim() == 3 else x).transpose(0, 1)
+        return x.reshape(self.batch, -1, *x.shape[-2:])
 
     def _piece(self, func, given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
         """The product of one of the sequences packed into one, in their order."""
@@ -126,7 +153,7 @@ class Tap(TorchFunctionMode):
             args, kwargs = (x, *args[1:]), {name: v for name, v in kwargs.items() if name not in ("input", "self")}
         out = func(*args, **kwargs)
         if self.note:
-            self.found = ("probabilities", out.detach())
+            self.found = ("probabilities", self._images(out.detach()))
         return out
 
     def _multi_head(self, func, given: dict[str, Any]):
@@ -157,7 +184,9 @@ class Tap(TorchFunctionMode):
         return out
 
     def _like(self, bias: Tensor, x: Tensor) -> Tensor:
-        """(B, 1, 1, T) as it fits ``x``: (B, H, T, .), or heads folded into the batch, or more dimensions."""
+        """(B, 1, 1, T) as it fits ``x``: (B, H, T, .), or heads folded into the batch or first, or more dimensions."""
+        if self.heads_first:
+            return bias.transpose(0, 1) if x.dim() == 4 else bias[:, 0].repeat(x.shape[0] // self.batch, 1, 1)
         if x.dim() == 4:
             return bias
         if x.dim() == 3:
@@ -174,7 +203,7 @@ class Tap(TorchFunctionMode):
         if self.found is None:
             return None
         if self.found[0] == "probabilities":
-            return received(self.found[1].unflatten(0, (self.batch, -1)).flatten(1, -3), valid)
+            return received(self.found[1], valid)
         _, q, k, scale, mask = self.found
         q, k = q.reshape(self.batch, -1, *q.shape[-2:]), k.reshape(self.batch, -1, *k.shape[-2:])
         if k.shape[1] != q.shape[1]:
@@ -185,8 +214,10 @@ class Tap(TorchFunctionMode):
         """(B, T, d) keys as they enter the product, averaged over heads; None when none was seen."""
         if self.pieces and self.offset == self.length:
             return torch.cat([keys for _, keys in self.pieces], dim=2).mean(dim=1)
-        keys = self.factor if self.found is None or self.found[0] == "probabilities" else self.found[2]
-        return None if keys is None else keys.reshape(self.batch, -1, self.length, keys.shape[-1]).mean(dim=1)
+        if self.found is None or self.found[0] == "probabilities":
+            return None if self.factor is None else self._images(self.factor).mean(dim=1)
+        keys = self.found[2]
+        return keys.reshape(self.batch, -1, *keys.shape[-2:]).mean(dim=1)
 
 
 def received(probabilities: Tensor, valid: Tensor | None) -> Tensor:
