@@ -21,6 +21,7 @@ AVX512 = {
     "avx512_vnni": "-mavx512vnni",
 }
 COPIES = {"avx512": AVX512, "avx2": AVX2}
+OPTIMISED = "-O3"
 
 
 def copies() -> list[str]:
@@ -42,7 +43,7 @@ def main(sizes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/profile_cpu"
         sources = [str(ROOT / "bench/native/profile_cpu.cpp"), str(ROOT / "csrc/planner.cpp")]
-        flags = ["-std=c++17", "-O3", "-fno-math-errno", "-I", str(ROOT / "csrc"), *COPIES[chosen()].values()]
+        flags = ["-std=c++17", OPTIMISED, "-fno-math-errno", "-I", str(ROOT / "csrc"), *COPIES[chosen()].values()]
         subprocess.run(["g++", *flags, *sources, "-o", program], check=True)
         return subprocess.run([program, *sizes]).returncode
 

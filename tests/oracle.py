@@ -7,6 +7,7 @@ ties are ties; otherwise float64 with distances by differences.  Slow on purpose
 from __future__ import annotations
 
 import dataclasses
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -27,6 +28,13 @@ def _numbers(a, exact):
     if not exact:
         return a.astype(np.float64)
     return np.array([Fraction(float(v)) for v in a.ravel()], dtype=object).reshape(a.shape)
+
+
+def _integers(a):
+    """Whole numbers (Python's own) in the proportions of these."""
+    a = _numbers(a, True)
+    scale = math.lcm(*(v.denominator for v in a.ravel()))
+    return np.array([int(v * scale) for v in a.ravel()], dtype=object).reshape(a.shape)
 
 
 def _distance(x, c):
@@ -148,15 +156,16 @@ def _central(x, w, members, mu):
 
 
 def representatives(x, labels, k, weights=None):
-    """(k,) of each cluster the member nearest to its mean, lowest index on a tie, in rational arithmetic; -1: none."""
+    """(k,) of each cluster the member nearest to its mean, lowest index on a tie, exactly; -1: none."""
     labels = np.asarray(labels)
-    x, w = _numbers(x, True), _numbers(np.ones(len(x)) if weights is None else weights, True)
+    x, w = _integers(x), _integers(np.ones(len(x)) if weights is None else weights)
     chosen = np.full(k, -1)
     for j in range(k):
         members = np.flatnonzero(labels == j)
         if len(members):
-            mu = _mean(x[members], w[members])
-            d = [_distance(x[i], mu) for i in members]
+            p = w[members] if w[members].sum() else np.ones(len(members), object)
+            moment = (p[:, None] * x[members]).sum(0)
+            d = [_distance(p.sum() * x[i], moment) for i in members]  # times the total weight squared
             chosen[j] = members[d.index(min(d))]
     return chosen
 

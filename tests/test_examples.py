@@ -11,7 +11,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # What an example needs beyond torch, and arguments that keep it short.
 NEEDS = {
     "speed_up_timm": ("timm", ["--model", "vit_tiny_patch16_224", "--batch", "1"]),
-    "fine_tune": (None, []),
     "your_own_model": (None, []),
     "clip_zero_shot": ("transformers", []),
     "segmentation_features": ("transformers", []),
@@ -33,5 +32,6 @@ def test_example_runs(name):
 
 def test_fine_tuning_learns():
     done = subprocess.run([sys.executable, str(EXAMPLES / "fine_tune.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     accuracy = float(done.stdout.rsplit("accuracy ", 1)[1].split()[0])
     assert accuracy > 0.6, done.stdout  # chance is 0.25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,12 +19,26 @@ HEADERS = sorted(
 )
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")
+def first_included(header: Path) -> Path | None:
+    """The header whose text the compiler reads before any of this one's own."""
+    opening = re.match(r'(?://.*\n|\s*\n)*#pragma once\n\s*#include "(.+)"\n', header.read_text())
+    return (header.parent / opening[1]).resolve() if opening else None
+
+
+# What stands first in another header parses alone if that one does.
+ALONE = sorted(set(HEADERS) - {first_included(path) for path in HEADERS})
+
+
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: str(path.relative_to(ROOT / "csrc")))
-def test_header_parses_alone(header, tmp_path):
+def test_a_header_opens_with_what_it_is_for(header):
     text = header.read_text()
-    assert text.startswith("//"), "a header opens with what it is for"
+    assert text.startswith("//")
     assert text.count("#pragma once") == 1
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")
+@pytest.mark.parametrize("header", ALONE, ids=lambda path: str(path.relative_to(ROOT / "csrc")))
+def test_header_parses_alone(header, tmp_path):
     unit = tmp_path / "unit.cpp"
     unit.write_text(f'#include "{header}"\n')
     flags = ["-fsyntax-only", "-std=c++17", "-Wno-unknown-pragmas", "-DTOKENPOOL_CUDA_SIM"]
