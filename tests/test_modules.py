@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,40 @@ def test_mask(name, tokens):
     if name != "grid":
         assert torch.equal((clusters.mass > 0).sum(1), torch.tensor([K, K, 5]))
         assert (y[2, P + 5 :] == 0).all()
+
+
+@pytest.mark.parametrize("kept", [{"keep_ratio": 0.5}, {"keep_ratio": 0.77}, {"num_tokens": -13}], ids=str)
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize(
+    "make",
+    [TokenPooling, partial(TokenPooling, algorithm="kmedoids"), partial(TokenPooling, init="strided"), ScorePruning],
+    ids=["kmeans", "kmedoids", "strided", "score"],
+)
+def test_each_padded_image_is_as_alone(make, prefix, kept):
+    """How many tokens are left of an image depends on its own real tokens, not on the longest image beside it."""
+    generator = torch.Generator().manual_seed(0)
+    x, scores = torch.randn(4, 41, 8, generator=generator), torch.rand(4, 41, generator=generator) + 0.1
+    lengths = [41, 30, 7, 1]
+    mask = torch.arange(41) < torch.tensor(lengths)[:, None]
+    layer = make(num_prefix_tokens=prefix, return_clusters=True, **kept)
+    y, clusters, sizes = layer(x.where(mask[:, :, None], torch.nan), scores, mask=mask, sizes=torch.ones(4, 41))
+    for i, n in enumerate(lengths):
+        own, own_clusters, own_sizes = layer(x[i : i + 1, :n], scores[i : i + 1, :n], sizes=torch.ones(1, n))
+        k = own.shape[1]
+        assert torch.equal(y[i, :k], own[0]) and not y[i, k:].any()
+        assert torch.equal(sizes[i, :k], own_sizes[0]) and not sizes[i, k:].any()
+        assert torch.equal(clusters.assignment[i, : n - prefix], own_clusters.assignment[0])
+        assert torch.equal(clusters.medoids[i, : k - prefix], own_clusters.medoids[0])
+
+
+def test_a_rule_of_one_s_own_counts_real_tokens_too():
+    class Thirds(TokenPooling):
+        def tokens_kept(self, num_patches: int) -> int:
+            return -(-num_patches // 3)
+
+    mask = torch.arange(12) < torch.tensor([[12], [7]])
+    layer = Thirds(keep_ratio=1.0, num_prefix_tokens=0, return_clusters=True)
+    assert (layer(torch.randn(2, 12, 4), mask=mask)[1].mass > 0).sum(1).tolist() == [4, 3]
 
 
 def test_gradients(name, tokens):

@@ -247,6 +247,21 @@ def test_padding_moves_nothing():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{"keep_ratio": 0.5}, {"keep_ratio": 0.6, "outside": "short"}], ids=str)
+@pytest.mark.parametrize("pooling", ["kmeans", "kmedoids", "score"])
+@pytest.mark.parametrize("name", ["BertPadded", "ModernBert", "T5Encoder"])
+def test_a_padded_text_is_as_alone(name, pooling, options):
+    model, _, kwargs = make(f"transformers {name}")
+    whole = model(**kwargs).last_hidden_state[1]
+    vit.patch(model, pooling=pooling, **options)
+    beside = model(**kwargs).last_hidden_state[1]
+    alone = model(**{key: value[1:, :9] for key, value in kwargs.items()}).last_hidden_state[0]
+    rows = slice(1 if "outside" in options else 9)  # outside="short": the token in front
+    torch.testing.assert_close(beside[rows], alone[rows])
+    assert (whole[rows] - alone[rows]).abs().max() > 1e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["transformers Qwen2VL vision", "transformers Qwen2.5VL vision"])
 def test_packed_images_are_pooled_one_by_one(name):
     model, (patches, grid), _ = make(name)

@@ -147,8 +147,9 @@ class TokenPooling(TokenReduction):
         argument = "sizes" if weights is sizes else "scores"
         in_acc = None if weights is None else check_negative(type(self).__name__, argument, weights, on, mask)
         chain = select(name, on, self.backend)
-        start = check_init(name, self.init, on, k, mask, None, True)
-        clusters = cluster_from(chain, name, on, in_acc, mask, None, start, k, self.num_iters, self.sort)
+        counts = self._counts(mask, k)
+        start = check_init(name, self.init, on, k, mask, counts, True)
+        clusters = cluster_from(chain, name, on, in_acc, mask, counts, start, k, self.num_iters, self.sort)
         if name == "kmeans" or self.emit == "mean":
             if features is None and name == "kmeans":
                 return clusters.centers, clusters

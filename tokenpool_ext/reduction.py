@@ -45,7 +45,7 @@ class TokenReduction(nn.Module):
     Args:
         num_tokens: K, the number of *patch* tokens kept (prefix tokens come on top); -r: all but r, but at least half.
         keep_ratio: instead of ``num_tokens``: K = keep_ratio * n, 0 < keep_ratio <= 1, rounded to the nearest (halves
-            down), at least 1.
+            down), at least 1. With a mask, -r and the ratio are of each image's real tokens; K is the most that may be.
         num_prefix_tokens: P, tokens in front that pass through unchanged.
         return_clusters: whether ``forward`` also returns :class:`~tokenpool_ext.Clusters`.
         backend: passed to the functions of ``tokenpool_ext.functional``; None chooses.
@@ -115,6 +115,19 @@ class TokenReduction(nn.Module):
             return kept_by_count(num_patches, self.num_tokens)
         return kept_by_ratio(num_patches, *as_fraction(self.keep_ratio))
 
+    def _counts(self, mask: Tensor | None, k: int) -> Tensor | None:
+        """(B,) tokens kept of each image, by its own real tokens; None: K of all, or as many as there are."""
+        if mask is None or (self.num_tokens is not None and self.num_tokens > 0):
+            return None
+        real = mask.sum(1)
+        if type(self).tokens_kept is not TokenReduction.tokens_kept:
+            kept = torch.tensor([self.tokens_kept(i) for i in range(mask.shape[1] + 1)], device=mask.device)[real]
+        elif self.num_tokens is not None:
+            kept = real - (real // 2).clamp(max=-self.num_tokens)
+        else:
+            kept = _nearest(real, *as_fraction(self.keep_ratio))
+        return kept.clamp(1, k)
+
     def _weights(self, scores: Tensor | None, sizes: Tensor | None) -> Tensor | None:
         """What each token counts in ``Clusters.mass``; None: 1."""
         return sizes
@@ -152,7 +165,7 @@ class TokenReduction(nn.Module):
             features: (B, N, E) or (B, n, E): decide on this tensor (attention keys, say) and pool ``x``. None: ``x``.
             positions: (B, N, P) or (B, n, P): coordinates of the tokens, for ``position_weight``.
             mask: (B, N) or (B, n) bool, True = real token. Padding is never pooled. Where an image has fewer real
-                patch tokens than K, its last tokens are zeros (their ``mass`` is 0).
+                patch tokens than K, or keeps fewer by ``keep_ratio``, its last tokens are zeros (their ``mass`` is 0).
             sizes: (B, N) or (B, n): how many image patches each token stands for. Without scores they are the weights.
 
         Returns:
@@ -310,4 +323,9 @@ def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
 
     In integers, so that one compiled graph serves every n. 196 tokens at 1/2 three times: 98, 49, 24.
     """
-    return min(max(1, (2 * numerator * n + denominator - 1) // (2 * denominator)), n)
+    nearest: int = _nearest(n, numerator, denominator)
+    return min(max(1, nearest), n)
+
+
+def _nearest(n: Any, numerator: int, denominator: int) -> Any:
+    return (2 * numerator * n + denominator - 1) // (2 * denominator)

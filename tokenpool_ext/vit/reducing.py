@@ -93,11 +93,12 @@ class Reducer:
         labels, medoids = clusters.assignment, clusters.medoids
         covering = isinstance(pooling, COVERING)
         if plan.outside == "full" and not covering:  # dropped ones show as the one most like them
-            apart = None
+            apart = None if valid is None else medoids[:, None] < 0  # not as one that an image does not have
             if self.ends:  # not as one of another sequence
                 ends = torch.tensor(self.ends, device=labels.device)
                 ours = torch.bucketize(torch.arange(t, device=labels.device), ends, right=True)
-                apart = ours[:, None] != torch.bucketize(medoids, ends, right=True)
+                other = ours[:, None] != torch.bucketize(medoids, ends, right=True)
+                apart = other if apart is None else apart | other
             labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:], apart), labels)
             labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
         complete = covering and valid is None  # every token is in a cluster, every cluster has a token
@@ -106,8 +107,9 @@ class Reducer:
         if p:
             lead = torch.arange(p, device=labels.device).expand(b, p)
             labels, medoids = torch.cat([lead, labels + p], dim=1), torch.cat([lead, medoids + p], dim=1)
-        if not complete:  # a token that is in none stands for an empty cluster
-            medoids = torch.where(medoids < 0, (labels < 0).int().argmax(dim=1, keepdim=True), medoids)
+        if not complete:  # padding stands for a cluster that an image does not have
+            spare = labels < 0 if valid is None else ~valid
+            medoids = torch.where(medoids < 0, spare.int().argmax(dim=1, keepdim=True), medoids)
         if order is not None:
             medoids, labels = order.gather(1, medoids), labels.gather(1, order.argsort(dim=1))
         drops = valid is not None or (plan.outside == "short" and not covering)
@@ -175,7 +177,7 @@ def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p
 
 
 def nearest(tokens: Tensor, centers: Tensor, apart: Tensor | None = None) -> Tensor:
-    """(B, N) the center (B, K, D) nearest to each token (B, N, D), of those not ``apart`` (N, K) from it."""
+    """(B, N) the center (B, K, D) nearest to each token (B, N, D), of those not ``apart`` (B or 1, N or 1, K)."""
     tokens, centers = tokens.detach().float(), centers.detach().float()
     distance = centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)
     return (distance if apart is None else distance.masked_fill(apart, torch.inf)).argmin(dim=2)
