@@ -358,7 +358,7 @@ def check(block: nn.Module, place: Place, x: Tensor, pooling: nn.Module | None) 
             f" num_prefix_tokens={pooling.num_prefix_tokens} and return_clusters={pooling.return_clusters}; for other"
             " tokens that are never pooled patch again with num_prefix_tokens=... or protect=..."
         )
-    if n < protected:
+    if n <= protected:
         raise ValueError(
             f"{name}: num_prefix_tokens = {protected} tokens are never"
             f" pooled, but only {n} tokens came; patch with fewer prefix tokens"
