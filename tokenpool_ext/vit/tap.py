@@ -100,7 +100,8 @@ class Tap(TorchFunctionMode):
         if given.get("is_causal") and self.index is not None:  # no token sees what comes after the one it stands for
             mask, given["is_causal"] = (self.index[:, :, None] >= self.index[:, None, :])[:, None], False
         if self.bias is not None:
-            mask = _added(mask, self._like(self.bias, q), q.dtype)
+            bias = self.bias if q.dim() == 4 else self.bias.reshape(self.batch, *[1] * (q.dim() - 2), self.length)
+            mask = _added(mask, bias, q.dtype)
         if mask is not given.get("attn_mask"):
             given["attn_mask"] = mask
         out = func(**given)
@@ -119,13 +120,17 @@ class Tap(TorchFunctionMode):
         self.heads_first = False
         out = self._product(func, given)
         self.heads_first = first
-        return (out.transpose(0, 1) if first else out).reshape(*shape[:-1], -1)
+        return self._as_given(out, (*shape[:-1], -1))
 
     def _images(self, x: Tensor) -> Tensor:
         """(B, H, T, .) of queries, keys or probabilities."""
         if self.heads_first:
             return (x.unflatten(0, (-1, self.batch)) if x.dim() == 3 else x).transpose(0, 1)
         return x.reshape(self.batch, -1, *x.shape[-2:])
+
+    def _as_given(self, x: Tensor, shape) -> Tensor:
+        """Back from :meth:`_images`."""
+        return (x.transpose(0, 1) if self.heads_first else x).reshape(shape)
 
     def _piece(self, func, given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
         """The product of one of the sequences packed into one, in their order."""
@@ -149,7 +154,7 @@ class Tap(TorchFunctionMode):
             return func(*args, **kwargs)
         self.seen += 1
         if self.bias is not None:
-            x = x + self._like(self.bias, x).to(x.dtype)
+            x = self._as_given(self._images(x) + self.bias.to(x.dtype), x.shape)
             args, kwargs = (x, *args[1:]), {name: v for name, v in kwargs.items() if name not in ("input", "self")}
         out = func(*args, **kwargs)
         if self.note:
@@ -182,16 +187,6 @@ class Tap(TorchFunctionMode):
             q, k = _projected(given, query.detach(), key.detach())
             self.found = ("product", q, k, None, _masks(given, q))
         return out
-
-    def _like(self, bias: Tensor, x: Tensor) -> Tensor:
-        """(B, 1, 1, T) as it fits ``x``: (B, H, T, .), or heads folded into the batch or first, or more dimensions."""
-        if self.heads_first:
-            return bias.transpose(0, 1) if x.dim() == 4 else bias[:, 0].repeat(x.shape[0] // self.batch, 1, 1)
-        if x.dim() == 4:
-            return bias
-        if x.dim() == 3:
-            return bias[:, 0].repeat_interleave(x.shape[0] // self.batch, 0)
-        return bias.reshape(self.batch, *[1] * (x.dim() - 2), self.length)
 
     def scores(self, valid: Tensor | None = None) -> Tensor | None:
         """(B, T) attention received by every token in the last product seen, from ``valid`` (B, T) queries.
