@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 import tokenpool_ext as tp
 from tokenpool_ext.retrieval import TokenPooler
-from tokenpool_ext.retrieval.pooler import padded_length
+from tokenpool_ext.retrieval.pooler import _energy, padded_length
 from tokenpool_ext.retrieval.refine import refined
 
 
@@ -243,6 +243,26 @@ def test_gradients_reach_the_tokens():
     means = torch.stack([normalize(x, dim=-1)[labels == j].mean(0) for j in range(6)])
     (expected,) = torch.autograd.grad((normalize(means, dim=-1) * weights).sum(), x)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}], ids=str)
+def test_a_refined_document_changes_no_other(options):
+    """K < n / 5 in the first one alone: the others' means came from another sum beside it."""
+    docs = documents(40, *[9, 12, 40] * 10, features=3, dtype=torch.float64)
+    docs[0] = docs[0][:1].expand(40, 3)
+    for bound in ({"max_error": 0.05}, {"pool_factor": 4.5}, {"num_tokens": 8}):
+        pooler = TokenPooler(**bound, **options)
+        assert_same(pooler(docs), [pooler([x])[0] for x in docs])
+
+
+def test_bounds_are_decided_alike_in_any_batch_with_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for x in documents(*range(400, 430), features=128):
+            assert torch.equal(_energy(x[None]), _energy(torch.stack([x, x]))[:1])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_vmap_is_a_larger_batch():

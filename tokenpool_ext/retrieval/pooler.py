@@ -237,14 +237,18 @@ class TokenPooler:
         rounds = [
             (10 if k * 5 < n else 0) if self.refine is None else self.refine for k, n in zip(counts.tolist(), free)
         ]
-        if any(rounds):
+        moved = torch.tensor([b for b, r in enumerate(rounds) if r], device=x.device, dtype=torch.int64)
+        if len(moved):  # the other documents keep what they would have alone, to the bit
             assignment = assignment.clone()
-            for b, (k, n, r) in enumerate(zip(counts.tolist(), free, rounds)):
-                if r:
-                    assignment[b, :n] = refined(x[b, :n], assignment[b, :n], k, r)
-            centers = pool(x, assignment, centers.shape[1], backend=self.backend)
+            for b in moved.tolist():
+                n = free[b]
+                assignment[b, :n] = refined(x[b, :n], assignment[b, :n], int(counts[b]), rounds[b])
+            tokens, labels = x[moved], assignment[moved]
+            means = pool(tokens, labels, centers.shape[1], backend=self.backend)
+            centers = centers.index_copy(0, moved, means)
             with torch.no_grad():
-                inertia = ((x - unpool(centers, assignment)) * mask[..., None]).square().sum((1, 2))
+                left = (tokens - unpool(means, labels)) * mask[moved][..., None]
+                inertia = inertia.index_copy(0, moved, _energy(left))
         return centers, assignment, inertia
 
     def _finish(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -264,7 +268,7 @@ class TokenPooler:
         """(B,) bool: do so many clusters keep the bound?"""
         centers, assignment, inertia = self._cluster(x, mask, counts)
         if self.max_error is not None:
-            return inertia <= self.max_error * x.square().sum((1, 2))
+            return inertia <= self.max_error * _energy(x)
         assert self.distance_threshold is not None, "one of the two is searched for"
         tokens, standing = unit(x), unpool(unit(centers), assignment)
         distance = (tokens - standing).square().sum(-1) / 2  # 1 - cos; of equal directions exactly 0
@@ -275,6 +279,11 @@ class TokenPooler:
         names = ("pool_factor", "max_tokens", "max_error", "distance_threshold", "protected_tokens")
         options = [f"{name}={value}" for name in names if (value := getattr(self, name)) not in (None, 0)]
         return f"TokenPooler({', '.join(options)})"
+
+
+def _energy(x: Tensor) -> Tensor:
+    """(B,) squared norms. Summed in two steps: torch splits one sum among its threads as the batch wants it."""
+    return x.square().sum(2).sum(1)
 
 
 def unit(x: Tensor) -> Tensor:
