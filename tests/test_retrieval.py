@@ -359,3 +359,13 @@ def test_progress_counts_every_document(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="progress=False"):
         TokenPooler(2)(documents(4), progress=True)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("pool_factor", 0.5), ("max_tokens", 0), ("num_iters", 0), ("normalize", 1), ("backend", "gpu")]
+)
+def test_attributes_set_later_are_checked(name, value):
+    pooler = TokenPooler(2)
+    setattr(pooler, name, value)
+    with pytest.raises((TypeError, ValueError), match=f"TokenPooler: {name}"):
+        pooler([torch.randn(8, 4)])

@@ -259,3 +259,16 @@ def test_drop_placeholders():
 def test_bad_input_names_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_the_medoid_is_the_token_nearest_to_its_mean_with_positions_too():
+    x = torch.randn(2, 36, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = tp.compress(x, 9, grid=(6, 6), position_of="medoid", position_weight=3.0)
+    for i in range(2):
+        nearest = []
+        for j in range(9):
+            members = (out.assignment[i] == j).nonzero()[:, 0]
+            offset = (x[i, members] - out.tokens[i, j]).square().sum(1)
+            nearest.append(int(members[offset.argmin()]))
+        assert (out.positions[i] @ torch.tensor([6.0, 1.0])).tolist() == nearest
+        assert nearest == sorted(nearest), "reading order"

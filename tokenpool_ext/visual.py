@@ -16,6 +16,7 @@ from .checks import check_choice, check_known, check_position_weight
 from .functional import kmeans, kmedoids, pool
 from .positions import with_positions
 from .ragged import Images
+from .reference_steps import nearest_members
 
 Grid = Sequence[int]
 
@@ -97,10 +98,11 @@ def compress(
         num_iters=num_iters,
         backend=backend,
     )
-    means, assignment = clusters.centers, clusters.assignment
-    if features is not None:  # means of the tokens alone
+    means, assignment, medoids = clusters.centers, clusters.assignment, clusters.medoids
+    if features is not None:  # means of the tokens alone, and the tokens nearest to these
         means = pool(segments.x, assignment, means.shape[1], weights=segments.weights, backend=backend)
-    order, medoids = _reading_order(clusters.medoids)
+        medoids = nearest_members(segments.x.detach(), means.detach(), assignment)
+    order, medoids = _reading_order(medoids)
     means = means.gather(1, order[..., None].expand_as(means))
     assignment = torch.where(assignment >= 0, order.argsort(1).gather(1, assignment.clamp(min=0)), -1)
     if padded is not None:

@@ -83,18 +83,6 @@ class TokenPooler:
             )
         if num_tokens is not None and max_tokens is not None:
             raise ValueError("TokenPooler: num_tokens and max_tokens say the same, got both; pass one")
-        _check_number("pool_factor", pool_factor, 1, math.inf)
-        _check_number("max_error", max_error, 0, 1)
-        _check_number("distance_threshold", distance_threshold, 0, 2)
-        check_int("TokenPooler", "protected_tokens", protected_tokens, 0)
-        for name, count in (("num_tokens", num_tokens), ("max_tokens", max_tokens)):
-            if count is not None:
-                check_int("TokenPooler", name, count, protected_tokens + 1)
-        check_int("TokenPooler", "num_iters", num_iters, 1)
-        if refine is not None:
-            check_int("TokenPooler", "refine", refine, 0)
-        check_bool("TokenPooler", "normalize", normalize)
-        check_backend("TokenPooler", backend)
         self.pool_factor = pool_factor
         self.max_tokens = max_tokens if num_tokens is None else num_tokens
         self.max_error = max_error
@@ -104,6 +92,22 @@ class TokenPooler:
         self.num_iters = num_iters
         self.refine = refine
         self.backend = backend
+        self._check("max_tokens" if num_tokens is None else "num_tokens")
+
+    def _check(self, most: str = "max_tokens") -> None:
+        """The attributes, also those set later; `most`: what the argument for `max_tokens` was called."""
+        name = "TokenPooler"
+        _check_number("pool_factor", self.pool_factor, 1, math.inf)
+        _check_number("max_error", self.max_error, 0, 1)
+        _check_number("distance_threshold", self.distance_threshold, 0, 2)
+        check_int(name, "protected_tokens", self.protected_tokens, 0)
+        if self.max_tokens is not None:
+            check_int(name, most, self.max_tokens, self.protected_tokens + 1)
+        check_int(name, "num_iters", self.num_iters, 1)
+        if self.refine is not None:
+            check_int(name, "refine", self.refine, 0)
+        check_bool(name, "normalize", self.normalize)
+        check_backend(name, self.backend)
 
     def most_vectors(self, num_tokens: int) -> int:
         """How many vectors a document of `num_tokens` tokens gives: exact, or with a bound on the error the most."""
@@ -141,6 +145,7 @@ class TokenPooler:
         Raises:
             TypeError, ValueError: naming the argument, and the document by its index.
         """
+        self._check()
         for name, value in (("return_assignment", return_assignment), ("progress", progress)):
             check_bool("TokenPooler", name, value)
         if not isinstance(documents, Tensor):
