@@ -164,6 +164,10 @@ def pool(options) -> int:
     if int(os.environ.get("RANK", 0)) != 0:
         return 0
     print()
+    names = {Path(path).name for path in paths}
+    for half in out.glob(".*"):  # of workers that died while they wrote
+        if half.name[1:].rpartition(".")[0].removesuffix(".json") in names:
+            half.unlink()
     for path in paths:
         for name, reason in json.loads((out / f"{Path(path).name}.json").read_text())["reasons"].items():
             print(f"skipped {name} of {Path(path).name}: {reason}")

@@ -18,6 +18,8 @@ def test_loader_and_torchrun_give_the_bytes_of_one_process(tmp_path):
     assert report["reasons"] == {"doc000023": "not finite"}
     expected = digest(tmp_path / "serial")
     (tmp_path / "serial" / "shard-0003.parquet").unlink()  # a run that was stopped: what is there is kept
+    for half in (".shard-0003.parquet.77", ".shard-0003.parquet.json.77"):  # but halves that a dead worker left
+        (tmp_path / "serial" / half).write_text("half")
     before = (tmp_path / "serial" / "shard-0002.parquet").stat().st_mtime_ns
     run(tmp_path / "in", tmp_path / "serial", "serial")
     assert digest(tmp_path / "serial") == expected
