@@ -147,7 +147,7 @@ class TokenPooling(TokenReduction):
         argument = "sizes" if weights is sizes else "scores"
         in_acc = None if weights is None else check_negative(type(self).__name__, argument, weights, on, mask)
         chain = select(name, on, self.backend)
-        counts = self._counts(mask, k)
+        counts = None if mask is None else self._counts(mask, k)
         start = check_init(name, self.init, on, k, mask, counts, True)
         clusters = cluster_from(chain, name, on, in_acc, mask, counts, start, k, self.num_iters, self.sort)
         if name == "kmeans" or self.emit == "mean":

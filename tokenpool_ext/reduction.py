@@ -115,9 +115,9 @@ class TokenReduction(nn.Module):
             return kept_by_count(num_patches, self.num_tokens)
         return kept_by_ratio(num_patches, *as_fraction(self.keep_ratio))
 
-    def _counts(self, mask: Tensor | None, k: int) -> Tensor | None:
+    def _counts(self, mask: Tensor, k: int) -> Tensor | None:
         """(B,) tokens kept of each image, by its own real tokens; None: K of all, or as many as there are."""
-        if mask is None or (self.num_tokens is not None and self.num_tokens > 0):
+        if self.num_tokens is not None and self.num_tokens > 0:
             return None
         real = mask.sum(1)
         if type(self).tokens_kept is not TokenReduction.tokens_kept:
