@@ -226,9 +226,8 @@ class BipartiteMatching(TokenReduction):
     most similar one in B (cosine), and the strongest pairs are merged into their size-weighted mean.
 
     One round can remove at most half of the tokens; for a smaller K further rounds follow (ToMe merges a little in
-    every
-    layer instead). Give attention keys as ``features``, as its authors do. ``sort`` orders the result by each cluster's
-    first token.
+    every block instead). Give attention keys as ``features``, as its authors do. ``sort`` orders the result by each
+    cluster's first token. A mask is refused.
 
     Source: Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461), section 3, written from the paper.
     """

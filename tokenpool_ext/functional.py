@@ -96,8 +96,8 @@ def kmeans(
         mask: (B, N) bool, True for real tokens. Padding is assigned -1 and never influences anything, even NaN.
         sort: order clusters by their smallest token index (keeps spatial order) instead of by `init`.
         generator: for "random" and "kmeans++".
-        check_finite: raise on NaN or infinite tokens or weights (synchronises with the device) instead of containing
-            them in their image.
+        check_finite: raise on tokens, weights or given centers that are NaN or infinite (synchronises with the device)
+            instead of containing them in their image.
         backend: "cuda", "triton", "cpu" or "reference"; None chooses (see `backends()` and `explain`).
 
     Returns:
@@ -131,11 +131,10 @@ def kmedoids(
 ) -> Clusters:
     """Exact weighted K-Medoids (alternating, squared Euclidean): like `kmeans`, but centers are tokens.
 
-    The new medoid of a cluster is the member with the least weighted sum of squared distances to the others, which is
-    the member nearest to the cluster's weighted mean; ties go to the lowest index. Arguments, errors and result are
-    those
-    of `kmeans`, except that `init` may not be a tensor of centers, and `medoids` holds the (B, K) token indices with
-    `centers[b, j] == x[b, medoids[b, j]]` bit for bit.
+    The new medoid of a cluster is the member of positive weight (where one has it) with the least weighted sum of
+    squared distances to the others, which is the one nearest to the cluster's weighted mean; ties go to the lowest
+    index. Arguments, errors and result are those of `kmeans`, except that `init` may not be a tensor of centers, and
+    `medoids` holds the (B, K) token indices with `centers[b, j] == x[b, medoids[b, j]]` bit for bit.
 
     Gradients: dL/dx_m += dL/dc_j for the medoid m of cluster j; weights get none (zeros).
 
@@ -188,6 +187,7 @@ def pool(
         num_clusters: K >= 1.
         weights: (B, N) or (N,), >= 0 where the assignment is; None: all ones. A cluster whose weights add up to zero
             gets its plain mean.
+        backend: as in `kmeans`.
 
     Returns:
         (B, K, D) or (K, D) in x.dtype; zeros for a cluster without tokens. Gradients flow to x and weights.
@@ -214,6 +214,7 @@ def unpool(centers: Tensor, assignment: Tensor, *, backend: str | None = None) -
     Args:
         centers: (B, K, D) or (K, D), floating.
         assignment: (B, N) or (N,) integers in -1..K-1; others: as in `pool`.
+        backend: as in `kmeans`.
 
     Returns:
         (B, N, D) or (N, D) in centers.dtype; zeros where the assignment is -1. The gradient of a center is the sum over
@@ -248,6 +249,7 @@ def attention_received(
         scale: factor of the logits; 1/sqrt(d) when None.
         lse: (B, H, Nq) natural-log log-sum-exp of the scaled logits, as flash and memory-efficient attention return it;
             computed in an extra pass when None.
+        backend: as in `kmeans`.
 
     Returns:
         (B, N), float32 (float64 for float64 input), summing to 1 over N. It carries no gradient.

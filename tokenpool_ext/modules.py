@@ -23,14 +23,15 @@ __all__ = ["Reduced", "TokenPooling", "TokenReduction"]
 class TokenPooling(TokenReduction):
     """Replace the patch tokens by K that reconstruct them best: exact (weighted) K-Means or K-Medoids.
 
-    Minimises ``sum_i w_i min_j ||x_i - c_j||^2`` with w the significance scores. K is the same for every image.
-    Gradients flow through the means (or the medoids' rows), the assignment is constant.
+    Minimises ``sum_i w_i min_j ||x_i - c_j||^2`` with w the significance scores. Without a mask K is the same for every
+    image. Gradients flow through the means (or the medoids' rows), the assignment is constant.
 
     num_tokens, keep_ratio, num_prefix_tokens, return_clusters and backend are those of :class:`TokenReduction`.
 
     Args:
         algorithm: ``"kmeans"`` or ``"kmedoids"``.
-        weighted: use ``scores`` as weights (the paper's WK-Means, WK-Medoids). False ignores them.
+        weighted: use ``scores`` as weights (the paper's WK-Means, WK-Medoids). False ignores them: ``sizes``, where
+            given, are the weights, as without scores.
         num_iters: upper bound on iterations; the paper: converges "usually within 5".
         init: how to start, see :func:`~tokenpool_ext.kmeans`; a name, or None for its default, "farthest".
         emit: what stands for a cluster: ``"mean"`` (weighted), or ``"medoid"``, a token of the input; the default is

@@ -161,11 +161,11 @@ class TokenReduction(nn.Module):
         Args:
             x: (B, N, D) tokens, floating.
             scores: (B, N) or (B, n) significance of the tokens, >= 0 (see ``functional.attention_received``).
-                None: every token counts the same.
+                None: every token counts the same, or its size.
             features: (B, N, E) or (B, n, E): decide on this tensor (attention keys, say) and pool ``x``. None: ``x``.
             positions: (B, N, P) or (B, n, P): coordinates of the tokens, for ``position_weight``.
             mask: (B, N) or (B, n) bool, True = real token. Padding is never pooled. Where an image has fewer real
-                patch tokens than K, or keeps fewer by ``keep_ratio``, its last tokens are zeros (their ``mass`` is 0).
+                patch tokens than K, or keeps fewer (``keep_ratio``, -r), its last tokens are zeros of ``mass`` 0.
             sizes: (B, N) or (B, n): how many image patches each token stands for. Without scores they are the weights.
 
         Returns:

@@ -138,7 +138,7 @@ def select(
 
     Returns:
         indices: (B, K) int64, ascending; -1 behind an image's own K. (K,) for one image, a list for a list.
-        mask: (B, N) bool, True for the tokens kept: `tokens[mask]` are they, in the order of `indices`.
+        mask: (B, N) bool, True for the tokens kept: `tokens[mask]` gives them, in the order of `indices`.
     """
     images = Images("select", tokens, num_tokens, grid, scores, mask, temporal_window)
     segments = images.segments()
@@ -175,7 +175,7 @@ def drop_placeholders(input_ids: Tensor, placeholder: int, counts: Sequence[int]
         end of each run its surplus is dropped.
 
     Raises:
-        ValueError: as many runs as counts are expected, and no run is longer than it was.
+        ValueError: there are not as many counts as runs, or one is negative or above its run's length.
     """
     for argument, value in (("input_ids", input_ids), ("counts", counts)):
         check_known("drop_placeholders", argument, value)

@@ -28,7 +28,7 @@ from ..ragged import stacked
 from ..reference_steps import power_of_two_scale
 from .refine import refined, scaled
 
-BATCH_ELEMENTS = 1 << 19  # of the padded tokens of one call of kmeans: 32 MB in float32, whatever the corpus holds
+BATCH_ELEMENTS = 1 << 19  # of the padded tokens of one call of kmeans: 2 MB in float32, whatever the corpus holds
 COUNTS = ("pool_factor", "num_tokens", "max_error", "distance_threshold")  # what says K; one at a time
 
 

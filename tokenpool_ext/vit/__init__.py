@@ -1,4 +1,4 @@
-"""Put token pooling into a Vision Transformer somebody else wrote, in one line, and take it out again.
+"""Put token pooling into a transformer somebody else wrote, in one line, and take it out again.
 
     >>> import tokenpool_ext
     >>> tokenpool_ext.patch(model, num_tokens={3: 128, 7: 64})      # 128 patch tokens after block 3, 64 after block 7
@@ -76,18 +76,19 @@ def patch(
     Args:
         model: a model of timm, transformers, torchvision, open_clip, ``torch.nn.TransformerEncoder``, or your own.
         num_tokens: how many tokens (prefix tokens not counted, they pass through) are left after each pooling block.
-            Either ``{block index: count}``, counts being an int, or a float in (0, 1] that is a ratio of the tokens
-            entering the pooling; negative indices count from the end. Or one int per block (a list, an array), the
-            paper's ``K = [K_1 .. K_L]``. See ``tokenpool_ext.vit.schedule`` for helpers.
+            Either ``{block index: count}``, a count being an int, a negative one that removes as many (at most half),
+            or a float in (0, 1] that is a ratio of the tokens entering the pooling; negative indices count from the
+            end. Or one int per block (a list, an array), the paper's ``K = [K_1 .. K_L]``. See
+            ``tokenpool_ext.vit.schedule`` for helpers.
         keep_ratio: instead of ``num_tokens``: the ratio kept at each pooling block (nearest count, halves down, at
-            least 1). Without any schedule: 0.7.
+            least 1), of each text's or image's own tokens where there is padding. Without any schedule: 0.7.
         r: instead: tokens removed by each block (ToMe's word), at most half of them.
         budget: instead: share of the unpooled model's multiply-accumulates, in (0, 1]; the largest ratio that stays
             within is found by counting (``tokenpool_ext.cost``) on ``example`` or made-up inputs, in about seven
             forwards.
-        layers: with ``keep_ratio`` or ``r``: the block indices (from 0, or negative) that pool. Default with
-            ``keep_ratio``: the blocks at 1/4, 1/2 and 3/4 of the depth, so 3, 6 and 9 of 12 (the schedule of "Which
-            Tokens to Use?", arXiv 2308.04657); with ``r``: all.
+        layers: the block indices (from 0, or negative) that pool; not beside ``num_tokens``, which names them. Default
+            with ``r``: all; else the blocks at 1/4, 1/2 and 3/4 of the depth, so 3, 6 and 9 of 12 (the schedule of
+            "Which Tokens to Use?", arXiv 2308.04657).
         pooling: ``"kmeans"`` (default), ``"kmedoids"``, or a baseline: ``"score"`` (PoWER-BERT), ``"importance"``,
             ``"random"``, ``"grid"``, ``"bipartite"`` (ToMe); or a callable
             ``f(num_tokens=..., keep_ratio=..., num_prefix_tokens=..., **pooling_options) -> nn.Module`` whose module
@@ -118,9 +119,9 @@ def patch(
 
     Cost: significance scores and keys are taken from the block's own attention product while it runs, so nothing is
     projected twice and fused attention stays; the score itself is one pass of ``functional.attention_received``
-    (``N^2 M`` multiply-adds twice, no ``N x N`` memory). Scores and clustering carry no gradient to the projections;
-    pooled tokens do. A block asked for at least as many tokens as it has computes exactly what it did before
-    (bit-equal).
+    (twice ``N^2 D`` multiply-accumulates, no ``N x N`` memory). Scores and clustering carry no gradient to the
+    projections; pooled tokens do. A block asked for at least as many tokens as it has computes exactly what it did
+    before (bit-equal).
 
     Raises:
         TypeError: ``model`` has no list of transformer blocks, or its blocks are hierarchical, windowed, causal or
