@@ -12,7 +12,7 @@ where it was. A bad document (not finite, or its length does not fit) is skipped
 OUT/<shard>.json, and at the end the counts must add up.
 
 Shards: Parquet with the columns id (string), num_vectors (int) and vectors (list of float32, row after row); or
-safetensors with vectors (total, D), cu_seqlens (B + 1,) and metadata {"ids": JSON list}.
+safetensors with vectors (total, D), cu_seqlens (B + 1,) and metadata {"ids": JSON list}. --width says what D is.
 """
 
 from __future__ import annotations
