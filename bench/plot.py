@@ -1,4 +1,4 @@
-"""``python -m bench.plot RESULT.json [RESULT.json ...] [--out FIGURE.png]``: the figure of docs/benchmarks.md from records.
+"""``python -m bench.plot RESULT.json [RESULT.json ...] [--out FIGURE.png]``: docs/benchmarks.md's figure from records.
 
 Left: how many times longer each other system takes than tokenpool_ext, a row per shape, with the spread
 (20th to 80th percentile of round-by-round ratios). Right: our time over the floor of that machine.

@@ -63,7 +63,7 @@ def compress(
             means. Only ratios matter.
         mask: (B, N) bool, True for real tokens; for batched tokens.
         temporal_window: with a (T, H, W) grid: merge within so many frames only. Each window gets its share of
-            num_tokens.
+            num_tokens, which must be at least one.
         position_of: "mean": a token's position is the mean over the tokens it replaces; "medoid": that of the replaced
             token nearest to it (a cell of the grid, as M-RoPE wants).
         position_weight: cluster on the coordinates too: how far they spread, in spreads of the tokens. 0: on the tokens
