@@ -16,8 +16,8 @@ from . import compare
 from .pretrained import MissingPackage, WeightsUnavailable, load_dinov2_small, need
 
 NOTES = """\
-tokens      patch tokens in the sequence, changing at the pooling blocks 4, 7 and 10 (CLS always passes through)
-GMACs       1e9 multiply-adds an image, clustering and scores included
+tokens      patch tokens in the sequence, falling after blocks 3, 6 and 9, counted from 0 (CLS always passes through)
+GMACs       1e9 multiply-accumulates an image, clustering and scores included
 images/s    median of {repeats} interleaved round(s) at batch {batch}; speed-up: against all tokens in the same round
 rec. error  sum_i min_j |x_i - c_j|^2 / sum_i |x_i - mean|^2 at the first pooling block: the same tokens for
             every method
@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[0.75, 0.5],
         metavar="R",
-        help="ratio of tokens kept at blocks 4, 7 and 10 (default: 0.75 0.5)",
+        help="ratio of tokens kept after blocks 3, 6 and 9, from 0 (default: 0.75 0.5)",
     )
     p.add_argument("--quick", action="store_true", help="8 images, one timing round")
     p.add_argument("--repeats", type=int, default=4, metavar="N", help="timing rounds (default: %(default)s)")
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace, argv: list[str], say: Progress) -> int:
     here = machine()
     print(
         f"\nDINOv2 ViT-S/14 ({options.framework}), {len(pixels)} crops of {len(photos)} photos, 224 x 224, "
-        f"{patches} patch tokens; pooled at blocks 4, 7 and 10, no training\n"
+        f"{patches} patch tokens; pooled after blocks 3, 6 and 9 (from 0), no training\n"
     )
     print(compare.table([v.row for v in rows]))
     print("\n" + NOTES.format(repeats=rounds, batch=batch))
