@@ -30,8 +30,8 @@ def calls(device: str) -> dict:
     labels, module = torch.arange(8, device=device)[None] % 4, tp.TokenPooling(4, num_iters=2, num_prefix_tokens=0)
     return {
         "kmeans, token indices": lambda: tp.kmeans(x, 4, init=init, num_iters=2),
-        "kmeans, strided": lambda: tp.kmeans(x, 4, num_iters=2),
-        "kmeans, weights and topk": lambda: tp.kmeans(x, 4, weights=weights, num_iters=2),
+        "kmeans, strided": lambda: tp.kmeans(x, 4, init="strided", num_iters=2),
+        "kmeans, weights and topk": lambda: tp.kmeans(x, 4, weights=weights, init="topk", num_iters=2),
         "kmeans, farthest": lambda: tp.kmeans(x, 4, init="farthest", num_iters=2),
         "kmeans, recorded for backward": lambda: tp.kmeans(wanting, 4, init=init, num_iters=2),
         "kmedoids, token indices": lambda: tp.kmedoids(x, 4, init=init, num_iters=2),
