@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_known, check_position_weight
+from .checks import check_backend, check_choice, check_int, check_known, check_position_weight
 from .functional import kmeans, kmedoids, pool
 from .positions import with_positions
 from .ragged import Images
@@ -80,6 +80,8 @@ def compress(
     """
     name = "compress"
     check_choice(name, "position_of", position_of, ("mean", "medoid"))
+    check_int(name, "num_iters", num_iters, 1)
+    check_backend(name, backend)
     images = Images(name, tokens, num_tokens, grid, scores, mask, temporal_window, positions)
     places = images.coordinates()
     segments = images.segments()
@@ -140,6 +142,8 @@ def select(
         indices: (B, K) int64, ascending; -1 behind an image's own K. (K,) for one image, a list for a list.
         mask: (B, N) bool, True for the tokens kept: `tokens[mask]` gives them, in the order of `indices`.
     """
+    check_int("select", "num_iters", num_iters, 1)
+    check_backend("select", backend)
     images = Images("select", tokens, num_tokens, grid, scores, mask, temporal_window)
     segments = images.segments()
     with torch.no_grad():
