@@ -45,13 +45,13 @@ class _Selection(TokenReduction):
             least = torch.finfo(priority.dtype).min
             priority = torch.where(mask, priority.clamp(min=least), -torch.inf)
         index = falling(priority)[:, :k]
-        if mask is not None:
+        if mask is None:
+            index = index.sort(dim=1).values
+        else:  # what an image does not have or keep: zeros at the end, as after clustering
             kept, counts = mask.gather(1, index), self._counts(mask, k)
             if counts is not None:
                 kept &= torch.arange(k, device=x.device) < counts[:, None]
-            index = torch.where(kept, index, x.shape[1])
-        index = index.sort(dim=1).values
-        if mask is not None:  # what an image does not have or keep: zeros at the end, as after clustering
+            index = torch.where(kept, index, x.shape[1]).sort(dim=1).values
             index = torch.where(index < x.shape[1], index, -1)
         tokens = take_tokens(x, index)
         return tokens, self._clusters(x, tokens, index, self._weights(scores, sizes)) if want_clusters else None

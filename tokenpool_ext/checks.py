@@ -155,13 +155,14 @@ def check_device(name: str, argument: str, value: Tensor, x: Tensor) -> None:
 
 def check_known(name: str, argument: str, value: Any) -> None:
     """Values that must be looked at, say for the shape of a result, are not those that `torch.vmap` maps over."""
-    if isinstance(value, Tensor) and values.batched(value):
+    if not isinstance(value, Tensor):
+        return
+    if values.batched(value):
         raise TypeError(
             f"{name}: {argument} must not be mapped over by torch.vmap, its values are needed; call {name} on all at "
             "once"
         )
-    if isinstance(value, Tensor):
-        check_not_meta(name, argument, value)
+    check_not_meta(name, argument, value)
 
 
 def check_not_meta(name: str, argument: str, value: Tensor) -> None:

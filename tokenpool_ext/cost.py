@@ -138,13 +138,12 @@ def example_input(model: nn.Module) -> dict[str, Tensor]:
     parameter = next(model.parameters(), torch.empty(0, device="cpu"))
     device, dtype = parameter.device, parameter.dtype
     config = getattr(model, "config", None)
-    side: Any = None
-    for owner, name in (
-        (config, "image_size"),
-        (getattr(model, "patch_embed", None), "img_size"),
-        (model, "image_size"),
-    ):
-        side = getattr(owner, name, None) if side is None else side
+    sides: tuple[Any, ...] = (
+        getattr(config, "image_size", None),
+        getattr(getattr(model, "patch_embed", None), "img_size", None),
+        getattr(model, "image_size", None),
+    )
+    side = next((side for side in sides if side is not None), None)
     if side is not None:
         height, width = (side, side) if isinstance(side, int) else side
         channels = getattr(config, "num_channels", None) or getattr(model, "in_chans", None) or 3

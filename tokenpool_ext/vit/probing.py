@@ -314,7 +314,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
                     f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
                     " which pooled tokens are not; this block is not supported"
                 )
-            if b == 1 or by_images(run, tokens):
+            if b == 1 or by_images(run, tokens, tap):
                 return form._replace(attends=tap.seen > 0)
             unseen = unseen or form._replace(attends=False)
     if unseen is not None:
@@ -342,11 +342,11 @@ def fewer(block, args, kwargs, at, sides: list, tokens: Tensor, order: Tensor, p
     return bool((results[0][:, other] - results[1]).float().abs().amax() <= limit)
 
 
-def by_images(run: Callable[[Tensor], tuple[Tensor, Tap]], tokens: Tensor) -> bool:
-    """Whether the scores of the first image, which a tap has after ``run``, are those of its own tokens."""
+def by_images(run: Callable[[Tensor], tuple[Tensor, Tap]], tokens: Tensor, tap: Tap) -> bool:
+    """Whether the scores of the first image, which ``tap`` has after ``run`` of the tokens, are of its own tokens."""
     moved = torch.cat([tokens[:1], tokens[1:].flip(2) + 1])
     try:
-        own, beside = (run(x)[1].scores() for x in (tokens, moved))
+        own, beside = tap.scores(), run(moved)[1].scores()
     except RuntimeError:  # shapes that do not fit
         return False
     return own is None or beside is None or torch.allclose(own[:1], beside[:1], rtol=1e-2, atol=1e-6)

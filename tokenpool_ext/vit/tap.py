@@ -89,8 +89,17 @@ class Tap(TorchFunctionMode):
                 f"patched block: its attention ran on {images} of {self.batch} images, so that nothing is known of"
                 " the others' tokens; turn off a stochastic depth that leaves out images"
             )
-        if q.dim() == 3 or self.heads_first:
-            return self._by_images(func, given)
+        if q.dim() > 3 and not self.heads_first:
+            return self._of_images(func, given)
+        shape = q.shape  # its heads are folded into the batch, or first
+        given.update({name: self._images(given[name]) for name in ("query", "key", "value")})
+        if mask is not None and mask.dim() > 2 and mask.shape[0] == shape[0]:
+            given["attn_mask"] = self._images(mask)
+        return self._as_given(self._of_images(func, given), (*shape[:-1], -1))
+
+    def _of_images(self, func, given: dict[str, Any]) -> Tensor:
+        """A product (B, ..., T, d)."""
+        q, k, mask = given["query"], given["key"], given.get("attn_mask")
         self.seen += 1
         if mask is not None and self.index is not None and mask.shape[-2:] == (self.original, self.original):
             mask = take_square(mask, self.index)  # a bias made inside the block: the rows and columns of those left
@@ -110,17 +119,6 @@ class Tap(TorchFunctionMode):
                 mask = q.new_ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
             self.found = ("product", q.detach(), k.detach().to(q.dtype), given.get("scale"), mask)
         return out
-
-    def _by_images(self, func, given: dict[str, Any]) -> Tensor:
-        """A product with its heads folded into the batch, or first, as one (B, H, T, d)."""
-        shape, first, mask = given["query"].shape, self.heads_first, given.get("attn_mask")
-        given.update({name: self._images(given[name]) for name in ("query", "key", "value")})
-        if mask is not None and mask.dim() > 2 and mask.shape[0] == shape[0]:
-            given["attn_mask"] = self._images(mask)
-        self.heads_first = False
-        out = self._product(func, given)
-        self.heads_first = first
-        return self._as_given(out, (*shape[:-1], -1))
 
     def _images(self, x: Tensor) -> Tensor:
         """(B, H, T, .) of queries, keys or probabilities."""
