@@ -343,6 +343,20 @@ def held(output, batch):
     return 100 * (output.logits - target).square().mean()
 
 
+def test_what_was_drawn_to_nothing_comes_back(images):
+    """Nothing holds the tokens for 15 steps; then the loss does, by far more than the penalty."""
+    model, seen = build(), []
+    target = build()(images).logits.detach()
+
+    def late(output, batch):
+        seen.append((output.logits - target).square().mean())
+        return 1e4 * seen[-1] if len(seen) > 15 else 0 * seen[-1]
+
+    found = learn_schedule(model, [images], penalty=1e-3, steps=60, lr=0.1, loss=late)
+    assert seen[14] > 10 * seen[-1], "what was left out came back"
+    assert found.get(2, 16) > 8, found
+
+
 def test_learning_leaves_the_model_as_it_was(images):
     model = build(hidden_dropout_prob=0.5).train()
     modes, classes = [m.training for m in model.modules()], [type(m) for m in model.modules()]
