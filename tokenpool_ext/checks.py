@@ -17,7 +17,7 @@ from torch import Tensor
 from . import values
 from .backends import REGISTRY
 from .ops import accumulate_dtype
-from .starts import STRATEGIES
+from .starts import STRATEGIES, next_valid
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -25,14 +25,10 @@ LARGEST_FLOAT = sys.float_info.max
 LARGEST = 2**31 - 1  # of what the kernels count in int32
 
 
-# ---- numbers, flags and names ----------------------------------------------------------------------------------------
-
-
 def check_int(
     name: str, argument: str, value: Any, least: int, most: int | None = None, *, kind: str = "an int", hint: str = ""
 ) -> int:
-    """An integer of any library (no bool) from `least` to `most`, as an int; where sizes are
-    symbols, as a SymInt (which is typed as one).
+    """An integer of any library (no bool) from `least` to `most`, as an int; where sizes are symbols, as a SymInt.
 
     most: None for the largest int32, in which kernels count; a symbol is not compared with that (it would be a guard).
     """
@@ -47,22 +43,22 @@ def check_int(
     return value  # type: ignore[return-value]  # a SymInt does all that an int does
 
 
-def check_ratio(name: str, argument: str, value: Any) -> float:
+def check_float(name: str, argument: str, value: Any, least: float, most: float, words: str) -> float:
+    """A real number of any library (no bool) from `least` to `most`, which `words` says, as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
     number: Any = value  # not a float yet: an int may be too large for one
-    if not 0 < number <= 1:
-        raise ValueError(f"{name}: {argument} must be in (0, 1], got {value}")
+    if not least <= number <= most:
+        raise ValueError(f"{name}: {argument} must be {words}, got {value}")
     return float(value)
+
+
+def check_ratio(name: str, argument: str, value: Any) -> float:
+    return check_float(name, argument, value, math.ulp(0.0), 1, "in (0, 1]")
 
 
 def check_position_weight(name: str, value: Any) -> float:
-    """A finite float, at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: position_weight must be a float, got {type(value).__name__}")
-    if not 0 <= value <= LARGEST_FLOAT:
-        raise ValueError(f"{name}: position_weight must be finite and at least 0, got {value}")
-    return float(value)
+    return check_float(name, "position_weight", value, 0, LARGEST_FLOAT, "finite and at least 0")
 
 
 def check_bool(name: str, argument: str, value: object) -> bool:
@@ -83,9 +79,6 @@ def check_backend(name: str, backend: object) -> str | None:
     if backend is not None:
         check_choice(name, "backend", backend, tuple(REGISTRY))
     return backend
-
-
-# ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def check_num_clusters(name: str, num_clusters: object, x3: Tensor, batched: bool) -> tuple[int, Tensor | None]:
@@ -170,14 +163,19 @@ def check_not_meta(name: str, argument: str, value: Tensor) -> None:
         raise TypeError(f"{name}: {argument} must hold values, got a tensor on the device meta")
 
 
-def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: bool) -> Tensor:
-    """Check the shape (B, N), or (N,) beside unbatched tokens, and return it as (B, N)."""
-    expected = x3.shape[:2] if batched else x3.shape[1:2]
+def _check_shape(name: str, what: str, value: Tensor, label: str, expected: tuple[int, ...], batched: bool) -> Tensor:
+    """label and expected: of a batch, say "(B, N)"; beside unbatched tokens both are without B. Returns it with B."""
+    if not batched:
+        label, expected = label.replace("(B, ", "(").replace("(N)", "(N,)").replace("(K)", "(K,)"), expected[1:]
     if value.shape != expected:
-        label = "(B, N)" if batched else "(N,)"
-        raise ValueError(f"{name}: {argument} must have shape {label} = {tuple(expected)}, got {tuple(value.shape)}")
-    check_device(name, argument, value, x3)
+        raise ValueError(f"{name}: {what} {label} = {tuple(expected)}, got {tuple(value.shape)}")
     return value if batched else value[None]
+
+
+def _per_token(name: str, argument: str, value: Tensor, x3: Tensor, batched: bool) -> Tensor:
+    checked = _check_shape(name, f"{argument} must have shape", value, "(B, N)", x3.shape[:2], batched)
+    check_device(name, argument, value, x3)
+    return checked
 
 
 def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,36 +221,21 @@ def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: 
     return weights
 
 
-def _next_valid(mask: Tensor) -> Tensor:
-    """(B, N): the first valid token from each place on, or the last valid one; 0 in an image of padding alone."""
-    n = mask.shape[1]
-    index = torch.arange(n, device=mask.device).expand_as(mask)
-    after = torch.where(mask, index, n).flip(1).cummin(1).values.flip(1)
-    last = torch.where(mask, index, 0).amax(1, keepdim=True)
-    return torch.where(after < n, after, last)
-
-
 def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Tensor | None) -> None:
     for argument, value in (("x", x3), ("weights", weights), ("mask", mask)):
         check_known(name, f"{argument} beside check_finite", value)
-    bad = ~torch.isfinite(x3).all(2)
-    if mask is not None:
-        bad &= mask
-    if bad.any():
-        image, token = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: x must be finite, got NaN or infinity at image {image}, token {token} "
-            f"({int(bad.sum())} tokens in all);"
-            " mask them or pass check_finite=False"
-        )
-    if weights is not None:
-        bad = ~torch.isfinite(weights) if mask is None else ~torch.isfinite(weights) & mask
+    for argument, value in (("x", x3), ("weights", weights)):
+        if value is None:
+            continue
+        bad = ~torch.isfinite(value.detach()).reshape(*x3.shape[:2], -1).all(2)
+        if mask is not None:
+            bad &= mask
         if bad.any():
             image, token = (int(i) for i in bad.nonzero()[0])
+            found = value.detach()[image, token].flatten()
             raise ValueError(
-                f"{name}: weights must be finite, got {float(weights[image, token].detach()):g} at image "
-                f"{image}, token {token};"
-                " replace it or pass check_finite=False"
+                f"{name}: {argument} must be finite, got {found[~found.isfinite()][0].item():g} at image {image}, "
+                f"token {token} ({int(bad.sum())} tokens with NaN or infinity); mask them or pass check_finite=False"
             )
 
 
@@ -278,13 +261,14 @@ def check_assignment(name: str, assignment: Tensor, values: Tensor, batched: boo
 
 def check_labels(name: str, assignment: Tensor, num_clusters: int) -> None:
     """Labels beyond the clusters are an error where values may be looked at; elsewhere they count as -1."""
-    if values.visible(assignment) and assignment.numel():
-        low, high = values.extremes(assignment)
-        if low < -1 or high >= num_clusters:
-            raise ValueError(
-                f"{name}: assignment must hold labels from -1 to K-1 = {num_clusters - 1}, got values from "
-                f"{low} to {high}"
-            )
+    _check_range(name, "assignment must hold labels", assignment, -1, "K-1", num_clusters - 1)
+
+
+def _check_range(name: str, what: str, value: Tensor, least: int, label: str, most: int) -> None:
+    if values.visible(value) and value.numel():
+        low, high = values.extremes(value)
+        if low < least or high > most:
+            raise ValueError(f"{name}: {what} from {least} to {label} = {most}, got values from {low} to {high}")
 
 
 def check_init(
@@ -324,35 +308,21 @@ def check_init(
     check_tensor(name, "init", init)
     check_device(name, "init", init, x3)
     if init.dtype in INTEGER:
-        expected: tuple[int, ...] = (b, k) if batched else (k,)
-        if init.shape != expected:
-            label = "(B, K)" if batched else "(K,)"
-            raise ValueError(
-                f"{name}: init must hold token indices of shape {label} = {expected}, got {tuple(init.shape)}"
-            )
-        init = _converted(init if batched else init[None], torch.int64)
-        if init.numel() and values.visible(init):
-            # Entries of clusters that an image does not have may be anything: every backend clamps what it reads.
-            used = (
-                init if counts is None else torch.where(torch.arange(k, device=init.device) < counts[:, None], init, 0)
-            )
-            low, high = values.extremes(used)
-            if low < 0 or high >= n:
-                raise ValueError(
-                    f"{name}: init must hold token indices from 0 to N-1 = {n - 1}, got values from {low} to {high}"
-                )
-        return init if mask is None or n == 0 else _next_valid(mask).gather(1, init.clamp(0, n - 1))
+        init = _check_shape(name, "init must hold token indices of shape", init, "(B, K)", (b, k), batched)
+        init = _converted(init, torch.int64)
+        used = init
+        if counts is not None:  # clusters that an image does not have may hold anything: every backend clamps
+            used = torch.where(torch.arange(k, device=init.device) < counts[:, None], init, 0)
+        _check_range(name, "init must hold token indices", used, 0, "N-1", n - 1)
+        return init if mask is None or n == 0 else next_valid(mask).gather(1, init.clamp(0, n - 1))
     if init.dtype not in FLOATING:
         raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")
     if name == "kmedoids":
         raise TypeError(
             f"{name}: init must be token indices (integers) or a strategy, got {init.dtype}; medoids are tokens"
         )
-    expected = (b, k, d) if batched else (k, d)
-    if init.shape != expected:
-        label = "(B, K, D)" if batched else "(K, D)"
-        raise ValueError(f"{name}: init must hold centers of shape {label} = {expected}, got {tuple(init.shape)}")
-    return init.detach().reshape(b, k, d).to(accumulate_dtype(x3.dtype))
+    init = _check_shape(name, "init must hold centers of shape", init, "(B, K, D)", (b, k, d), batched)
+    return init.detach().to(accumulate_dtype(x3.dtype))
 
 
 def check_centers(name: str, centers: Tensor, x3: Tensor, batched: bool) -> Tensor:
@@ -370,10 +340,8 @@ def check_centers(name: str, centers: Tensor, x3: Tensor, batched: bool) -> Tens
 
 
 def check_finite_centers(name: str, start: Tensor, counts: Tensor | None) -> None:
-    if not start.is_floating_point():
-        return
     used = start if counts is None else start[torch.arange(start.shape[1], device=start.device) < counts[:, None]]
-    if not torch.isfinite(used).all():
+    if start.is_floating_point() and not torch.isfinite(used).all():
         raise ValueError(
             f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it"
         )
@@ -424,8 +392,7 @@ def check_attention(q: Tensor, k: Tensor, scale: float | None, lse: Tensor | Non
         raise ValueError(f"{name}: scale must be a finite float, got {scale}")
     if lse is not None:
         check_tensor(name, "lse", lse)
-        if lse.shape != q.shape[:3]:
-            raise ValueError(f"{name}: lse must have shape (B, H, Nq) = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+        _check_shape(name, "lse must have shape", lse, "(B, H, Nq)", q.shape[:3], True)
         if lse.dtype not in FLOATING:
             raise TypeError(f"{name}: lse must be floating, got {lse.dtype}")
         check_device(name, "lse", lse, q)

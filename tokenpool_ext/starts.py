@@ -146,3 +146,12 @@ def _random(
         wait = (-torch.log1p(-key) / rate).nan_to_num(nan=0.0).clamp(max=1e38)
         key = torch.where(rate > 0, -wait, -2e38)
     return _largest(key, mask, k)
+
+
+def next_valid(mask: Tensor) -> Tensor:
+    """(B, N): the first valid token from each place on, or the last valid one; 0 in an image of padding alone."""
+    n = mask.shape[1]
+    index = torch.arange(n, device=mask.device).expand_as(mask)
+    after = torch.where(mask, index, n).flip(1).cummin(1).values.flip(1)
+    last = torch.where(mask, index, 0).amax(1, keepdim=True)
+    return torch.where(after < n, after, last)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,9 +12,11 @@ from torch.nn.functional import normalize
 from .. import values
 from ..checks import (
     INTEGER,
+    LARGEST_FLOAT,
     check_backend,
     check_bool,
     check_dims,
+    check_float,
     check_int,
     check_known,
     check_not_meta,
@@ -97,9 +97,12 @@ class TokenPooler:
     def _check(self, most: str = "max_tokens") -> None:
         """The attributes, also those set later; `most`: what the argument for `max_tokens` was called."""
         name = "TokenPooler"
-        _check_number("pool_factor", self.pool_factor, 1, math.inf)
-        _check_number("max_error", self.max_error, 0, 1)
-        _check_number("distance_threshold", self.distance_threshold, 0, 2)
+        if self.pool_factor is not None:
+            check_float(name, "pool_factor", self.pool_factor, 1, LARGEST_FLOAT, "finite and at least 1")
+        if self.max_error is not None:
+            check_float(name, "max_error", self.max_error, 0, 1, "from 0 to 1")
+        if self.distance_threshold is not None:
+            check_float(name, "distance_threshold", self.distance_threshold, 0, 2, "from 0 to 2")
         check_int(name, "protected_tokens", self.protected_tokens, 0)
         if self.max_tokens is not None:
             check_int(name, most, self.max_tokens, self.protected_tokens + 1)
@@ -310,17 +313,6 @@ def padded_length(n: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"TokenPooler: {name} must be a number, got {type(value).__name__}")
-    number: Any = value
-    if not (low <= number <= high and number < math.inf):
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"TokenPooler: {name} must be {limits}, got {value}")
 
 
 def check_documents(documents: Iterable[Tensor]) -> list[Tensor]:
