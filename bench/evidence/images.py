@@ -176,19 +176,9 @@ def report(task: Task, wanted: dict) -> list[dict]:
         hits[variant] = right(found), (found * base).sum(1).mean().item()
     for (group, name, budget), (hit, cosine) in hits.items():
         reference = hits[("method", "WK-Means", budget)][0]
-        records.append(
-            {
-                "group": group,
-                "name": name,
-                "budget": budget,
-                "accuracy": hit.mean().item(),
-                "cosine": cosine,
-                "minus_all": (hit - all_tokens).mean().item(),
-                "minus_all_95": data.interval(hit - all_tokens),
-                "minus_wkmeans": (hit - reference).mean().item(),
-                "minus_wkmeans_95": data.interval(hit - reference),
-            }
-        )
+        row = {"group": group, "name": name, "budget": budget, "accuracy": hit.mean().item(), "cosine": cosine}
+        row |= data.difference("minus_all", hit - all_tokens)
+        records.append(row | data.difference("minus_wkmeans", hit - reference))
     return records
 
 
