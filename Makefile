@@ -23,7 +23,7 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 	touch $@
 
 # TORCH stands in each line so that no extra replaces the pinned build.
-$(VENV)/demo: $(VENV)/torch
+$(VENV)/demo: $(VENV)/torch pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) $$($(PY) -c "import tomllib; print(*(r.split(';')[0].replace(' ', '') for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['demo']))")
 	touch $@
 

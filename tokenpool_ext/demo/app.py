@@ -131,7 +131,7 @@ def run(options: argparse.Namespace, argv: list[str], say: Progress) -> int:
     from . import pictures
     from .photos import load_photos, random_crops, to_pixels
 
-    for module in (options.framework, "PIL"):  # say what is missing before anything slow
+    for module in (options.framework, "PIL", "tabulate"):  # say what is missing before anything slow
         need(module, "for the demo")
     photos = load_photos()
     say(f"loading DINOv2 ViT-S/14 ({options.framework})")

@@ -243,21 +243,16 @@ def throughput(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text."""
+    """The rows as aligned text; a line between budgets, and last those that failed."""
+    from tabulate import SEPARATING_LINE, tabulate
+
     header = ("method", "tokens after pooling", "GMACs", "images/s", "speed-up", "rec. error", "cos CLS", "cos mean")
-    budget: float | None = None
-    lines: list[tuple[str, ...] | None] = [header]
-    for row in rows:
-        if budget is not None and row.budget != budget:
-            lines.append(None)
-        budget = row.budget
-        if row.failed:
-            lines.append((row.method, "not measured: " + row.failed.splitlines()[0][:90]))
-            continue
-        steps = [row.tokens[0]] if row.tokens else []
-        for count in row.tokens:
-            if count != steps[-1]:
-                steps.append(count)
+    lines: list[Any] = []
+    done = [row for row in rows if not row.failed]
+    for before, row in zip([None, *done], done):
+        if before and row.budget != before.budget:
+            lines.append(SEPARATING_LINE)
+        steps = [count for i, count in enumerate(row.tokens) if i == 0 or count != row.tokens[i - 1]]
         lines.append(
             (
                 row.method,
@@ -270,18 +265,6 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.cosine_mean:.3f}",
             )
         )
-    full = [line for line in lines if line and len(line) == len(header)]
-    widths = [max(len(line[c]) for line in full) for c in range(len(header))]
-    widths[0] = max([widths[0]] + [len(line[0]) for line in lines if line])
-    text = []
-    for number, line in enumerate(lines):
-        if line is None:
-            text.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
-        elif len(line) != len(header):
-            text.append(f"{line[0]:<{widths[0]}}  {line[1]}")
-        else:
-            cells = [f"{cell:<{w}}" if c < 2 else f"{cell:>{w}}" for c, (cell, w) in enumerate(zip(line, widths))]
-            text.append("  ".join(cells).rstrip())
-        if number == 0:
-            text.append("=" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(text)
+    aligned = ("left", "left", *["right"] * (len(header) - 2))
+    failed = [f"{row.method}: not measured: {row.failed.splitlines()[0][:90]}" for row in rows if row.failed]
+    return "\n".join([tabulate(lines, header, disable_numparse=True, colalign=aligned), *failed])
