@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..reference_steps import wide_dtype
-from . import probing, schedule
+from . import finding, probing, schedule
 from .patching import patches
 
 
-def refuse_patched(name: str, model: nn.Module) -> None:
+class Calibration(NamedTuple):
+    """What a model is tried on."""
+
+    blocks: list[nn.Module]
+    places: list[int]  # of the blocks that may pool
+    batches: list[Any]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # the batches as arguments of the model's forward
+
+
+def calibration(
+    name: str, model: nn.Module, batches: Iterable[Any], layers: Iterable[int] | None, options: dict[str, Any]
+) -> Calibration:
+    """All of it checked. ``blocks`` of the options are read twice, so an iterator becomes a list there."""
+    if isinstance(options.get("blocks"), Iterator):
+        options["blocks"] = list(options["blocks"])
+    blocks = finding.find_blocks(model, options.get("blocks"), name).blocks
     if patches(model):
         raise ValueError(f"{name}: model must not be patched; unpatch(model) first")
-
-
-def inputs_of(name: str, batches: Iterable[Any]) -> list[Any]:
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"{name}: batches must be an iterable of inputs, got one {type(batches).__name__}; write [it]")
     listed = list(batches)
     if not listed:
         raise ValueError(f"{name}: batches must hold at least one input of the model, got none")
-    return listed
-
-
-def calls_of(name: str, model: nn.Module, batches: list[Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The batches as arguments of the model's forward."""
-    calls = [probing.as_call(batch) for batch in batches]
+    places = list(range(len(blocks)) if layers is None else layers)
+    if not places:
+        raise ValueError(f"{name}: layers must name at least one block, got none")
+    places = sorted(schedule.constant(len(blocks), 1.0, places))
+    calls = [probing.as_call(batch) for batch in listed]
     for args, kwargs in calls:
         try:
             inspect.signature(model.forward).bind(*args, **kwargs)
@@ -38,21 +49,7 @@ def calls_of(name: str, model: nn.Module, batches: list[Any]) -> list[tuple[tupl
                 f"{name}: a batch must hold what {type(model).__name__} takes and no more, such as [x for x, y in"
                 f" loader] without the labels ({error})"
             ) from None
-    return calls
-
-
-def blocks_of(options: dict[str, Any]) -> Any:
-    """``blocks`` of the options; they are read twice, so an iterator becomes a list there."""
-    if isinstance(options.get("blocks"), Iterator):
-        options["blocks"] = list(options["blocks"])
-    return options.get("blocks")
-
-
-def places_of(name: str, depth: int, layers: Iterable[int] | None) -> list[int]:
-    places = list(range(depth) if layers is None else layers)
-    if not places:
-        raise ValueError(f"{name}: layers must name at least one block, got none")
-    return sorted(schedule.constant(depth, 1.0, places))
+    return Calibration(blocks, places, listed, calls)
 
 
 def feature_of(output: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,18 +18,16 @@ LESS = re.compile(
     r"text|language|decoder|predictor|context|fusion|qformer|projector|prompt|neck|head\b|token_only|cls|class"
 )
 PREFIX = re.compile(r"^(cls|class|dist|distillation|reg|register|storage|camera|temporal_cls)[a-z_]*$")
+LISTS = (nn.ModuleList, nn.Sequential)
 SUFFIX = re.compile(r"^(det|detection)_tokens?$")
 
 
-class BlockList:
-    """A list of transformer blocks in a model.
+class BlockList(NamedTuple):
+    """A list of transformer blocks in a model."""
 
-    Attributes:
-        path: its name in the model; ``owners``: the modules around it, the innermost first; ``blocks``.
-    """
-
-    def __init__(self, path: str, owners: list[nn.Module], blocks: list[nn.Module]) -> None:
-        self.path, self.owners, self.blocks = path, owners, blocks
+    path: str  # its name in the model
+    owners: list[nn.Module]  # the modules around it, the innermost first
+    blocks: list[nn.Module]
 
     @property
     def name(self) -> str:
@@ -103,19 +102,13 @@ def candidates(model: nn.Module) -> list[BlockList]:
     """Outermost ModuleLists and Sequentials of two or more modules of one class that hold an attention."""
     found: list[BlockList] = []
     for path, module in model.named_modules():  # each once, also where torch.compile's wrapper shows it again
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue
-        if any(path.startswith(b.path + ".") for b in found):
+        if not isinstance(module, LISTS) or any(path.startswith(b.path + ".") for b in found):
             continue
         members = list(module)
-        classes = {type(m).__qualname__ for m in members}
-        if len(members) < 2 or len(classes) > 1 or not all(attends(m) for m in members):
+        if len(members) < 2 or len({type(m).__qualname__ for m in members}) > 1 or is_attention(members[0]):
             continue
-        if any(isinstance(m, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) for m in members) or is_attention(
-            members[0]
-        ):
-            continue
-        found.append(BlockList(path, owners_of(model, path), members))
+        if all(attends(m) and not isinstance(m, (*LISTS, nn.ModuleDict)) for m in members):
+            found.append(BlockList(path, owners_of(model, path), members))
     return found
 
 
@@ -143,8 +136,8 @@ def rank(blocks: BlockList) -> tuple:
 def hierarchy(found: list[BlockList]) -> list[BlockList]:
     """Lists of blocks that are stages of one: siblings of one class, or nested in blocks that are stages."""
     for first in found:
-        if first.blocks and nested_stages(first):
-            return nested_stages(first)
+        if stages := nested_stages(first):
+            return stages
         mine = re.sub(r"\d+", "#", first.path)
         stages = [b for b in found if re.sub(r"\d+", "#", b.path) == mine and b.block_name == first.block_name]
         if len(stages) > 1:
@@ -154,19 +147,15 @@ def hierarchy(found: list[BlockList]) -> list[BlockList]:
 
 def nested_stages(blocks: BlockList) -> list[BlockList]:
     """Lists of several blocks inside the members of a list."""
-    inner = []
-    for i, member in enumerate(blocks.blocks):
-        inner += [BlockList(f"{blocks.path}.{i}.{b.path}", [], b.blocks) for b in candidates(member)]
+    members = enumerate(blocks.blocks)
+    inner = [b._replace(path=f"{blocks.path}.{i}.{b.path}") for i, member in members for b in candidates(member)]
     return inner if len(inner) > 1 else []
 
 
 def owners_of(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules around the list at ``path``, the innermost first, the model last."""
-    steps = path.split(".")[:-1]
-    owners = [model]
-    for step in steps:
-        owners.append(getattr(owners[-1], step))
-    return [m for m in reversed(owners) if not isinstance(m, (nn.ModuleList, nn.Sequential))]
+    owners = list(accumulate(path.split(".")[:-1], getattr, initial=model))
+    return [m for m in reversed(owners) if not isinstance(m, LISTS)]
 
 
 def token_parameters(blocks: BlockList) -> list[tuple[str, nn.Parameter]]:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 ATTENTION = (("norm1", "attn"), ("norm1", "attention"), ("layernorm_before", "attention"), ("layer_norm1", "self_attn"))
-MLP = (("norm2",), ("layernorm_after",), ("layer_norm2",))
+NORM2 = ("norm2", "layernorm_after", "layer_norm2")
+MLP = (("mlp",), ("intermediate", "output"))
 
 
 class Parts(NamedTuple):
@@ -29,13 +30,11 @@ class Parts(NamedTuple):
 
 def find(block: nn.Module) -> Parts | None:
     """The names of a block's parts, or None where they are others."""
-    have = {name for name, module in block.named_children() if isinstance(module, nn.Module)}
-    first = next((pair for pair in ATTENTION if set(pair) <= have), None)
-    second = next((pair[0] for pair in MLP if set(pair) <= have), None)
-    if first is None or second is None:
-        return None
-    mlp = ("mlp",) if "mlp" in have else ("intermediate", "output") if {"intermediate", "output"} <= have else None
-    if mlp is None:
+    have = {name for name, _ in block.named_children()}
+    first = next((names for names in ATTENTION if set(names) <= have), None)
+    second = next((name for name in NORM2 if name in have), None)
+    mlp = next((names for names in MLP if set(names) <= have), None)
+    if first is None or second is None or mlp is None:
         return None
     dropout = () if len(mlp) == 2 else ("dropout",)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..checks import check_int
 from ..reduction import TokenReduction, _identity
-from . import finding, probing
-from .calibration import blocks_of, calls_of, compared, inputs_of, places_of, refuse_patched
-from .patching import patched_blocks, remove_patch
+from . import probing
+from .calibration import calibration, compared
+from .patching import patch, patched_blocks, unpatch
 
 __all__ = ["learn_schedule"]
 
@@ -116,14 +116,9 @@ def learn_schedule(
     for name, value in (("penalty", penalty), ("lr", lr)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{NAME}: {name} must be finite and at least 0, got {value}")
-    found = finding.find_blocks(model, blocks_of(options), NAME)
-    refuse_patched(NAME, model)
-    batches = inputs_of(NAME, batches)
-    depth = len(found.blocks)
-    places = places_of(NAME, depth, range(max(depth - 1, 1)) if layers is None else layers)
-    calls = calls_of(NAME, model, batches)
-    from . import patch
-
+    blocks, places, batches, calls = calibration(NAME, model, batches, layers, options)
+    if layers is None and len(blocks) > 1:
+        places = places[:-1]
     try:
         with probing.quiet(model):
             whole = [compared(NAME, model(*args, **kwargs)) for args, kwargs in calls] if loss is None else calls
@@ -148,7 +143,7 @@ def learn_schedule(
         sums = {i: ((module.retention - LEAST).sum() / (1 - LEAST)).item() for i, module in pools.items()}
         n = len(pools[places[0]].retention)
     finally:
-        remove_patch(model)
+        unpatch(model)
     counts, left = {}, n
     for i, kept in sums.items():
         count = max(1, math.ceil(kept - 1e-3))

@@ -1,15 +1,17 @@
-"""The work of ``patch`` and ``unpatch``: find the blocks, prove them, give the touched ones a pooling class."""
+"""``patch``, ``supported`` and ``unpatch``: find the blocks, prove them, give the touched ones a pooling class."""
 
 from __future__ import annotations
 
+import bisect
 import inspect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
 from ..checks import check_bool, check_choice, check_int, check_positions, check_ratio
@@ -33,14 +35,110 @@ RESERVED = ("num_tokens", "keep_ratio", "num_prefix_tokens", "return_clusters", 
 DEFAULT_RATIO = 0.7
 
 
-def apply_patch(
-    model: nn.Module, *, schedule: dict[str, Any], budget: float | None = None, **arguments: Any
+def patch(
+    model: nn.Module,
+    *,
+    num_tokens: Mapping[int, int | float] | Iterable[int] | None = None,
+    keep_ratio: float | None = None,
+    r: int | None = None,
+    budget: float | None = None,
+    layers: Iterable[int] | None = None,
+    pooling: str | Callable[..., nn.Module] = "kmeans",
+    position: str = "block",
+    outside: str | None = None,
+    cluster_on: str | None = None,
+    track_size: bool | None = None,
+    num_prefix_tokens: int | None = None,
+    protect: Iterable[int] | None = None,
+    positions: Tensor | None = None,
+    blocks: str | Iterable[nn.Module] | None = None,
+    example: Any = None,
+    **pooling_options: Any,
 ) -> nn.Module:
-    """See ``tokenpool_ext.patch``. Everything is checked before anything is changed."""
+    """Make chosen blocks of a transformer pool their tokens. Changes ``model`` in place and returns it.
+
+    Any model with a list of transformer blocks will do that take a sequence of tokens and do not depend on its order
+    otherwise than through what they are given (masks, rotary tables, position biases): those follow the tokens. Every
+    kind of block is proven by permuting its tokens; one that is windowed, causal or bound to a grid is refused by name.
+
+    The blocks from the first pooling one on get a subclass of their class, and those that pool a parameter-free
+    submodule ``tokenpool`` (visible in ``print(model)``; it adds nothing to ``state_dict``). The modules around the
+    blocks get two hooks that end what a forward knows when it ends. Nothing is kept on the model between forwards, and
+    patching again replaces the earlier patch. The user's hooks stay and do not run while patching.
+    Outside its blocks the model sees as many tokens as ever, each being the cluster it is in. Something between the
+    blocks may make new tensors of them; a block that is called by itself, outside the model's forward, takes a tensor
+    that no block handed out as it is, unpooled.
+
+    A patched model compiles and exports (``torch.compile``, ``torch.export``); ``torch.jit`` and ``torch.fx`` are
+    refused. Compile after patching: a compiled model is patched too, but compiles anew.
+
+    Args:
+        model: a model of timm, transformers, torchvision, open_clip, ``torch.nn.TransformerEncoder``, or your own.
+        num_tokens: how many tokens (prefix tokens not counted, they pass through) are left after each pooling block.
+            Either ``{block index: count}``, a count being an int, a negative one that removes as many (at most half),
+            or a float in (0, 1] that is a ratio of the tokens entering the pooling; negative indices count from the
+            end. Or one int per block (a list, an array), the paper's ``K = [K_1 .. K_L]``. See
+            ``tokenpool_ext.vit.schedule`` for helpers.
+        keep_ratio: instead of ``num_tokens``: the ratio kept at each pooling block (nearest count, halves down, at
+            least 1), of each text's or image's own tokens where there is padding. Without any schedule: 0.7.
+        r: instead: tokens removed by each block (ToMe's word), at most half of them.
+        budget: instead: share of the unpooled model's multiply-accumulates, in (0, 1]; the largest ratio that stays
+            within is found by counting (``tokenpool_ext.cost``) on ``example`` or made-up inputs, in about seven
+            forwards.
+        layers: the block indices (from 0, or negative) that pool; not beside ``num_tokens``, which names them. Default
+            with ``r``: all; else the blocks at 1/4, 1/2 and 3/4 of the depth, so 3, 6 and 9 of 12 (the schedule of
+            "Which Tokens to Use?", arXiv 2308.04657).
+        pooling: ``"kmeans"`` (default), ``"kmedoids"``, or a baseline: ``"score"`` (PoWER-BERT), ``"importance"``,
+            ``"random"``, ``"grid"``, ``"bipartite"`` (ToMe); or a callable
+            ``f(num_tokens=..., keep_ratio=..., num_prefix_tokens=..., **pooling_options) -> nn.Module`` whose module
+            has ``TokenPooling``'s ``forward``. It is told to be given no scores by an attribute
+            ``needs_scores = False``.
+        position: ``"block"`` pools after the whole block (Token Pooling, Fig. 1a), which every block can;
+            ``"attention"`` between attention and MLP (PoWER-BERT's and ToMe's place: the MLP of the same block already
+            gets cheaper), which pre-norm blocks of timm and transformers can.
+        outside: ``"full"`` (default): every block hands out as many tokens as the model expects, each pooled token in
+            all the places it stands for, so that heads that average, feature maps and hidden states see what they
+            always saw. ``"short"``: the pooled tokens themselves, fewer.
+        cluster_on: ``"tokens"`` clusters what is pooled; ``"keys"`` clusters the attention keys averaged over heads
+            and pools the tokens (ToMe, Table 1). Default: tokens, but keys for ``"bipartite"``, as published.
+        track_size: count how many tokens each one stands for and use ``softmax(q k^T * scale + log size)`` from the
+            first pooling on (ToMe's proportional attention), as a key-only bias ``(B, 1, 1, N)`` that fused attention
+            accepts. Default: wherever an attention product is seen.
+        num_prefix_tokens: tokens in front that are never pooled. Default: read from the model. A forward with no more
+            tokens than that raises ``ValueError``.
+        protect: indices of other tokens that are never pooled; negative ones count from the end.
+        positions: (n, P) coordinates of the tokens that may be pooled, for ``position_weight``. Default: row and
+            column in a square image.
+        blocks: the block list, as a dotted path or as modules, for a model with several.
+        example: inputs of the model, a tensor, tuple, list or mapping, to try its blocks on where made-up ones do not
+            do.
+        **pooling_options: for the pooling module, e.g. ``weighted=True``, ``num_iters=5``, ``init=None``,
+            ``emit=None``, ``sort=True``, ``position_weight=0.0``, ``backend=None`` of ``TokenPooling``. Unknown names
+            raise.
+
+    Cost: significance scores and keys are taken from the block's own attention product while it runs, so nothing is
+    projected twice and fused attention stays; the score itself is one pass of ``functional.attention_received``
+    (twice ``N^2 D`` multiply-accumulates, no ``N x N`` memory). Scores and clustering carry no gradient to the
+    projections; pooled tokens do. A block asked for at least as many tokens as it has computes exactly what it did
+    before (bit-equal).
+
+    Raises:
+        TypeError: ``model`` has no list of transformer blocks, or its blocks are hierarchical, windowed, causal or
+            cannot be tried (the class is named); a schedule of something else than numbers; an unknown keyword.
+        ValueError: a schedule that is empty, outside the depth, increasing or given twice; an unknown name; several
+            lists of blocks.
+    """
+    asked = SimpleNamespace(**locals())
     if budget is not None:
-        schedule = {**schedule, "keep_ratio": ratio_for(model, budget, schedule, arguments)}
-    found, plan, parts, modules = prepare(model, schedule=schedule, **arguments)
-    remove_patch(model)
+        asked.keep_ratio, asked.budget = ratio_for(asked), None
+    return install(asked)
+
+
+def install(asked: SimpleNamespace) -> nn.Module:
+    """Everything is checked before anything is changed."""
+    model: nn.Module = asked.model
+    found, plan, parts, modules = prepare(asked)
+    unpatch(model)
     for i, part in parts.items():
         pooled.install(found.blocks[i], Place(plan, i, part), modules.get(i))
     for owner in found.owners:
@@ -49,45 +147,29 @@ def apply_patch(
     return model
 
 
-def ratio_for(model: nn.Module, budget: float, schedule: dict[str, Any], arguments: dict[str, Any]) -> float:
+def ratio_for(asked: SimpleNamespace) -> float:
     """The largest ratio kept, in steps of 1/128, at which a forward takes at most ``budget`` of the unpooled MACs."""
     from ..cost import cost
 
-    check_budget(budget, schedule)
-    found, *_ = prepare(model, schedule=schedule, **arguments)
-    remove_patch(model)
-    args, kwargs = probing.inputs_for(found, arguments["example"])
-    whole = cost(model, *args, **kwargs).total
+    found, *_ = prepare(asked)
+    unpatch(asked.model)
+    args, kwargs = probing.inputs_for(found, asked.example)
+    whole = cost(asked.model, *args, **kwargs).total
 
     def share(steps: int) -> float:
-        apply_patch(model, schedule={**schedule, "keep_ratio": steps / 128}, **arguments)
+        install(SimpleNamespace(**{**vars(asked), "keep_ratio": steps / 128, "budget": None}))
         try:
-            return cost(model, *args, **kwargs).total / whole
+            return cost(asked.model, *args, **kwargs).total / whole
         finally:
-            remove_patch(model)
+            unpatch(asked.model)
 
-    low, high = 1, 128
-    if share(low) > budget:
+    steps = bisect.bisect_right(range(1, 129), asked.budget, key=share)
+    if not steps:
         raise ValueError(
-            f"patch: budget must be at least {share(low):.3f} for this model where these blocks pool, got {budget:g};"
-            " pool in earlier blocks with layers=..."
+            f"patch: budget must be at least {share(1):.3f} for this model where these blocks pool, got"
+            f" {asked.budget:g}; pool in earlier blocks with layers=..."
         )
-    while low < high:
-        middle = (low + high + 1) // 2
-        if share(middle) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low / 128
-
-
-def check_budget(budget: float, schedule: dict[str, Any]) -> None:
-    check_ratio("patch", "budget", budget)
-    given = [f"{name}={schedule[name]!r}" for name in ("num_tokens", "keep_ratio", "r") if schedule[name] is not None]
-    if given:
-        raise ValueError(
-            f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {given[0]} and {budget=}"
-        )
+    return steps / 128
 
 
 class Support(NamedTuple):
@@ -101,76 +183,79 @@ class Support(NamedTuple):
         return self.ok
 
 
-def support_of(model: nn.Module | None, arguments: dict[str, Any]) -> Support | list[str]:
-    """See ``tokenpool_ext.supported``."""
+def supported(model: nn.Module | None = None, **arguments: Any) -> Support | list[str]:
+    """Whether :func:`patch` takes ``model`` with these arguments: true or false, with the reason. Changes nothing.
+
+    Whether a ``budget`` can be kept only ``patch`` finds out.
+
+        >>> tokenpool_ext.supported(model)
+        Support(ok=True, reason='blocks (12 x Block); scores and sizes', num_prefix_tokens=1)
+
+    Without a model: the names of the families of which a small model was patched, run and compared
+    (``python -m tests.model_zoo --write`` makes the list, and the table in docs/models.md).
+    """
+    bound = inspect.signature(patch).bind(model, **arguments)
+    bound.apply_defaults()
     if model is None:
         listed = (Path(__file__).parent / "supported.txt").read_text().splitlines()
         return [line for line in listed if line and not line.startswith("#")]
-    budget = arguments.pop("budget")
     try:
-        if budget is not None:
-            check_budget(budget, arguments["schedule"])
-        found, plan, *_ = prepare(model, **arguments)
+        found, plan, *_ = prepare(SimpleNamespace(**bound.arguments))
     except (TypeError, ValueError) as error:
         return Support(False, str(error))
     scores = "scores and sizes" if plan.form.attends else "no scores: its attention product is not seen"
     return Support(True, f"{found.name}; {scores}", plan.prefix)
 
 
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`, in place: every block gets back its class's own ``forward``, bit-equal to before.
+
+    A model that is not patched is returned unchanged. Returns ``model``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch: model must be an nn.Module, got {type(model).__name__}")
+    for module in list(model.modules()):
+        pooled.remove(module)
+    return model
+
+
 def prepare(
-    model: nn.Module,
-    *,
-    blocks: Any,
-    schedule: dict[str, Any],
-    pooling: str | Callable[..., nn.Module],
-    position: str,
-    outside: str | None,
-    cluster_on: str | None,
-    track_size: bool | None,
-    num_prefix_tokens: int | None,
-    protect: Iterable[int] | int | None,
-    positions: Any,
-    example: Any,
-    pooling_options: dict[str, Any],
+    asked: SimpleNamespace,
 ) -> tuple[finding.BlockList, Plan, dict[int, Any], dict[int, nn.Module]]:
-    """(blocks, plan, parts of the touched blocks, pooling modules); changes nothing.
+    """(blocks, plan, parts of the touched blocks, pooling modules) for the arguments of ``patch``; changes nothing.
 
     Raises:
-        TypeError, ValueError: see ``tokenpool_ext.patch``.
+        TypeError, ValueError: see ``patch``.
     """
-    found = finding.find_blocks(model, blocks)
+    found = finding.find_blocks(asked.model, asked.blocks)
     depth = len(found.blocks)
-    counts = make_schedule(depth, **schedule)
-    allowed: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
-        ("position", position, ("block", "attention")),
-        ("outside", outside, ("full", "short", None)),
-        ("cluster_on", cluster_on, ("tokens", "keys", None)),
-    )
-    for name, value, choices in allowed:
-        check_choice("patch", name, value, choices)
-    if track_size is not None:
-        check_bool("patch", "track_size", track_size)
+    counts = make_schedule(depth, asked)
+    check_choice("patch", "position", asked.position, ("block", "attention"))
+    check_choice("patch", "outside", asked.outside, ("full", "short", None))
+    check_choice("patch", "cluster_on", asked.cluster_on, ("tokens", "keys", None))
+    if asked.track_size is not None:
+        check_bool("patch", "track_size", asked.track_size)
     prefix, suffix = finding.count_prefix(found)
-    if finding.is_mixed(found) and num_prefix_tokens is None and protect is None:
+    if finding.is_mixed(found) and asked.num_prefix_tokens is None and asked.protect is None:
         raise ValueError(
-            f"patch: {type(model).__name__} has words and patches in one sequence, which must not be pooled together;"
-            " say how many tokens in front are words with num_prefix_tokens=..., or which ones with protect=..."
+            f"patch: {type(asked.model).__name__} has words and patches in one sequence, which must not be pooled"
+            " together; say how many tokens in front are words with num_prefix_tokens=..., or which ones with"
+            " protect=..."
         )
-    if num_prefix_tokens is not None:
-        prefix = check_int("patch", "num_prefix_tokens", num_prefix_tokens, 0)
+    if asked.num_prefix_tokens is not None:
+        prefix = check_int("patch", "num_prefix_tokens", asked.num_prefix_tokens, 0)
     plan = Plan(
         depth=depth,
         first=min(counts),
         prefix=prefix,
         suffix=suffix,
-        protect=protected_indices(protect),
-        outside=outside or "full",
-        position=position,
-        cluster_on=cluster_on or ("keys" if pooling == "bipartite" else "tokens"),
-        track_size=False,
-        positions=check_positions("patch", positions),
+        protect=protected_indices(asked.protect),
+        outside=asked.outside or "full",
+        position=asked.position,
+        cluster_on=asked.cluster_on or ("keys" if asked.pooling == "bipartite" else "tokens"),
+        positions=check_positions("patch", asked.positions),
     )
-    make = pooling_factory(pooling, pooling_options)
+    make = pooling_factory(asked.pooling, asked.pooling_options)
     touched = list(range(plan.first, depth))
     seen: dict[nn.Module, int] = {}
     for i in touched:
@@ -181,13 +266,13 @@ def prepare(
                 " one place in a schedule; give it once with blocks=[...]: it then pools in each of its calls"
             )
     modules = {i: make_pooling(make, value, plan, found.blocks[i]) for i, value in counts.items()}
-    parts = probing.probe(found, touched, plan, example, position)
-    if track_size and not plan.form.attends:
+    parts = probing.probe(found, touched, plan, asked.example)
+    if asked.track_size and not plan.form.attends:
         raise ValueError(
             f"patch: track_size=True adds to the logits of an attention product, but none is seen in"
             f" {found.block_name}; use track_size=False"
         )
-    plan.track_size = plan.form.attends if track_size is None else track_size
+    plan.track_size = plan.form.attends if asked.track_size is None else asked.track_size
     return found, plan, parts, modules
 
 
@@ -199,15 +284,6 @@ def make_pooling(make: Callable[..., nn.Module], value: int | float, plan: Plan,
     if isinstance(module, TokenReduction):
         module.return_clusters = True
     return module.train(block.training)
-
-
-def remove_patch(model: nn.Module) -> nn.Module:
-    """See ``tokenpool_ext.unpatch``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unpatch: model must be an nn.Module, got {type(model).__name__}")
-    for module in list(model.modules()):
-        pooled.remove(module)
-    return model
 
 
 def patches(model: nn.Module) -> list[tuple[nn.Module, Place]]:
@@ -222,8 +298,7 @@ def patched_blocks(model: nn.Module) -> dict[int, nn.Module]:
     Their ``num_tokens`` or ``keep_ratio`` may be changed between forwards:
     ``patched_blocks(model)[3].keep_ratio = 0.5``.
     """
-    pools = ((place.index, place.pooling(block)) for block, place in patches(model))
-    return {index: module for index, module in pools if module is not None}
+    return {place.index: block.get_submodule(SUBMODULE) for block, place in patches(model) if hasattr(block, SUBMODULE)}
 
 
 def protected_indices(protect: Iterable[int] | int | None) -> tuple[int, ...]:
@@ -237,26 +312,25 @@ def protected_indices(protect: Iterable[int] | int | None) -> tuple[int, ...]:
         ) from None
 
 
-def make_schedule(
-    depth: int, num_tokens: Any = None, keep_ratio: Any = None, r: Any = None, layers: Any = None
-) -> schedules.Schedule:
-    given = {"num_tokens": num_tokens, "keep_ratio": keep_ratio, "r": r}
-    if sum(value is not None for value in given.values()) > 1:
-        told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-        raise ValueError(f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {told}")
-    if r is not None:
-        r = check_int("patch", "r", r, 1)
-        layers = range(depth) if layers is None else schedules.block_indices(layers)
-        return schedules.normalise(depth, dict.fromkeys(layers, -r))
-    if num_tokens is None:
-        keep_ratio = DEFAULT_RATIO if keep_ratio is None else keep_ratio
-        if layers is not None:
-            layers = schedules.block_indices(layers)
-            if not layers:
-                raise ValueError("patch: layers must name at least one block, got none")
-        return schedules.constant(depth, keep_ratio, layers)
+def make_schedule(depth: int, asked: SimpleNamespace) -> schedules.Schedule:
+    names = ("num_tokens", "keep_ratio", "r", "budget")
+    given = [f"{name}={value!r}" for name in names if (value := getattr(asked, name)) is not None]
+    if len(given) > 1:
+        raise ValueError(f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {', '.join(given)}")
+    if asked.budget is not None:
+        check_ratio("patch", "budget", asked.budget)
+    num_tokens, layers = asked.num_tokens, asked.layers
     if layers is not None:
-        raise ValueError("patch: layers goes with keep_ratio; with num_tokens write {block: count}")
+        if num_tokens is not None:
+            raise ValueError("patch: layers goes with keep_ratio; with num_tokens write {block: count}")
+        layers = schedules.block_indices(layers)
+        if not layers:
+            raise ValueError("patch: layers must name at least one block, got none")
+    if asked.r is not None:
+        r = check_int("patch", "r", asked.r, 1)
+        return schedules.normalise(depth, dict.fromkeys(range(depth) if layers is None else layers, -r))
+    if num_tokens is None:
+        return schedules.constant(depth, DEFAULT_RATIO if asked.keep_ratio is None else asked.keep_ratio, layers)
     if hasattr(num_tokens, "items"):
         return schedules.normalise(depth, num_tokens)
     if (
@@ -269,9 +343,8 @@ def make_schedule(
             raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
         return schedules.explicit(num_tokens)
     raise TypeError(
-        f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a "
-        "single block write"
-        " {block: count}"
+        f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a single"
+        " block write {block: count}"
     )
 
 

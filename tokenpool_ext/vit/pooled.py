@@ -57,9 +57,6 @@ class Place:
     index: int
     parts: halves.Parts | None = None  # for position="attention"
 
-    def pooling(self, block: nn.Module) -> nn.Module | None:
-        return block._modules.get(SUBMODULE)
-
 
 class PooledBlock(nn.Module):
     """Mixed in front of a block's class by :func:`install`."""
@@ -222,7 +219,9 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     short, n, bias, left = x, x.shape[1], None, None
     back: list[tuple[Any, Any]] = []
     if state is not None:
-        short, n, bias, left = shorten(x, state), state.labels.shape[1], state.bias, state.index
+        n, bias, left = state.labels.shape[1], state.bias, state.index
+        if x.shape[1] == n or x.shape[1] != left.shape[1]:  # not the current tokens themselves
+            short = take(x, left)
         if sides:
             args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
     scored = pooling is not None and plan.form.attends and getattr(pooling, "needs_scores", True)
@@ -259,14 +258,6 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         return tokens
     rest = [next((whole for cut, whole in back if cut is value), value) for value in out[1:]] if back else out[1:]
     return type(out)((tokens, *rest))
-
-
-def shorten(x: Tensor, state: State) -> Tensor:
-    """The K current tokens of what came in: themselves, or out of the N handed out before."""
-    k, n = state.index.shape[1], state.labels.shape[1]
-    if x.shape[1] == k and k != n:
-        return x
-    return take(x, state.index)
 
 
 def spread(tokens: Tensor, state: State, x: Tensor, before: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +78,7 @@ def _of_torch(hooks: OrderedDict) -> OrderedDict:
     return kept
 
 
-def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: Any, position: str | None) -> dict:
+def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: Any) -> dict:
     """Fill ``plan.form``; returns ``{block index: halves.Parts or None}``.
 
     Raises:
@@ -87,9 +89,9 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
     parameter = next(first.parameters(), None)
     if parameter is not None and parameter.device.type == "meta":
         plan.form = Form()
-        return {i: halves.find(blocks.blocks[i]) if position == "attention" else None for i in touched}
+        return {i: halves.find(blocks.blocks[i]) if plan.position == "attention" else None for i in touched}
     if any(getattr(getattr(m, "config", 0), "_attn_implementation", 0) == "flex_attention" for m in blocks.owners):
-        raise TypeError(f"patch: {name(first)} is not supported: {inputs.FLEX}")
+        raise unsupported(first, inputs.FLEX)
     kinds: dict[Any, tuple[Form, halves.Parts | None]] = {}
     calls = calls_of(blocks, touched, plan, example)
     for i in touched:
@@ -99,7 +101,7 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
             args, kwargs = calls[i]
             with quiet(block):
                 form = prove(block, args, kwargs, plan)
-                kinds[key] = form, split(block, args, kwargs, position, form)
+                kinds[key] = form, split(block, args, kwargs, form) if plan.position == "attention" else None
         form, parts[i] = kinds[key]
         if plan.form is not None and form._replace(attends=True) != plan.form._replace(attends=True):
             raise TypeError(f"patch: block {i} ({name(block)}) takes its tokens in another way than the blocks before")
@@ -128,19 +130,16 @@ def calls_of(blocks: finding.BlockList, touched: list[int], plan: Plan, example:
     """{block index: (args, kwargs)} with which the touched blocks are called: alone, or in a forward of the model."""
     first = blocks.blocks[touched[0]]
     text = any(finding.is_text(owner) for owner in blocks.owners[:2])  # whose order may come from outside
-    if example is None and not text and alone_is_enough(first):
-        width = finding.block_width(first)
-        weight = next(first.parameters())
-        n = plan.num_protected + 11
-        if width:
-            x = noise(2, n, width, like=weight)
-            missing = required(first)
-            with quiet(first):
-                with contextlib.suppress(Exception):
-                    out = pooled_free(first)(x, **dict.fromkeys(missing))
-                    out = out[0] if isinstance(out, (tuple, list)) else out
-                    if isinstance(out, Tensor) and out.shape == x.shape:
-                        return dict.fromkeys(touched, ((x,), dict.fromkeys(missing)))
+    sides = list(inspect.signature(inputs.base_class(type(first)).forward).parameters.values())[2:]
+    width = finding.block_width(first)
+    if example is None and not text and width and all(HARMLESS.search(p.name) for p in sides):  # tokens, masks
+        x = noise(2, plan.num_protected + 11, width, like=next(first.parameters()))
+        needed = (p.name for p in sides if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+        missing = dict.fromkeys(needed)
+        with quiet(first), contextlib.suppress(Exception):
+            out = first_of(pooled_free(first)(x, **missing))
+            if isinstance(out, Tensor) and out.shape == x.shape:
+                return dict.fromkeys(touched, ((x,), missing))
     return captured(blocks, touched, example)
 
 
@@ -148,17 +147,6 @@ def noise(*shape: int, like: Tensor) -> Tensor:
     """Made-up tokens, without touching the random state."""
     ramp = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device="cpu")
     return (3 * (ramp * 0.7310585).sin() + (ramp * 0.01931).cos()).reshape(shape).to(like)
-
-
-def alone_is_enough(block: nn.Module) -> bool:
-    """Whether nothing but tokens and masks comes in."""
-    names = inputs.parameter_names(type(block))[1:]
-    return all(HARMLESS.search(n) for n in names)
-
-
-def required(block: nn.Module) -> list[str]:
-    parameters = list(inspect.signature(inputs.base_class(type(block)).forward).parameters.values())[2:]
-    return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def pooled_free(block: nn.Module):
@@ -174,21 +162,21 @@ def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dic
         trials = [(model, as_call(example))]
     else:
         trials = [(owner, call) for owner in reversed(blocks.owners) for call in inputs_of(owner)]
+    kinds: dict[Any, int] = {}
+    first = {i: kinds.setdefault(kind(blocks.blocks[i]), i) for i in touched}  # of its kind, which stands for it
     reasons: list[str] = []
     for owner, (args, kwargs) in trials:
         seen: dict[int, tuple[tuple, dict]] = {}
-        kinds = {kind(blocks.blocks[i]): i for i in reversed(touched)}
-        wanted = set(kinds.values())
-        with quiet(owner):
-            handles = []
-            for i in wanted:
 
-                def note(module, a, k, i=i):
-                    seen[i] = (a, k)
-                    if len(seen) == len(wanted):
-                        raise Stop
+        def note(i: int, module: nn.Module, a: tuple, k: dict) -> None:
+            seen[i] = (a, k)
+            if len(seen) == len(kinds):
+                raise Stop
 
-                handles.append(blocks.blocks[i].register_forward_pre_hook(note, with_kwargs=True))
+        with quiet(owner), contextlib.ExitStack() as hooks:
+            for i in kinds.values():
+                hook = blocks.blocks[i].register_forward_pre_hook(partial(note, i), with_kwargs=True)
+                hooks.enter_context(hook)
             try:
                 owner(*args, **kwargs)
             except Stop:
@@ -197,11 +185,8 @@ def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dic
                 if example is not None:
                     raise ValueError(f"patch: the model does not run on the example given: {error}") from error
                 reasons.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
-            finally:
-                for handle in handles:
-                    handle.remove()
-        if len(seen) == len(wanted):
-            return {i: seen[kinds[kind(blocks.blocks[i])]] for i in touched}
+        if len(seen) == len(kinds):
+            return {i: seen[first[i]] for i in touched}
     raise TypeError(
         f"patch: {name(blocks.blocks[0])} of {type(model).__name__} could not be tried: it does not run on tokens"
         " alone, and no input was found on which the model runs; give one with example=..."
@@ -242,30 +227,22 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
             f"patch: {name(block)} takes its tokens as a feature map {tuple(x.shape)}, not as a sequence (B, N, D);"
             " pooled tokens fill no map, so this block is not supported"
         )
-    own, base = pooled_free(block), inputs.base_class(type(block))
-    reason = "its output is not one token for each that came in"
+    own = pooled_free(block)
     try:
         out = own(*args, **kwargs)
         y = first_of(out)
     except Exception as error:
         raise TypeError(f"patch: {name(block)} does not run by itself ({type(error).__name__}: {error})") from error
     if not isinstance(y, Tensor) or y.shape != x.shape:
-        raise TypeError(f"patch: {name(block)} is not supported: {reason}")
+        raise unsupported(block, "its output is not one token for each that came in")
     others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not x and v.dim() == 3]
-    if isinstance(out, (tuple, list)) and any(
-        isinstance(v, Tensor) and v.shape == w.shape and v is not w for v in out[1:] for w in others
-    ):
-        raise TypeError(f"patch: {name(block)} is not supported: it works on two sequences of tokens at once")
+    more = [v for v in out[1:] if isinstance(v, Tensor)] if isinstance(out, (tuple, list)) else []
+    if any(v.shape == w.shape and v is not w for v in more for w in others):
+        raise unsupported(block, "it works on two sequences of tokens at once")
     layout = layout_of(block, args, kwargs, at, x, y)
     tokens, result = inputs.batch_first(x, layout), inputs.batch_first(y, layout)
     b, n = tokens.shape[:2]
-    order = torch.stack(
-        [torch.randperm(n, generator=torch.Generator("cpu").manual_seed(7 + i), device="cpu") for i in range(b)]
-    )
     p = plan.prefix if 0 < plan.prefix < n else 0
-    for i in range(b):  # prefix tokens stay in front, in use too
-        if p:
-            order[i] = torch.cat([torch.arange(p, device="cpu"), order[i][order[i] >= p]])
     sides = inputs.named(block, args, kwargs, at)
     flat = [(name, t) for _, name, v in sides for t in (v if isinstance(v, (tuple, list)) else (v,))]
     shared = frozenset(  # told by the shape, which the batch of a later forward may have by chance
@@ -274,72 +251,64 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         if isinstance(t, Tensor) and t.dim() > 1 and {n, n - p} & set(t.shape[1:]) and t.shape[0] not in (b, 1)
     )
     ends = inputs.packed_ends(sides, n) if layout == "packed" else []
-    if ends:  # packed sequences stay where they are
-        starts = [0, *ends[:-1]]
-        order[0] = torch.cat([order[0][(order[0] >= a) & (order[0] < z)] for a, z in zip(starts, ends)])
-    order = order.to(x.device)
-    expected = inputs.take(result, order)
+    # Prefix tokens stay in front and packed sequences where they are, in use too.
+    group = torch.bucketize(torch.arange(n, device="cpu"), torch.tensor(sorted([p, *ends]), device="cpu"), right=True)
+    order = torch.stack([shuffled(group, 7 + i) for i in range(b)]).to(x.device)
+    moved = shuffled(group[: n - 2], 3).to(x.device)
     size = (result - tokens).float().abs().amax().clamp(min=1e-30)
     limit = 2e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+
+    def run(x: Tensor, index: Tensor, form: Form) -> tuple[Tensor, Tap]:
+        """Output (B, K, D) and tap of the tokens ``index`` (B, K)."""
+        k = index.shape[1]
+        inner = None if form.square and k == n else index  # else biases made inside would be cut twice
+        tap = Tap(b, k, None, inner, n, note=True, packed=layout == "packed", heads_first=form.heads_first)
+        a, kw, _ = inputs.follow_all(sides, replace(plan, prefix=p, form=form), args, kwargs, n, index)
+        a, kw = inputs.put(a, kw, at, inputs.as_given(inputs.take(x, index), layout))
+        with tap:
+            return inputs.batch_first(first_of(own(*a, **kw)), layout), tap
+
+    def alike(one: Tensor, two: Tensor) -> bool:
+        return one.shape == two.shape and float((one - two).float().abs().amax() / size) <= limit
+
     reason = "its output does not follow its tokens when they are permuted, so it depends on their order or place"
     unseen: Form | None = None
     for first, heads, square, folded in itertools.product((False, True), (True, False), (True, False), (False, True)):
-        form = Form(layout, heads, square, folded, heads_first=first, shared=shared)
-        trial = Plan(0, 0, p, plan.suffix, (), "full", "block", "tokens", False, form=form)
-
-        def run(x: Tensor, form: Form = form, trial: Plan = trial) -> tuple[Tensor, Tap]:
-            """Output and tap on permuted tokens."""
-            index = None if form.square else order
-            tap = Tap(b, n, None, index, n, note=True, packed=layout == "packed", heads_first=form.heads_first)
-            a, k, _ = inputs.follow_all(sides, trial, args, kwargs, n, order)
-            a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(x, order), layout))
-            with tap:
-                return inputs.batch_first(first_of(own(*a, **k)), layout), tap
-
+        form, what = Form(layout, heads, square, folded, heads_first=first, shared=shared), "permuted"
         try:
-            got, tap = run(tokens)
-        except Exception as error:
-            if not first:
-                reason = f"it does not run on permuted tokens ({type(error).__name__}: {error})".splitlines()[0]
-            continue
-        if got.shape == expected.shape and float((got - expected).float().abs().amax() / size) <= limit:
-            try:
-                if not ends and not fewer(block, args, kwargs, at, sides, tokens, order, trial, limit * size):
-                    continue
-            except Exception as error:
-                reason = f"it does not run on fewer tokens ({type(error).__name__}: {error})".splitlines()[0]
+            got, tap = run(tokens, order, form)
+            if not alike(got, inputs.take(result, order)):
                 continue
-            if tap.causal and any(re.search("past|cache", v) for v in inputs.parameter_names(base)):
-                raise TypeError(
-                    f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
-                    " which pooled tokens are not; this block is not supported"
-                )
-            if b == 1 or by_images(run, tokens, tap):
-                return form._replace(attends=tap.seen > 0)
-            unseen = unseen or form._replace(attends=False)
-    if unseen is not None:
-        return unseen
-    raise TypeError(
-        f"patch: {name(block)} is not supported: {reason}. Windowed and grid-bound attention cannot take pooled tokens"
-    )
+            if not ends and n - p >= 5:  # a bias made inside for as many tokens as come would not follow
+                what, some = "fewer", order[:, : n - 2]
+                if not alike(run(tokens, some, form)[0][:, moved], run(tokens, some[:, moved], form)[0]):
+                    continue
+        except Exception as error:
+            if not first or what == "fewer":
+                reason = f"it does not run on {what} tokens ({type(error).__name__}: {error})".splitlines()[0]
+            continue
+        if tap.causal and any(re.search("past|cache", v) for v in inputs.parameter_names(type(block))):
+            raise TypeError(
+                f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
+                " which pooled tokens are not; this block is not supported"
+            )
+        if b == 1 or by_images(partial(run, index=order, form=form), tokens, tap):
+            return form._replace(attends=tap.seen > 0)
+        unseen = unseen or form._replace(attends=False)
+    if unseen is None:
+        raise unsupported(block, f"{reason}. Windowed and grid-bound attention cannot take pooled tokens")
+    return unseen
 
 
-def fewer(block, args, kwargs, at, sides: list, tokens: Tensor, order: Tensor, plan: Plan, limit: Tensor) -> bool:
-    """Whether some of the tokens alone commute too: a bias made inside for as many tokens as come would not follow."""
-    (b, n), p, layout = tokens.shape[:2], plan.prefix, plan.form.layout
-    if n - p < 5:
-        return True
-    some = order[:, : n - 2]
-    generator = torch.Generator("cpu").manual_seed(3)
-    moved = p + torch.randperm(n - 2 - p, generator=generator, device="cpu")
-    other = torch.cat([torch.arange(p, device="cpu"), moved]).to(some.device)
-    results = []
-    for index in (some, some[:, other]):
-        a, k, _ = inputs.follow_all(sides, plan, args, kwargs, n, index)
-        a, k = inputs.put(a, k, at, inputs.as_given(inputs.take(tokens, index), layout))
-        with Tap(b, n - 2, None, index, n, packed=layout == "packed", heads_first=plan.form.heads_first):
-            results.append(inputs.batch_first(first_of(pooled_free(block)(*a, **k)), layout))
-    return bool((results[0][:, other] - results[1]).float().abs().amax() <= limit)
+def unsupported(block: nn.Module, reason: str) -> TypeError:
+    return TypeError(f"patch: {name(block)} is not supported: {reason}")
+
+
+def shuffled(group: Tensor, seed: int) -> Tensor:
+    """A random order of the tokens, ``group`` (N,) by group; the first group stays as it is."""
+    order = torch.randperm(len(group), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    order = order[group[order].argsort(stable=True)]
+    return torch.where(group == 0, torch.arange(len(group), device="cpu"), order)
 
 
 def by_images(run: Callable[[Tensor], tuple[Tensor, Tap]], tokens: Tensor, tap: Tap) -> bool:
@@ -374,27 +343,22 @@ def layout_of(block: nn.Module, args: tuple, kwargs: dict, at, x: Tensor, y: Ten
         return "batch first"
     if x.shape[1] > 1 and alone(1):
         return "tokens first"
-    raise TypeError(f"patch: {name(block)} is not supported: it mixes the images (or frames) of a batch")
+    raise unsupported(block, "it mixes the images (or frames) of a batch")
 
 
-def split(block: nn.Module, args: tuple, kwargs: dict, position: str | None, form: Form) -> halves.Parts | None:
-    """The block's halves, if there are any and they give what its forward gives."""
-    parts = halves.find(block) if position == "attention" and form.layout == "batch first" else None
+def split(block: nn.Module, args: tuple, kwargs: dict, form: Form) -> halves.Parts:
+    """The block's halves, which give what its forward gives."""
+    parts = halves.find(block) if form.layout == "batch first" else None
     why = "its parts are not those of a pre-norm block with attention and MLP"
     if parts is not None:
         at, x = inputs.find_tokens(args, kwargs)
         own = pooled_free(block)(*args, **kwargs)
+        y = first_of(own)
         try:
             ours, _ = halves.run(block, parts, contextlib.nullcontext(), lambda tokens: tokens, x, args, kwargs, at)
-            y = first_of(own)
-            if ours.shape == y.shape and (
-                torch.equal(ours, y) or bool((ours - y).abs().amax() <= 1e-3 * (y - x).abs().amax())
-            ):
+            if ours.shape == y.shape and bool((ours - y).abs().amax() <= 1e-3 * (y - x).abs().amax()):
                 return parts._replace(returns_tuple=isinstance(own, tuple))
+            why = "its forward computes something else than x + attention, x + MLP with the parts found by name"
         except Exception as error:
             why = f"its parts do not take what it gets ({type(error).__name__})"
-        else:
-            why = "its forward computes something else than x + attention, x + MLP with the parts found by name"
-    if position == "attention":
-        raise ValueError(f"patch: {name(block)} cannot pool between attention and MLP: {why}; use position='block'")
-    return None
+    raise ValueError(f"patch: {name(block)} cannot pool between attention and MLP: {why}; use position='block'")

@@ -41,7 +41,7 @@ class Plan:
     outside: str  # "full" or "short"
     position: str  # "block" or "attention"
     cluster_on: str
-    track_size: bool
+    track_size: bool = False
     positions: Tensor | None = None  # (n, P) of the tokens that may be pooled; None: a square grid's
     form: Form = field(default=None)  # type: ignore[assignment]  # how the blocks take tokens and side inputs: the probe
     num_protected: int = 0

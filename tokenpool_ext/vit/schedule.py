@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -63,10 +64,8 @@ def normalise(depth: int, schedule: Mapping[int, int | float]) -> Schedule:
     """
     if not schedule:
         raise ValueError("schedule: num_tokens must name at least one block, got none; write {block: count}")
-    checked: Schedule = {}
-    before = None
     entries: Schedule = {}
-    for key, value in schedule.items():
+    for key, given in schedule.items():
         layer = _integer(key)
         if layer is None:
             raise TypeError(f"schedule: block indices must be ints, got {key!r}")
@@ -75,23 +74,19 @@ def normalise(depth: int, schedule: Mapping[int, int | float]) -> Schedule:
         layer %= depth
         if layer in entries:
             raise ValueError(f"schedule: block {layer} of {depth} is named twice, as {key} and otherwise")
-        entries[layer] = value = _entry(layer, value)
+        entries[layer] = value = _entry(layer, given)
         if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError(
                 f"schedule: block {layer}: a float is a ratio in (0, 1], got {value}; write an int for a count"
             )
-        if isinstance(value, int) and value == 0:
+        if value == 0:
             raise ValueError(f"schedule: block {layer} must keep at least 1 token, got {value}")
-    for layer in sorted(entries):
-        value = entries[layer]
-        if isinstance(value, int) and value > 0:
-            if before is not None and value > before:
-                raise ValueError(
-                    f"schedule: counts must not rise with depth, got {value} at block {layer} after {before}"
-                )
-            before = value
-        checked[layer] = value
-    return checked
+    entries = dict(sorted(entries.items()))
+    counts = [(layer, value) for layer, value in entries.items() if isinstance(value, int) and value > 0]
+    for (_, before), (layer, value) in pairwise(counts):
+        if value > before:
+            raise ValueError(f"schedule: counts must not rise with depth, got {value} at block {layer} after {before}")
+    return entries
 
 
 def tokens_after(depth: int, num_patches: int, schedule: Mapping[int, int | float]) -> list[int]:
@@ -125,10 +120,12 @@ def block_indices(layers: Iterable[int]) -> list[int]:
         listed = None
     if listed is None:
         raise TypeError(f"schedule: layers must be block indices like [3, 6, 9], got {layers!r}")
-    found = [index for layer in listed if (index := _integer(layer)) is not None]
-    if len(found) < len(listed):
-        other = next(layer for layer in listed if _integer(layer) is None)
-        raise TypeError(f"schedule: layers must be block indices (ints), got {other!r} among them")
+    found = []
+    for layer in listed:
+        index = _integer(layer)
+        if index is None:
+            raise TypeError(f"schedule: layers must be block indices (ints), got {layer!r} among them")
+        found.append(index)
     return found
 
 

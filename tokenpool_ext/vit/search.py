@@ -11,7 +11,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_ratio
 from ..cost import counted
 from ..reduction import TokenReduction
-from . import finding, probing
-from .calibration import blocks_of, calls_of, compared, feature_of, inputs_of, places_of, refuse_patched
+from . import probing
+from .calibration import Calibration, calibration, compared, feature_of
 from .inputs import batch_first, find_tokens, named, packed_ends
-from .patching import patched_blocks, patches, remove_patch
+from .patching import patch, patched_blocks, patches, unpatch
 
 __all__ = ["search_schedule"]
 
@@ -84,20 +85,13 @@ def search_schedule(
     """
     budget = check_ratio(NAME, "budget", budget)
     check_choice(NAME, "target", target, ("macs", "latency"))
-    found = finding.find_blocks(model, blocks_of(options), NAME)
-    refuse_patched(NAME, model)
-    batches = inputs_of(NAME, batches)
-    places = places_of(NAME, len(found.blocks), layers)
-    calls = calls_of(NAME, model, batches)
-    from . import patch
-
+    given = calibration(NAME, model, batches, layers, options)
     try:
-        patch(model, keep_ratio=1.0, layers=places, **{"example": batches[0], **options})
+        patch(model, keep_ratio=1.0, layers=given.places, **{"example": given.batches[0], **options})
         with probing.quiet(model):
-            search = _Search(model, found.blocks, places, calls, feature or feature_of, options.get("init"))
-            return search.run(budget, target, counts)
+            return _Search(model, given, feature or feature_of, options.get("init")).run(budget, target, counts)
     finally:
-        remove_patch(model)
+        unpatch(model)
 
 
 class _Search:
@@ -106,22 +100,15 @@ class _Search:
     L blocks; the last entry of a list of costs, L + 1 long, is what is outside the blocks.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Iterable[nn.Module],
-        places: list[int],
-        calls: list[Any],
-        feature: Callable[[Any], Any],
-        init: Any,
-    ) -> None:
-        self.model, self.blocks, self.places, self.calls, self.feature = model, list(blocks), places, calls, feature
+    def __init__(self, model: nn.Module, given: Calibration, feature: Callable[[Any], Any], init: Any) -> None:
+        self.model, self.feature = model, feature
+        self.blocks, self.places, _, self.calls = given
         self.pools: dict[int, Any] = patched_blocks(model)
         for module in self.pools.values():
             if not isinstance(module, TokenReduction):
                 raise TypeError(f"{NAME}: pooling must make a TokenReduction, got {type(module).__name__}")
         self.whole, lengths = [], set()
-        for call in calls:
+        for call in self.calls:
             with self.length() as seen:
                 self.whole.append(self.output(call))
             lengths |= seen
@@ -143,11 +130,8 @@ class _Search:
                 raise ValueError(f"{NAME}: batches must hold one sequence where the model takes them packed")
             seen.add(n - plan.num_protected)
 
-        hook = self.blocks[self.places[0]].register_forward_pre_hook(note, with_kwargs=True)
-        try:
+        with self.blocks[self.places[0]].register_forward_pre_hook(note, with_kwargs=True):
             yield seen
-        finally:
-            hook.remove()
 
     def keep(self, counts: Mapping[int, int]) -> None:
         for i, module in self.pools.items():
@@ -280,23 +264,16 @@ class _Search:
                 torch.accelerator.synchronize(device)
             return time.perf_counter()
 
-        def enter(i: int) -> None:
-            spent[i] -= now()
+        def note(i: int, sign: int, *_: Any) -> None:
+            spent[i] += sign * now()
 
-        def leave(i: int) -> None:
-            spent[i] += now()
-
-        hooks = []
-        for i, block in enumerate(self.blocks):
-            hooks.append(block.register_forward_pre_hook(lambda *_, i=i: enter(i)))
-            hooks.append(block.register_forward_hook(lambda *_, i=i: leave(i)))
-        try:
+        with ExitStack() as hooks:
+            for i, block in enumerate(self.blocks):
+                hooks.enter_context(block.register_forward_pre_hook(partial(note, i, -1)))
+                hooks.enter_context(block.register_forward_hook(partial(note, i, 1)))
             start = now()
             self.model(*self.calls[0][0], **self.calls[0][1])
             spent[-1] = now() - start - sum(spent[:-1])
-        finally:
-            for hook in hooks:
-                hook.remove()
         return spent
 
     def plateaus(self, levels: list[int]) -> list[int]:

@@ -140,8 +140,7 @@ class Tap(TorchFunctionMode):
         bias = None if self.bias is None else self.bias[..., start : start + n].to(q.dtype)
         out = func(**{**given, "attn_mask": bias})
         if self.note:
-            heads = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if k.shape[1] != q.shape[1] else k
-            self.pieces.append((significance(q.detach(), heads.detach(), given.get("scale"), bias), k.detach()))
+            self.pieces.append((significance(q.detach(), k.detach(), given.get("scale"), bias), k.detach()))
         return out
 
     def _softmax(self, func, args: tuple, kwargs: dict) -> Tensor:
@@ -198,9 +197,7 @@ class Tap(TorchFunctionMode):
         if self.found[0] == "probabilities":
             return received(self.found[1], valid)
         _, q, k, scale, mask = self.found
-        q, k = q.reshape(self.batch, -1, *q.shape[-2:]), k.reshape(self.batch, -1, *k.shape[-2:])
-        if k.shape[1] != q.shape[1]:
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        q, k = (x.reshape(self.batch, -1, *x.shape[-2:]) for x in (q, k))
         return significance(q, k, scale, mask, valid)
 
     def keys(self) -> Tensor | None:
@@ -222,10 +219,12 @@ def received(probabilities: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None, valid: Tensor | None = None) -> Tensor:
-    """(B, T) attention received under ``softmax(scale q.k + bias)``.
+    """(B, T) attention received under ``softmax(scale q.k + bias)``; a key's head may serve several queries'.
 
     A bias on keys alone is one more feature, so no N x N matrix is made; any other bias, or padding, makes one.
     """
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     if bias is None and valid is None:
         # The usual scale by the width: a float attribute would become a symbol in dynamic compilation.
         usual = q.shape[3] ** -0.5
@@ -286,10 +285,8 @@ def _projected(given: dict[str, Any], query: Tensor, key: Tensor) -> tuple[Tenso
     """(B, H, T, d) queries and keys of ``F.multi_head_attention_forward``, whose product is out of sight."""
     bias = given.get("in_proj_bias")
     bias = (None, None) if bias is None else bias.detach().chunk(3)[:2]
-    if given.get("use_separate_proj_weight"):
-        weights = (given["q_proj_weight"], given["k_proj_weight"])
-    else:
-        weights = given["in_proj_weight"].chunk(3)[:2]
+    separate = given.get("use_separate_proj_weight")
+    weights = (given["q_proj_weight"], given["k_proj_weight"]) if separate else given["in_proj_weight"].chunk(3)[:2]
     projected = []
     for x, weight, offset in zip((query, key), weights, bias):
         x = F.linear(x, weight.detach(), offset).unflatten(-1, (given["num_heads"], -1))  # (T, B, H, d)
