@@ -78,17 +78,13 @@ def find_blocks(model: nn.Module, blocks: Any = None, caller: str = "patch") -> 
 
 
 def given_blocks(model: nn.Module, blocks: Any, caller: str) -> BlockList:
+    listed = blocks
     if isinstance(blocks, str):
         try:
-            listed: Any = model.get_submodule(blocks)
+            listed = model.get_submodule(blocks)
         except AttributeError:
             raise ValueError(f"{caller}: blocks={blocks!r} is no module of {type(model).__name__}") from None
-    else:
-        listed = blocks
-    try:
-        members = list(listed)
-    except TypeError:
-        members = []
+    members = list(listed) if isinstance(listed, Iterable) else []
     inside = {module: name for name, module in model.named_modules()}
     if not members or not all(isinstance(m, nn.Module) and m in inside for m in members):
         raise ValueError(

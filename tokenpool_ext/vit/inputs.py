@@ -103,7 +103,7 @@ def _ends_of_squares(mask: Tensor) -> list[int]:
     """Of the squares along the diagonal that are all a mask (N, N) lets through; none where there is more or less."""
     if mask.is_meta or (values.recorded() and not torch.compiler.is_compiling()):
         return []
-    seen = mask > -1e4 if mask.is_floating_point() else mask != 0
+    seen = let_through(mask)
     last = (seen[1:] != seen[:-1]).any(dim=1)
     square = torch.cat([last.new_zeros(1), last]).cumsum(dim=0)
     squares = (seen == (square[:, None] == square)).all()
@@ -111,6 +111,11 @@ def _ends_of_squares(mask: Tensor) -> list[int]:
         torch._assert_async(~(squares & last.any()), PACKED)
         return []
     return [i + 1 for i in last.nonzero()[:, 0].tolist()] + [len(mask)] if squares else []
+
+
+def let_through(mask: Tensor) -> Tensor:
+    """True where a boolean, additive or 0/1 mask is one of a real token."""
+    return mask > -1e4 if mask.is_floating_point() else mask != 0
 
 
 def _is_padding(mask: Tensor, name: str, b: int, n: int, form: Form) -> bool:
@@ -127,12 +132,9 @@ def valid_tokens(sides: list, b: int, n: int, index: Tensor | None, form: Form) 
             continue
         if value.dim() == 2 and not _is_padding(value, name, b, n, form):
             continue
-        if value.dtype == torch.bool:
-            real = ~value if "padding" in name else value
-        elif value.is_floating_point():
-            real = value > -1e4
-        else:
-            real = value != 0
+        real = let_through(value)
+        if value.dtype == torch.bool and "padding" in name:
+            real = ~real
         if value.dim() == 4:
             real = real.any(dim=2).any(dim=1)
         real = real.expand(b, n)

@@ -334,18 +334,18 @@ def make_schedule(depth: int, asked: SimpleNamespace) -> schedules.Schedule:
     if hasattr(num_tokens, "items"):
         return schedules.normalise(depth, num_tokens)
     if (
-        isinstance(num_tokens, Iterable)
-        and getattr(num_tokens, "ndim", True)
-        and not isinstance(num_tokens, (str, bytes))
+        isinstance(num_tokens, (str, bytes))
+        or not isinstance(num_tokens, Iterable)
+        or not getattr(num_tokens, "ndim", 1)
     ):
-        num_tokens = list(num_tokens)
-        if len(num_tokens) != depth:
-            raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
-        return schedules.explicit(num_tokens)
-    raise TypeError(
-        f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a single"
-        " block write {block: count}"
-    )
+        raise TypeError(
+            f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a single"
+            " block write {block: count}"
+        )
+    num_tokens = list(num_tokens)
+    if len(num_tokens) != depth:
+        raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
+    return schedules.explicit(num_tokens)
 
 
 def pooling_factory(pooling: Any, options: dict[str, Any]) -> Callable[..., nn.Module]:

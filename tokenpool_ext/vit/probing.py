@@ -119,10 +119,9 @@ def kind(block: nn.Module) -> Any:
     for path, m in block.named_modules():
         if path.split(".")[0] == pooled.SUBMODULE:
             continue
-        plain = sorted((k, repr(v)) for k, v in m.__dict__.items() if isinstance(v, (int, float, str, tuple, bool)))
-        found.append(
-            (path, inputs.base_class(type(m)), tuple(p for p in plain if p[0] not in ("layer_idx", "training")))
-        )
+        values = ((k, repr(v)) for k, v in m.__dict__.items() if isinstance(v, (int, float, str, tuple, bool)))
+        plain = sorted(pair for pair in values if pair[0] not in ("layer_idx", "training"))
+        found.append((path, inputs.base_class(type(m)), *plain))
     return tuple(found)
 
 

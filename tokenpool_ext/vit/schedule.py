@@ -30,7 +30,9 @@ def default_layers(depth: int) -> tuple[int, ...]:
 def constant(depth: int, keep_ratio: float, layers: Iterable[int] | None = None) -> Schedule:
     """The same ratio at each of ``layers``. 196 tokens at 0.7: 137, 96, 67, as published for TokenReduction."""
     layers = default_layers(depth) if layers is None else block_indices(layers)
-    return normalise(depth, dict.fromkeys(layers, _ratio(keep_ratio)))
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real) or not 0 < keep_ratio <= 1:
+        raise ValueError(f"schedule: keep_ratio must be in (0, 1], got {keep_ratio!r}")
+    return normalise(depth, dict.fromkeys(layers, float(keep_ratio)))
 
 
 def geometric(depth: int, num_patches: int, last: int, layers: Iterable[int] | None = None) -> Schedule:
@@ -146,9 +148,3 @@ def _entry(layer: int | str, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"schedule: block {layer} needs an int (tokens) or a float (ratio), got {value!r}")
     return float(value)
-
-
-def _ratio(keep_ratio: float) -> float:
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real) or not 0 < keep_ratio <= 1:
-        raise ValueError(f"schedule: keep_ratio must be in (0, 1], got {keep_ratio!r}")
-    return float(keep_ratio)

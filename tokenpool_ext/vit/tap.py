@@ -244,9 +244,7 @@ def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None,
 def take_square(bias: Tensor, index: Tensor) -> Tensor:
     """Rows and columns ``index`` (B, K) of a bias (..., N, N): (B, ..., K, K)."""
     b, k = index.shape
-    if bias.dim() == 2:
-        bias = bias[None]
-    elif bias.dim() == 3 and bias.shape[0] != b:  # (H, N, N)
+    if bias.dim() == 2 or bias.dim() == 3 and bias.shape[0] != b:  # (N, N), (H, N, N)
         bias = bias[None]
     bias = bias.expand(b, *bias.shape[1:])
     index = index.reshape(b, *[1] * (bias.dim() - 3), k)
