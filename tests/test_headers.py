@@ -29,6 +29,26 @@ def first_included(header: Path) -> Path | None:
 ALONE = sorted(set(HEADERS) - {first_included(path) for path in HEADERS})
 
 
+FLAGS = ["-fsyntax-only", "-std=c++17", "-Wno-unknown-pragmas", "-DTOKENPOOL_CUDA_SIM"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'tests' / 'simulator'}"]
+FLAGS += ["-isystem", str(Path(torch.__file__).parent / "include")]
+LIBRARIES = ROOT / "csrc" / "cpu" / "headers.h"  # what every CPU kernel reads first
+
+
+def opens_with_libraries(header: Path | None) -> bool:
+    return header is not None and (header == LIBRARIES or opens_with_libraries(first_included(header)))
+
+
+@pytest.fixture(scope="module")
+def precompiled(tmp_path_factory):
+    """LIBRARIES, read once: to put them in front of a header that opens with them changes nothing."""
+    place = tmp_path_factory.mktemp("precompiled") / LIBRARIES.name
+    command = [COMPILER, *FLAGS[1:], "-x", "c++-header", str(LIBRARIES), "-o", f"{place}.gch"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ["-include", str(place)]
+
+
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: str(path.relative_to(ROOT / "csrc")))
 def test_a_header_opens_with_what_it_is_for(header):
     text = header.read_text()
@@ -38,11 +58,9 @@ def test_a_header_opens_with_what_it_is_for(header):
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on PATH")
 @pytest.mark.parametrize("header", ALONE, ids=lambda path: str(path.relative_to(ROOT / "csrc")))
-def test_header_parses_alone(header, tmp_path):
+def test_header_parses_alone(header, tmp_path, precompiled):
     unit = tmp_path / "unit.cpp"
     unit.write_text(f'#include "{header}"\n')
-    flags = ["-fsyntax-only", "-std=c++17", "-Wno-unknown-pragmas", "-DTOKENPOOL_CUDA_SIM"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'tests' / 'simulator'}"]
-    flags += ["-isystem", str(Path(torch.__file__).parent / "include")]
-    done = subprocess.run([COMPILER, *flags, str(unit)], capture_output=True, text=True)
+    first = precompiled if opens_with_libraries(header) else []
+    done = subprocess.run([COMPILER, *FLAGS, *first, str(unit)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
