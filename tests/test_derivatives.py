@@ -23,9 +23,9 @@ def smooth(op, backend, labels=None):
     labels = torch.tensor(LABELS)
     x, w = tokens(B, N, D, torch.float64), positive_weights(B, N, torch.float64)
     functions = {
-        "kmeans": lambda x, w: tp.kmeans(x, K, weights=w, init=init, num_iters=3, backend=name).centers,
-        "kmeans-plain": lambda x: tp.kmeans(x, K, init=init, num_iters=3, backend=name).centers,
-        "kmedoids": lambda x, w: tp.kmedoids(x, K, weights=w, init=init, num_iters=3, backend=name).centers,
+        "kmeans": lambda x, w: tp.kmeans(x, K, weights=w, init=init, num_iters=2, backend=name).centers,
+        "kmeans-plain": lambda x: tp.kmeans(x, K, init=init, num_iters=2, backend=name).centers,
+        "kmedoids": lambda x, w: tp.kmedoids(x, K, weights=w, init=init, num_iters=2, backend=name).centers,
         "pool": lambda x, w: tp.pool(x, labels, K, weights=w, backend=name),
         "pool-plain": lambda x: tp.pool(x, labels, K, backend=name),
         "unpool": lambda x: tp.unpool(x[:, :K], labels, backend=name),
@@ -164,10 +164,12 @@ def test_torch_func_inside_compile(exact, op, transform):
         "hessian": torch.func.hessian(loss),
         "grad of grad": torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum()),
     }[transform]
+    # Over the graphs of the reference AOT takes three times as long as Dynamo; its Hessian holds every transform.
+    compiler = "eager" if exact.name == "reference" and transform != "hessian" else "aot_eager"
     torch._dynamo.reset()
     want = transformed(x)
     assert want.abs().max() > 0
-    torch.testing.assert_close(torch.compile(transformed, backend="aot_eager")(x), want)
+    torch.testing.assert_close(torch.compile(transformed, backend=compiler)(x), want)
 
 
 def test_compiled_weights_have_gradients_under_torch_func(exact):
