@@ -227,7 +227,8 @@ def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Ten
     for argument, value in (("x", x3), ("weights", weights)):
         if value is None:
             continue
-        bad = ~torch.isfinite(value.detach()).reshape(*x3.shape[:2], -1).all(2)
+        finite = torch.isfinite(value)
+        bad = ~(finite.all(2) if finite.dim() == 3 else finite)
         if mask is not None:
             bad &= mask
         if bad.any():
