@@ -227,8 +227,7 @@ def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Ten
     for argument, value in (("x", x3), ("weights", weights)):
         if value is None:
             continue
-        finite = torch.isfinite(value)
-        bad = ~(finite.all(2) if finite.dim() == 3 else finite)
+        bad = ~(torch.isfinite(value) if value.dim() == 2 else torch.isfinite(value).all(2))
         if mask is not None:
             bad &= mask
         if bad.any():
