@@ -165,9 +165,9 @@ def check_not_meta(name: str, argument: str, value: Tensor) -> None:
 
 def _check_shape(name: str, what: str, value: Tensor, label: str, expected: tuple[int, ...], batched: bool) -> Tensor:
     """label and expected: of a batch, say "(B, N)"; beside unbatched tokens both are without B. Returns it with B."""
-    if not batched:
-        label, expected = label.replace("(B, ", "(").replace("(N)", "(N,)").replace("(K)", "(K,)"), expected[1:]
+    expected = expected if batched else expected[1:]
     if value.shape != expected:
+        label = label if batched else label.replace("(B, ", "(").replace("(N)", "(N,)").replace("(K)", "(K,)")
         raise ValueError(f"{name}: {what} {label} = {tuple(expected)}, got {tuple(value.shape)}")
     return value if batched else value[None]
 
@@ -310,8 +310,8 @@ def check_init(
     if init.dtype in INTEGER:
         init = _check_shape(name, "init must hold token indices of shape", init, "(B, K)", (b, k), batched)
         init = _converted(init, torch.int64)
-        used = init
-        if counts is not None:  # clusters that an image does not have may hold anything: every backend clamps
+        used = init  # of clusters that an image does not have, anything may be given: every backend clamps
+        if counts is not None and values.visible(init):
             used = torch.where(torch.arange(k, device=init.device) < counts[:, None], init, 0)
         _check_range(name, "init must hold token indices", used, 0, "N-1", n - 1)
         return init if mask is None or n == 0 else next_valid(mask).gather(1, init.clamp(0, n - 1))
@@ -341,7 +341,7 @@ def check_centers(name: str, centers: Tensor, x3: Tensor, batched: bool) -> Tens
 
 def check_finite_centers(name: str, start: Tensor, counts: Tensor | None) -> None:
     used = start if counts is None else start[torch.arange(start.shape[1], device=start.device) < counts[:, None]]
-    if start.is_floating_point() and not torch.isfinite(used).all():
+    if not torch.isfinite(used).all():
         raise ValueError(
             f"{name}: init must hold finite centers, got NaN or infinity; pass check_finite=False to allow it"
         )

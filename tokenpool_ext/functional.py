@@ -294,7 +294,7 @@ def _cluster(
         check_finite_tokens(name, x3, weights, mask)
     chain = select(name, x3, backend)
     start = check_init(name, init, x3, k, mask, counts, batched)
-    if check_finite and isinstance(start, Tensor):
+    if check_finite and isinstance(start, Tensor) and start.is_floating_point():
         check_finite_centers(name, start, counts)
     found = cluster_from(chain, name, x3, weights, mask, counts, start, k, num_iters, sort, generator)
     return found if batched else Clusters(*(part[0] for part in found))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_int
+from ..checks import LARGEST_FLOAT, check_float, check_int
 from ..reduction import TokenReduction, _identity
 from . import probing
 from .calibration import calibration, compared
@@ -95,8 +95,8 @@ def learn_schedule(
             of tokens; taken in turns.
         penalty: times the sum over the blocks of (block index + 1) times the sum of the retentions, added to the loss.
             More of it keeps fewer tokens. PoWER-BERT's: 1e-4 to 7e-3, of a task's loss; of the default loss less: a
-            DINOv2 ViT-S/14 comes to 85% of the MACs at 1e-5. Its sum is over blocks and tokens, so longer sequences
-            need less.
+            DINOv2 ViT-S/14 with 64 tokens comes to 79% of the MACs at 6e-5 and to 49% at 3.4e-4
+            (bench/results/evidence-schedules.json). Its sum is over blocks and tokens, so longer sequences need less.
         steps: updates, a batch each.
         loss: a scalar of what the model returns and the batch. Default: 1 - cosine to what the unpooled model gives, as
             in ``search_schedule``; it needs no labels.
@@ -114,8 +114,7 @@ def learn_schedule(
     """
     steps = check_int(NAME, "steps", steps, 1)
     for name, value in (("penalty", penalty), ("lr", lr)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{NAME}: {name} must be finite and at least 0, got {value}")
+        check_float(NAME, name, value, 0, LARGEST_FLOAT, "finite and at least 0")
     blocks, places, batches, calls = calibration(NAME, model, batches, layers, options)
     if layers is None and len(blocks) > 1:
         places = places[:-1]
