@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / folder / "README.md" for folder in ("tests", "examples"))]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *(ROOT / folder / "README.md" for folder in ("tests", "examples"))]
 )
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".md", ".yml"}
 VARIABLE = r"TOKENPOOL_EXT_[A-Z_]*[A-Z]\b"

@@ -1,4 +1,4 @@
-"""``python -m bench.evidence STUDY [options]``: the studies of docs/evidence.md, and its tables and figures."""
+"""``python -m bench.evidence STUDY [options]``: the studies of docs/evidence.md, and their tables and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of docs/evidence.md, each of one record of bench/results."""
+"""The figures of docs/evidence.md and docs/evidence/, each of one record of bench/results."""
 
 from __future__ import annotations
 

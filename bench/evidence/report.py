@@ -1,7 +1,8 @@
-"""``python -m bench.evidence report [--write]``: every table and figure of docs/evidence.md from the committed records.
+"""``python -m bench.evidence report [--write]``: every table and figure of the evidence from the committed records.
 
-A table stands in the document between ``<!-- table NAME -->`` and ``<!-- end -->``. Without --write: says whether the
-document is what the records make, exit status 1 if not. A figure's file holds the hash of the record it shows.
+A table stands in docs/evidence.md or docs/evidence/ between ``<!-- table NAME -->`` and ``<!-- end -->``. Without
+--write: says whether the pages are what the records make, exit status 1 if not. A figure's file holds the hash of the
+record it shows.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from . import data
+from .methods import METHODS
 
-DOCUMENT = data.ROOT / "docs" / "evidence.md"
+DOCS = data.ROOT / "docs"
 BLOCK = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 ONE_LINE = "patch(model, keep_ratio=...)"
 
@@ -22,14 +25,19 @@ def markdown(head: list[str], rows) -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
 
 
+def difference(row: dict, name: str, digits: int) -> str:
+    """A difference with its 95% interval, empty if the row has none."""
+    if name not in row:
+        return ""
+    low, high = row[f"{name}_95"]
+    return f"{row[name]:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def points(row: dict, name: str) -> str:
-    """A difference of accuracies in percentage points with its 95% interval."""
-    low, high = (100 * v for v in row[f"{name}_95"])
-    return f"{100 * row[name]:+.1f} ({low:.1f} to {high:.1f})"
-
-
-def budgets(content: dict) -> list[float]:
-    return sorted({row["budget"] for row in content["records"] if "budget" in row}, reverse=True)
+    """A difference of accuracies, in percentage points."""
+    if name not in row:
+        return ""
+    return difference({name: 100 * row[name], f"{name}_95": [100 * v for v in row[f"{name}_95"]]}, name, 1)
 
 
 def by_budget(content: dict) -> dict[tuple[str, str], dict[float, dict]]:
@@ -59,7 +67,8 @@ def one_line() -> str:
 
 def accuracy(name: str) -> str:
     content = data.load(f"images-{name}")
-    columns, whole = budgets(content), content["records"][0]
+    whole = content["records"][0]
+    columns = sorted({row["budget"] for row in content["records"][1:]}, reverse=True)
     error = (whole["accuracy"] * (1 - whole["accuracy"]) / whole["queries"]) ** 0.5
     rows = [
         [method, *(f"{100 * found[b]['accuracy']:.1f}" for b in columns)]
@@ -67,10 +76,10 @@ def accuracy(name: str) -> str:
         if group == "method"
     ]
     all_tokens = f"{100 * whole['accuracy']:.1f} (standard error {100 * error:.1f})"
-    words = (
-        f"{content['k']}-NN, {whole['queries']} queries, a gallery of {content['gallery']}; all tokens {all_tokens}."
+    gallery = f"{whole['queries']} queries, a gallery of {content['gallery']}"
+    return f"{content['k']}-NN, {gallery}; all tokens {all_tokens}.\n\n" + markdown(
+        ["method", *(f"{b:.0%}" for b in columns)], rows
     )
-    return words + "\n\n" + markdown(["method", *(f"{b:.0%}" for b in columns)], rows)
 
 
 def against_all(name: str, columns: tuple[float, ...]) -> str:
@@ -82,17 +91,6 @@ def against_all(name: str, columns: tuple[float, ...]) -> str:
             rows[-1] += [points(found[b], "minus_wkmeans") if method != "WK-Means" else "" for b in columns]
     head = [f"{b:.0%}: against {other}" for other in ("all tokens", "WK-Means") for b in columns]
     return markdown(["method", *head], rows)
-
-
-def today() -> str:
-    content = data.load("images-stamps-today")
-    rows = []
-    for (group, method), found in by_budget(content).items():
-        for budget, row in found.items():
-            name = method if group == "method" else f"WK-Means, {group} {method}"
-            rows.append([name, f"{budget:.0%}", f"{100 * row['accuracy']:.1f}", points(row, "minus_all")])
-            rows[-1].append("" if method == "WK-Means" else points(row, "minus_wkmeans"))
-    return markdown(["method", "of the MACs", "accuracy", "against all tokens", "against WK-Means"], rows)
 
 
 def settings() -> str:
@@ -151,9 +149,7 @@ def positions() -> str:
     for row in data.load("positions")["records"]:
         line = [row["pictures"], f"{row['position_weight']:g}", row["ratio"]]
         for name in ("class", "patches"):
-            low, high = row[f"{name}_gain_95"]
-            gain = f"{row[f'{name}_gain']:+.4f} ({low:.4f} to {high:.4f})" if row["position_weight"] else ""
-            line += [f"{row[name]:.4f}", gain]
+            line += [f"{row[name]:.4f}", difference(row, f"{name}_gain", 4) if row["position_weight"] else ""]
         rows.append(line)
     head = ["pictures", "position_weight", "kept at each of three blocks", "class token", "gain", "patches", "gain"]
     return markdown(head, rows)
@@ -161,7 +157,7 @@ def positions() -> str:
 
 # name -> way of the record, iterations
 RECONSTRUCTION = {
-    "WK-Means (the default)": ("tokens/weighted/farthest/mean", 5),
+    "WK-Means": ("tokens/weighted/farthest/mean", 5),
     "K-Means": ("tokens/plain/farthest/mean", 5),
     "WK-Medoids": ("tokens/weighted/farthest/medoid", 5),
     "K-Medoids": ("tokens/plain/farthest/medoid", 5),
@@ -210,13 +206,8 @@ def starts() -> str:
 def text() -> str:
     rows = []
     for row in data.load("text")["records"]:
-        line = [row["method"], f"{row['ratio']:g}", f"{100 * row['macs']:.0f}", f"{row['mrr']:.3f}"]
-        if "cosine" in row:
-            low, high = row["minus_all_95"]
-            line += [f"{row['minus_all']:+.3f} ({low:.3f} to {high:.3f})", f"{row['cosine']:.3f}"]
-        else:
-            line += ["", ""]
-        rows.append(line)
+        line = [row["method"], f"{row['ratio']:g}", f"{100 * row['macs']:.0f}", number(row["mrr"])]
+        rows.append([*line, difference(row, "minus_all", 3), number(row.get("cosine"))])
     head = ["method", "kept at each of three blocks", "% of MACs", "reciprocal rank", "against all tokens", "cosine"]
     return markdown(head, rows)
 
@@ -235,8 +226,8 @@ def trained(tuned: bool) -> str:
     rows = []
     for method, by in found.items():
         name = TRAINED.get(method, method)
-        rows.append([name, *(f"{100 * by[b]['accuracy']:.1f}" for b in columns)])
-        rows[-1] += [points(by[b], "minus_wkmeans") if method != "kmeans" else "" for b in (0.58, 0.35)]
+        cells = [f"{100 * by[b]['accuracy']:.1f}" for b in columns]
+        rows.append([name, *cells, *(points(by[b], "minus_wkmeans") for b in (0.58, 0.35))])
     head = ["method", *(f"{b:.0%}" for b in columns), "58%: against WK-Means", "35%: against WK-Means"]
     return markdown(head, rows)
 
@@ -249,7 +240,7 @@ def trained_whole() -> str:
             name = {"base": "all tokens", "narrow": "fewer features, all tokens"}.get(row["method"], row["method"])
             line = [TRAINED.get(name, name), row["epochs"] if not row["tuned"] else f"+ {row['epochs']:g}"]
             line += [f"{100 * row['macs']:.0f}", f"{100 * row['accuracy']:.2f}"]
-            rows.append([*line, points(row, "minus_all") if "minus_all" in row else ""])
+            rows.append([*line, points(row, "minus_all")])
     return markdown(["model", "epochs", "% of MACs", "accuracy", "against all tokens, trained as long"], rows)
 
 
@@ -260,8 +251,7 @@ def speech(kind: str) -> str:
     for row in found:
         name = row["method"] + (f"={row['strength']:g}" if row["strength"] else "")
         name += f" ({row['clips']} clips)" if row["clips"] < found[0]["clips"] else ""
-        fields = [f"minus_{other}" for other in ("all", "grid", "wkmeans")]
-        others = [points(row, field) if field in row else "" for field in fields]
+        others = [points(row, f"minus_{other}") for other in ("all", "grid", "wkmeans")]
         rows.append([name, f"{row['tokens']:g}", f"{100 * row['wer']:.1f}", *others])
         rows[-1] += [f"{row[f'{part}_ms']:.0f}" for part in ("encoder", "decoder")]
     head = ["method", "tokens", "word error rate %", "points against all tokens", "against the grid"]
@@ -285,9 +275,7 @@ def speed() -> str:
         for row in data.load(f"speed-{model}")["rows"]:
             times = [f"{row[f'{name}_ms']:.0f}" for name in ("whole", "pooled", "tome")]
             gains = [f"{row[f'{name}_speedup']:.2f}x" for name in ("pooled", "tome")]
-            rows.append(
-                [model, str(row["batch"]), *times, *gains, f"{row['pooled_own']:.1%}", f"{row['break_even']:.1%}"]
-            )
+            rows.append([model, row["batch"], *times, *gains, f"{row['pooled_own']:.1%}", f"{row['break_even']:.1%}"])
     head = ["model", "batch", "whole, ms", "pooled, ms", "ToMe's schedule, ms", "pooled", "ToMe's"]
     head += ["pooling's share of the time", "gains when it removes, of the MACs"]
     return markdown(head, rows)
@@ -308,13 +296,9 @@ def schedules() -> str:
         if "cosine" not in row:
             rows += [[row["pictures"], "100", row["method"], "", "", "", accuracy, ""]] if accuracy else []
             continue
-        gain = ["", ""]
-        if "cosine_minus_searched" in row:
-            low, high = row["cosine_minus_searched_95"]
-            gain[0] = f"{row['cosine_minus_searched']:+.4f} ({low:.4f} to {high:.4f})"
-            gain[1] = points(row, "accuracy_minus_searched") if accuracy else ""
+        gains = [difference(row, "cosine_minus_searched", 4), accuracy, points(row, "accuracy_minus_searched")]
         line = [row["pictures"], f"{100 * row['macs']:.1f}", row["method"]]
-        rows.append([*line, number(row["cosine"], 4), number(row["worst"]), gain[0], accuracy, gain[1]])
+        rows.append([*line, number(row["cosine"], 4), number(row["worst"]), *gains])
     head = ["pictures", "% of MACs", "schedule", "class token", "worst", "against the search", "accuracy", "against it"]
     return markdown(head, rows)
 
@@ -327,7 +311,30 @@ def latency() -> str:
     return markdown(["schedule", "ms", "speed", "% of MACs", "class token", "search, s"], rows)
 
 
+def overview() -> str:
+    """A number for each method from each study, at a budget where the methods differ."""
+    content = data.load("reconstruction")
+    errors = {way["way"]: way["error"] for way in content["ways"]}
+    at, half = content["iterations"].index, content["rates"].index(0.5)
+    columns = {"error of half the tokens": {m: errors[w][at(n)][half] for m, (w, n) in RECONSTRUCTION.items()}}
+    for words, record, field, wanted in (
+        ("stamps, 40% of the MACs", "images-stamps", "accuracy", {"budget": 0.4, "group": "method"}),
+        ("Fashion-MNIST, 50%", "images-fashion", "accuracy", {"budget": 0.5, "group": "method"}),
+        ("trained, 58%", "train", "accuracy", {"budget": 0.58, "tuned": True}),
+        ("text, 72%: reciprocal rank", "text", "mrr", {"ratio": 0.7}),
+        ("speech, half the tokens: word errors", "speech", "wer", {"tokens": 750, "kind": "dense"}),
+    ):
+        columns[words] = {}
+        for row in data.load(record)["records"]:
+            name = row.get("name", row.get("method"))
+            if name in ("all tokens", "none") or all(row.get(key) == value for key, value in wanted.items()):
+                columns[words][TRAINED.get(name, name)] = row[field]
+    methods = ("all tokens", *METHODS)
+    return markdown(["", *columns], [[m, *(number(found.get(m)) for found in columns.values())] for m in methods])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview,
     "cost": cost,
     "speed": speed,
     "one-line": one_line,
@@ -340,7 +347,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "starts": starts,
     "against-tome": against_tome,
     "lowpass": lowpass,
-    "stamps-today": today,
+    "stamps-today": lambda: accuracy("stamps-today"),
+    "stamps-today-intervals": lambda: against_all("stamps-today", (0.4,)),
     "text": text,
     "train": trained_whole,
     "train-tuned": lambda: trained(True),
@@ -359,8 +367,13 @@ def document(text: str) -> str:
     return BLOCK.sub(lambda found: f"<!-- table {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->", text)
 
 
+def pages() -> dict[Path, str]:
+    """The pages of the evidence, and what stands in them."""
+    return {page: page.read_text() for page in (DOCS / "evidence.md", *sorted((DOCS / "evidence").glob("*.md")))}
+
+
 def stale(text: str) -> list[str]:
-    """What the records do not make: tables and figures that differ or are missing."""
+    """What the records do not make: tables and figures that differ or are missing in the text of all pages."""
     from .figures import FIGURES, digest
 
     wrong = [f"table {name}" for name in TABLES if name not in BLOCK.findall(text)]
@@ -381,9 +394,10 @@ def main(argv=None) -> int:
     if args.write:
         from . import figures
 
-        DOCUMENT.write_text(document(DOCUMENT.read_text()))
+        for page, text in pages().items():
+            page.write_text(document(text))
         for record in figures.FIGURES:
             figures.save(record)
-    wrong = stale(DOCUMENT.read_text())
-    print("\n".join(wrong) or f"{DOCUMENT.relative_to(data.ROOT)} is what the records make")
+    wrong = stale("\n".join(pages().values()))
+    print("\n".join(wrong) or "every page is what the records make")
     return int(bool(wrong))
