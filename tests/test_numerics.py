@@ -63,6 +63,20 @@ def test_equal_tokens_come_back_to_the_bit(backend, value, count):
         assert (tp.pool(x, clusters.assignment, 1, weights=weights, backend=backend.name) == x[:, :1]).all()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("k", [4, 5, 13])
+def test_repeated_tokens_come_back_to_the_bit(backend, k, weighted):
+    """Also where the image has several distinct tokens, so that something is taken off all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 30, generator=generator).repeat(1, 5, 1).to(backend.device)
+    weights = torch.rand(2, 20, generator=generator).to(backend.device) if weighted else None
+    if weighted:
+        x, weights = torch.cat([x, x[:, :1] + 0.01], 1), torch.cat([weights, weights[:, :1] * 0], 1)  # moves nothing
+    clusters = run("kmeans", backend, x, k, weights=weights)
+    assert (tp.unpool(clusters.centers, clusters.assignment)[:, :20] == x[:, :20]).all()
+    assert clusters.inertia.tolist() == [0, 0]
+
+
 @pytest.mark.large
 @pytest.mark.one_path
 def test_centers_of_large_clusters(backend):

@@ -167,10 +167,12 @@ def test_bounds_hold_for_tokens_of_any_length_that_are_not_scaled(dtype, size, r
 @pytest.mark.parametrize("normalized", [True, False])
 def test_equal_tokens_are_at_distance_zero(dtype, normalized):
     """Tokens of zeros, too: they stand for each other, and for no other token."""
-    x = torch.cat([torch.randn(5, 24, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 24)]).to(dtype)
-    for options in ({"distance_threshold": 0.0}, {"max_error": 0.0}, {"distance_threshold": 0.01}):
-        pooled, labels = TokenPooler(**options, normalize=normalized)([x.repeat(7, 1)], return_assignment=True)
-        assert len(pooled[0]) == 6 and labels[0].tolist() == list(range(6)) * 7, options
+    for features in (16, 24, 128):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.cat([torch.randn(5, features, generator=generator), torch.zeros(1, features)]).to(dtype)
+        for options in ({"distance_threshold": 0.0}, {"max_error": 0.0}, {"distance_threshold": 0.01}):
+            pooled, labels = TokenPooler(**options, normalize=normalized)([x.repeat(7, 1)], return_assignment=True)
+            assert len(pooled[0]) == 6 and labels[0].tolist() == list(range(6)) * 7, options
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.05, 0.2, 0.5, 1.0])

@@ -73,7 +73,7 @@ class Result {
       }
       for (int64_t d = 0; d < D; ++d) mean[d] = C(to_float(x[d])) * tokens_.scale;
     } else {
-      if (!settled || !unshift(centers_.row + j * D, mean)) mean_of<false>(tokens_, assigned_, j, mean);
+      if (!settled || equal(j) || !unshift(centers_.row + j * D, mean)) mean_of<false>(tokens_, assigned_, j, mean);
       narrow(mean, C(1) / tokens_.scale, out, D);
       if (tokens_.scale != C(1)) keep_finite(mean, out, D);
     }
@@ -99,7 +99,14 @@ class Result {
     return error;
   }
 
-  // mean = center + shift, where that loses nothing: the shift is not much longer than the mean.
+  // Are all members that count where the center of this settled cluster is? Adding the shift would round them.
+  bool equal(int64_t j) const {
+    for (int64_t m = assigned_.start[j]; m < assigned_.start[j + 1]; ++m)
+      if (assigned_.share[m] != C(0) && !(assigned_.best[assigned_.member[m]] == C(0))) return false;
+    return true;
+  }
+
+  // mean = center + shift, where that loses little: the shift is not much longer than the mean.
   bool unshift(const C* center, C* mean) const {
     C longest = 0, shift = 0;
     for (int64_t d = 0; d < a.features; ++d) {
