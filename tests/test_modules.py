@@ -263,14 +263,14 @@ def test_compile_fullgraph(name, tokens):
         torch.testing.assert_close(y, layer(x, scores))
 
 
-@pytest.mark.parametrize("options", [dict(num_tokens=6), dict(keep_ratio=0.5)])
+@pytest.mark.parametrize("options", [dict(num_tokens=10), dict(keep_ratio=0.5)])
 @pytest.mark.parametrize("kind", [TokenPooling, GridPooling, BipartiteMatching, ScorePruning])
 def test_compile_dynamic(kind, options):
     layer = kind(**options)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-    for n in (17, 26, 37):
+    for n in (17, 20, 37):  # to 10: one round of matching, then two; each round more takes seconds to compile
         for batch in (2, 3):
             x, scores = torch.randn(batch, n, 4), torch.rand(batch, n)
             torch.testing.assert_close(compiled(x, scores), layer(x, scores))
