@@ -287,6 +287,28 @@ def test_environment_override(monkeypatch):
     tp.kmeans(tokens(B, N, D), K, backend="reference")  # the argument wins
 
 
+@pytest.mark.parametrize("size", [1e-60, 1e60])
+def test_float64_weights_that_float32_does_not_hold_are_refused(size):
+    """Taken as float32 they would be zeros or infinite; without a look at them the means came out plain or NaN."""
+    x, weights = tokens(2, 6, 3), torch.rand(2, 6, dtype=torch.float64) + 0.1
+    some = weights * torch.tensor([[1.0], [size]], dtype=torch.float64)
+    calls = {
+        "kmeans: weights": lambda x, w: tp.kmeans(x, 2, weights=w),
+        "kmedoids: weights": lambda x, w: tp.kmedoids(x[1], 2, weights=w[1]),
+        "pool: weights": lambda x, w: tp.pool(x, torch.zeros(2, 6).long(), 1, weights=w),
+        "TokenPooling: scores": lambda x, w: tp.TokenPooling(2)(x, w),
+        "compress: scores": lambda x, w: tp.compress(x, 2, scores=w),
+    }
+    for words, call in calls.items():
+        call(x, weights)
+        call(x.double(), some)  # held, and right (test_scaling_weights_changes_nothing)
+        with pytest.raises(ValueError, match=words):
+            call(x, some)
+    one = torch.tensor([[True], [False]]).expand(2, 6)
+    assert_identical(tp.kmeans(x, 2, weights=some, mask=one), tp.kmeans(x, 2, weights=weights, mask=one))
+    tp.kmeans(x, 2, weights=weights * 0)
+
+
 def test_numbers_of_numpy_are_welcome():
     x, scores = tokens(2, 12, 3), torch.arange(12.0).expand(2, 12)
     assert_identical(tp.kmeans(x, np.int64(5), num_iters=np.uint8(3)), tp.kmeans(x, 5, num_iters=3))

@@ -300,6 +300,25 @@ def test_grid_cells():
     assert torch.equal(pooled.reshape(1, 1, 2, 2), torch.nn.functional.avg_pool2d(x, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [BipartiteMatching, GridPooling])
+def test_representative_and_inertia_of_a_merger_are_those_before_rounding(layer, dtype):
+    x = (torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0)) + 5).to(dtype)
+    sizes = torch.ones(4, 16)
+    sizes[3, 1::2] = 2
+    clusters = layer(8, num_prefix_tokens=0).reduced(x, sizes=sizes).clusters
+    for image, labels, weights, medoids, inertia in zip(x.double(), clusters.assignment, sizes, *clusters[3:]):
+        loss = 0.0
+        for j in range(8):
+            members = (labels == j).nonzero()[:, 0]
+            rows, w = image[members], weights[members].double()
+            distances = (rows - (w @ rows) / w.sum()).square().sum(1)
+            loss += float(w @ distances)
+            least = distances <= distances.min() * (1 + 1e-9) + 1e-12  # a tie to the lowest index
+            assert medoids[j] == members[least][0]
+        assert float(inertia) == pytest.approx(loss, rel=1e-5, abs=1e-5)
+
+
 def test_bipartite_matching_by_hand():
     # A = tokens 0, 2, 4; B = tokens 1, 3, 5. Token 4 is most like 5, then 2 like 1; 0 like 3 least.
     angle = torch.tensor([0.0, 0.9, 1.1, 0.3, 2.0, 2.05])

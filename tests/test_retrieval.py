@@ -371,3 +371,34 @@ def test_attributes_set_later_are_checked(name, value):
     setattr(pooler, name, value)
     with pytest.raises((TypeError, ValueError), match=f"TokenPooler: {name}"):
         pooler([torch.randn(8, 4)])
+
+
+@pytest.mark.parametrize("name, value", [("num_tokens", 3), ("max_error", 0.2), ("distance_threshold", 0.2)])
+def test_a_second_rule_set_later_is_refused_and_in_place_of_the_first_holds(name, value):
+    pooler, x = TokenPooler(2), documents(40)
+    setattr(pooler, name, value)
+    with pytest.raises(ValueError, match=f"pool_factor and {name}|{name} and pool_factor"):
+        pooler(x)
+    pooler.pool_factor = None
+    assert torch.equal(pooler(x)[0], TokenPooler(**{name: value})(x)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_factor": 1.5, "max_tokens": 7, "normalize": False, "num_iters": 3, "refine": 0, "backend": "reference"},
+        {"max_error": 0.0, "protected_tokens": 2},
+        {"distance_threshold": 0},
+        {"num_tokens": 4},
+    ],
+)
+def test_the_repr_makes_it_again(options):
+    pooler = eval(repr(TokenPooler(**options)))
+    assert vars(pooler) == vars(TokenPooler(**options))
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_of_numpy_are_welcome():
+    x = documents(40)
+    for number in (np.float32(2), np.float64(2), np.float16(2), np.int8(2)):
+        assert torch.equal(TokenPooler(number)(x)[0], TokenPooler(2)(x)[0])

@@ -40,6 +40,24 @@ def test_saved_clusters_load_with_weights_only(clusters):
     assert_identical(clusters, back)
 
 
+def test_what_layers_and_compress_return_is_saved_and_batched_as_clusters_are():
+    x = tokens(2, 12, 3)
+    pooled = [tp.TokenPooling(4, num_prefix_tokens=0).reduced(x[i : i + 1]) for i in range(2)]
+    merged = [tp.compress(image, 4) for image in x]  # without positions
+    placed = [tp.compress(image, 4, grid=(3, 4)) for image in x]
+    for results in (pooled, merged, placed):
+        file = io.BytesIO()
+        torch.save(results, file)
+        file.seek(0)
+        back = torch.load(file, weights_only=True)
+        assert [type(r) for r in back] == [type(r) for r in results] and torch.equal(back[1].tokens, results[1].tokens)
+    for results, batch in ((merged, tp.compress(x, 4)), (placed, tp.compress(x, 4, grid=(3, 4)))):
+        together = default_collate(results)
+        for part, expected in zip(together, batch):
+            assert part is expected is None or torch.equal(part, expected)
+    assert default_collate(pooled).sizes is None and default_collate(pooled).clusters.mass.shape == (2, 1, 4)
+
+
 def test_saved_clusters_load_in_another_process(tmp_path):
     clusters = tp.kmeans(tokens(2, 12, 3), 4)
     torch.save(clusters, tmp_path / "clusters.pt")

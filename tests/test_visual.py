@@ -217,6 +217,29 @@ def test_drop_placeholders():
         drop_placeholders(ids, 9, [2])
     with pytest.raises(ValueError, match=r"counts\[1\].*2"):
         drop_placeholders(ids, 9, [2, 3])
+    with pytest.raises(ValueError, match=r"counts\[1\].*-1"):
+        drop_placeholders(ids, 9, [2, -1])
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("input_ids", [1, 9, 9]),
+        ("input_ids", torch.tensor([[1, 9, 9]])),
+        ("input_ids", torch.tensor([1.0, 9.0])),
+        ("placeholder", 9.0),
+        ("placeholder", None),
+        ("counts", 1),
+        ("counts", torch.tensor(1)),
+        ("counts", [1.7]),
+        ("counts", [True]),
+        ("counts", torch.tensor([1.7])),
+    ],
+)
+def test_drop_placeholders_refuses_what_is_no_integer(argument, value):
+    good = {"input_ids": torch.tensor([1, 9, 9]), "placeholder": 9, "counts": [1]}
+    with pytest.raises(TypeError, match=f"drop_placeholders: {argument}"):
+        drop_placeholders(**{**good, argument: value})
 
 
 @pytest.mark.parametrize(
@@ -262,6 +285,16 @@ def test_drop_placeholders():
 def test_bad_input_names_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_two_merged_tokens_the_first_stands_for_both_with_positions_too(dtype):
+    """They are equally far from their mean, which rounding must not decide."""
+    x = torch.randn(8, 36, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = tp.compress(x, 18, grid=(6, 6), position_of="medoid", position_weight=0.5)
+    first = torch.where(out.assignment[:, None] == torch.arange(18)[:, None], torch.arange(36), 36).amin(2)
+    cells, pairs = torch.stack([first // 6, first % 6], 2), out.sizes == 2
+    assert pairs.sum() > 20 and torch.equal(out.positions[pairs], cells[pairs].float())
 
 
 def test_the_medoid_is_the_token_nearest_to_its_mean_with_positions_too():

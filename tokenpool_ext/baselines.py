@@ -287,5 +287,8 @@ def _merge(
     ones = torch.where(assignment >= 0, ones, 0)
     mass = ones.new_zeros(x.shape[0], k).scatter_add(1, assignment.clamp(min=0), ones)
     real = torch.where((assignment >= 0)[:, :, None], x.detach().to(acc), 0)
-    inertia = (ones * (real - unpool(tokens.detach().to(acc), assignment)).square().sum(2)).sum(1)
-    return tokens, Clusters(tokens, assignment, mass, nearest_members(x, tokens, assignment), inertia)
+    means = tokens.detach()  # before they are rounded
+    if x.dtype != acc:
+        means = pool(real, assignment, k, weights=None if sizes is None else sizes.detach(), backend=module.backend)
+    inertia = (ones * (real - unpool(means, assignment)).square().sum(2)).sum(1)
+    return tokens, Clusters(tokens, assignment, mass, nearest_members(x, means, assignment, ones), inertia)

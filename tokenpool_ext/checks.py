@@ -47,7 +47,9 @@ def check_float(name: str, argument: str, value: Any, least: float, most: float,
     """A real number of any library (no bool) from `least` to `most`, which `words` says, as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: {argument} must be a float, got {type(value).__name__}")
-    number: Any = value  # not a float yet: an int may be too large for one
+    number: Any = value  # an int may be too large for a float
+    if not isinstance(value, numbers.Rational):
+        number = float(value)  # NumPy compares in its own dtype, and warns
     if not least <= number <= most:
         raise ValueError(f"{name}: {argument} must be {words}, got {value}")
     return float(value)
@@ -207,9 +209,11 @@ def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: 
     """Weights of the right shape and device, none of them seen to be below 0, in acc.
 
     mask: (B, N) bool, True for tokens that count, or integer labels, -1 for those that do not. Looked at where there
-    is something below 0 only.
+    is something below 0 only, and where float64 is taken as float32.
     """
-    weights = _converted(weights, accumulate_dtype(x3.dtype))
+    given, weights = weights, _converted(weights, accumulate_dtype(x3.dtype))
+    if given.dtype == torch.float64 != weights.dtype:
+        _check_fits(name, argument, given, weights.dtype, mask)
     if not values.any_negative(weights):
         return weights
     negative = weights.detach() < 0
@@ -219,6 +223,24 @@ def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: 
         least = float(weights.detach()[negative].amin())
         raise ValueError(f"{name}: {argument} must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
     return weights
+
+
+def _check_fits(name: str, argument: str, weights: Tensor, dtype: torch.dtype, mask: Tensor | None) -> None:
+    """Whether the largest of each image's finite weights is a normal number in `dtype`, so that ratios are kept."""
+    if not values.visible(weights) or not weights.numel():
+        return
+    counts = weights.isfinite()
+    if mask is not None:
+        counts = counts & (mask if mask.dtype == torch.bool else mask >= 0)
+    largest = torch.where(counts, weights.detach(), 0).amax(1)
+    limits = torch.finfo(dtype)
+    lost = (largest > limits.max) | (largest > 0) & (largest < limits.tiny)
+    if lost.any():
+        raise ValueError(
+            f"{name}: {argument} must be numbers of {dtype}, as which they are taken beside these tokens, from"
+            f" {limits.tiny:g} to {limits.max:g} at the largest of an image, got {float(largest[lost][0]):g}; scale"
+            " them, only ratios matter"
+        )
 
 
 def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Tensor | None) -> None:

@@ -53,13 +53,19 @@ class Clusters(NamedTuple):
     inertia: Tensor
 
 
-def _collate(batch: Any, *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Clusters:
-    """A `DataLoader`'s batch of the clusters of single images."""
-    return Clusters(*(collate(part, collate_fn_map=collate_fn_map) for part in zip(*batch)))
+def register_result(result: type) -> None:
+    """Let torch.load(weights_only=True), its default, read saved results of this kind, and a `DataLoader` batch those
+    of single images."""
+    torch.serialization.add_safe_globals([result])
+    default_collate_fn_map[result] = _collate
 
 
-torch.serialization.add_safe_globals([Clusters])  # torch.load(weights_only=True), its default, reads saved ones
-default_collate_fn_map[Clusters] = _collate
+def _collate(batch: Any, *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Any:
+    parts = zip(*batch)
+    return type(batch[0])(*(None if p[0] is None else collate(p, collate_fn_map=collate_fn_map) for p in parts))
+
+
+register_result(Clusters)
 
 
 def kmeans(

@@ -171,5 +171,5 @@ class TokenPooling(TokenReduction):
         if not self.sort:
             options.append("sort=False")
         if self.position_weight:
-            options.append(f"position_weight={self.position_weight:g}")
+            options.append(f"position_weight={self.position_weight}")
         return options

@@ -21,11 +21,11 @@ def stacked(values: Sequence[Tensor], fill: float = 0, length: int | None = None
     return torch.cat(parts).view(len(values), length, *values[0].shape[1:])
 
 
-def _numbers(value: Any) -> Any:
+def numbers(value: Any) -> Any:
     """Nested lists of numbers for nested sequences of them, tensors and arrays among them; else the value."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return [_numbers(v) for v in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
+    return [numbers(v) for v in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 class Images:
@@ -95,7 +95,7 @@ class Images:
                 raise ValueError(f"{self.name}: temporal_window needs grid=(T, H, W), got None")
             return None
         check_known(self.name, "grid", grid)
-        grid = _numbers(grid)
+        grid = numbers(grid)
         if not isinstance(grid, list):
             raise TypeError(f"{self.name}: grid must be (H, W), (T, H, W) or a list of them, got {type(grid).__name__}")
         grids = grid if any(isinstance(sides, list) for sides in grid) else [grid] * len(self.tokens)
@@ -140,7 +140,7 @@ class Images:
             check_known(self.name, "num_tokens", num_tokens)
             if num_tokens.dtype not in INTEGER:
                 raise TypeError(f"{self.name}: num_tokens must hold integers, got {num_tokens.dtype}")
-        given = _numbers(num_tokens)
+        given = numbers(num_tokens)
         counts: list[Any] = given if isinstance(given, list) else [given] * len(self.tokens)
         if len(counts) != len(self.tokens):
             raise ValueError(f"{self.name}: num_tokens must be an int or {len(self.tokens)}, got {len(counts)}")

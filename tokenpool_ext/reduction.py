@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_backend, check_bool, check_device, check_dims, check_int, check_ratio, check_tensor
-from .functional import Clusters
+from .functional import Clusters, register_result
 from .ops import accumulate_dtype
 from .positions import with_positions
 
@@ -35,6 +35,9 @@ class Reduced(NamedTuple):
     tokens: Tensor
     clusters: Clusters | None
     sizes: Tensor | None
+
+
+register_result(Reduced)
 
 
 class TokenReduction(nn.Module):
@@ -232,8 +235,10 @@ class TokenReduction(nn.Module):
         return Reduced(tokens, clusters, new_sizes)
 
     def extra_repr(self) -> str:
-        kept = f"num_tokens={self.num_tokens}" if self.num_tokens is not None else f"keep_ratio={self.keep_ratio:g}"
+        kept = f"num_tokens={self.num_tokens}" if self.num_tokens is not None else f"keep_ratio={self.keep_ratio}"
         parts = [kept, *self._options(), f"num_prefix_tokens={self.num_prefix_tokens}"]
+        if self.return_clusters:
+            parts.append("return_clusters=True")
         if self.backend is not None:
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)

@@ -234,14 +234,21 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
-def nearest_members(x: Tensor, centers: Tensor, assignment: Tensor) -> Tensor:
+def nearest_members(x: Tensor, centers: Tensor, assignment: Tensor, weights: Tensor | None = None) -> Tensor:
     """(B, K): of each cluster (B, N) the member nearest to its center (B, K, D), lowest index on a tie; -1 for a
-    cluster without members. For those who have an assignment of their own; B x K x N numbers are in memory."""
+    cluster without members. For those who have an assignment of their own; B x K x N numbers are in memory.
+
+    weights: (B, N), where the centers are the means by these: two members are told apart as in `representatives`."""
     wide = wide_dtype(x)
     distance = (x.detach().to(wide) - gather_rows(centers.detach().to(wide), assignment)).square().sum(-1)
     distance = distance.nan_to_num(torch.finfo(wide).max, torch.finfo(wide).max)
     member = assignment[:, None, :] == torch.arange(centers.shape[1], device=x.device)[:, None]
-    return torch.where(member.any(2), torch.where(member, distance[:, None, :], torch.inf).argmin(2), -1)
+    cost = torch.where(member, distance[:, None, :], torch.inf)
+    if weights is not None:
+        differ = torch.where(member, distance[:, None, :], 0).amax(2, keepdim=True) > 0
+        pair = differ & (member.sum(2, keepdim=True) == 2)
+        cost = torch.where(member & pair, -weights.detach().to(wide)[:, None, :], cost)
+    return torch.where(member.any(2), cost.argmin(2), -1)
 
 
 def sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:

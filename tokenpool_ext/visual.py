@@ -12,10 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_backend, check_choice, check_int, check_known, check_position_weight
-from .functional import kmeans, kmedoids, pool
+from .checks import (
+    INTEGER,
+    LARGEST,
+    check_backend,
+    check_choice,
+    check_int,
+    check_known,
+    check_position_weight,
+    check_tensor,
+)
+from .functional import kmeans, kmedoids, pool, register_result
+from .ops import accumulate_dtype
 from .positions import with_positions
-from .ragged import Images
+from .ragged import Images, numbers
 from .reference_steps import nearest_members
 
 Grid = Sequence[int]
@@ -36,6 +46,9 @@ class Compressed(NamedTuple):
     positions: Tensor | list[Tensor] | None
     sizes: Tensor | list[Tensor]
     assignment: Tensor | list[Tensor]
+
+
+register_result(Compressed)
 
 
 def compress(
@@ -103,7 +116,10 @@ def compress(
     means, assignment, medoids = clusters.centers, clusters.assignment, clusters.medoids
     if features is not None:  # means of the tokens alone, and the tokens nearest to these
         means = pool(segments.x, assignment, means.shape[1], weights=segments.weights, backend=backend)
-        medoids = nearest_members(segments.x.detach(), means.detach(), assignment)
+        x = segments.x.detach().to(accumulate_dtype(segments.x.dtype))  # its means are not rounded
+        weights = x.new_ones(x.shape[:2]) if segments.weights is None else segments.weights.detach()
+        exact = pool(x, assignment, means.shape[1], weights=weights, backend=backend)
+        medoids = nearest_members(x, exact, assignment, weights)
     order, medoids = _reading_order(medoids)
     means = means.gather(1, order[..., None].expand_as(means))
     assignment = torch.where(assignment >= 0, order.argsort(1).gather(1, assignment.clamp(min=0)), -1)
@@ -179,24 +195,34 @@ def drop_placeholders(input_ids: Tensor, placeholder: int, counts: Sequence[int]
         end of each run its surplus is dropped.
 
     Raises:
+        TypeError: input_ids are not (L,) integers, or placeholder or a count is no integer.
         ValueError: there are not as many counts as runs, or one is negative or above its run's length.
     """
+    name = "drop_placeholders"
+    check_tensor(name, "input_ids", input_ids)
+    if input_ids.dtype not in INTEGER or input_ids.dim() != 1:
+        got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        raise TypeError(f"{name}: input_ids must be (L,) integers, one sequence, got {got}")
+    placeholder = check_int(name, "placeholder", placeholder, -(2**63), 2**63 - 1)
     for argument, value in (("input_ids", input_ids), ("counts", counts)):
-        check_known("drop_placeholders", argument, value)
-    counts = [int(c) for c in counts]
+        check_known(name, argument, value)
+    counts = numbers(counts)
+    if not isinstance(counts, list):
+        raise TypeError(f"{name}: counts must be a list of ints, one a run, got {type(counts).__name__}")
+    counts = [check_int(name, f"counts[{i}]", c, -LARGEST) for i, c in enumerate(counts)]
     image = input_ids == placeholder
     starts = image & ~torch.cat([image.new_zeros(1), image[:-1]])
     run = starts.cumsum(0)
     found = int(run[-1]) if len(run) else 0
     if found != len(counts):
-        raise ValueError(f"drop_placeholders: counts must name {found} runs of id {placeholder}, got {len(counts)}")
+        raise ValueError(f"{name}: counts must name {found} runs of id {placeholder}, got {len(counts)}")
     within = torch.arange(len(image), device=image.device)
     first = within[starts]
     lengths = torch.zeros(found, dtype=torch.int64, device=image.device)
     lengths.scatter_add_(0, (run - 1)[image], torch.ones_like(run[image]))
     for i, (count, length) in enumerate(zip(counts, lengths.tolist())):
         if not 0 <= count <= length:
-            raise ValueError(f"drop_placeholders: counts[{i}] must be from 0 to its run's {length}, got {count}")
+            raise ValueError(f"{name}: counts[{i}] must be from 0 to its run's {length}, got {count}")
     if not found:
         return input_ids, ~image
     wanted = torch.tensor(counts, device=image.device)

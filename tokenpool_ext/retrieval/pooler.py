@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -74,17 +75,9 @@ class TokenPooler:
         refine: int | None = None,
         backend: str | None = None,
     ) -> None:
-        given = dict(zip(COUNTS, (pool_factor, num_tokens, max_error, distance_threshold)))
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) > 1 or not given and max_tokens is None:
-            raise ValueError(
-                f"TokenPooler: expected one of {', '.join(COUNTS)} (or max_tokens alone), got "
-                f"{' and '.join(given) or 'none'}; pass one"
-            )
-        if num_tokens is not None and max_tokens is not None:
-            raise ValueError("TokenPooler: num_tokens and max_tokens say the same, got both; pass one")
         self.pool_factor = pool_factor
-        self.max_tokens = max_tokens if num_tokens is None else num_tokens
+        self.num_tokens = num_tokens
+        self.max_tokens = max_tokens
         self.max_error = max_error
         self.distance_threshold = distance_threshold
         self.protected_tokens = protected_tokens
@@ -92,11 +85,19 @@ class TokenPooler:
         self.num_iters = num_iters
         self.refine = refine
         self.backend = backend
-        self._check("max_tokens" if num_tokens is None else "num_tokens")
+        self._check()
 
-    def _check(self, most: str = "max_tokens") -> None:
-        """The attributes, also those set later; `most`: what the argument for `max_tokens` was called."""
+    def _check(self) -> None:
+        """The attributes, also those set later."""
         name = "TokenPooler"
+        given = [count for count in COUNTS if getattr(self, count) is not None]
+        if len(given) > 1 or not given and self.max_tokens is None:
+            raise ValueError(
+                f"{name}: expected one of {', '.join(COUNTS)} (or max_tokens alone), got "
+                f"{' and '.join(given) or 'none'}; pass one"
+            )
+        if self.num_tokens is not None and self.max_tokens is not None:
+            raise ValueError(f"{name}: num_tokens and max_tokens say the same, got both; pass one")
         if self.pool_factor is not None:
             check_float(name, "pool_factor", self.pool_factor, 1, LARGEST_FLOAT, "finite and at least 1")
         if self.max_error is not None:
@@ -104,8 +105,9 @@ class TokenPooler:
         if self.distance_threshold is not None:
             check_float(name, "distance_threshold", self.distance_threshold, 0, 2, "from 0 to 2")
         check_int(name, "protected_tokens", self.protected_tokens, 0)
-        if self.max_tokens is not None:
-            check_int(name, most, self.max_tokens, self.protected_tokens + 1)
+        for most in ("num_tokens", "max_tokens"):
+            if getattr(self, most) is not None:
+                check_int(name, most, getattr(self, most), self.protected_tokens + 1)
         check_int(name, "num_iters", self.num_iters, 1)
         if self.refine is not None:
             check_int(name, "refine", self.refine, 0)
@@ -116,8 +118,9 @@ class TokenPooler:
         """How many vectors a document of `num_tokens` tokens gives: exact, or with a bound on the error the most."""
         free = max(num_tokens - self.protected_tokens, 0)
         k = free if self.pool_factor is None else min(free, max(int(free // self.pool_factor), 1))
-        if self.max_tokens is not None:
-            k = min(k, self.max_tokens - self.protected_tokens)
+        most = self.max_tokens if self.num_tokens is None else self.num_tokens
+        if most is not None:
+            k = min(k, most - self.protected_tokens)
         return num_tokens - free + k
 
     def __call__(
@@ -284,8 +287,8 @@ class TokenPooler:
         return ((distance <= self.distance_threshold) | ~mask).all(1)
 
     def __repr__(self) -> str:
-        names = ("pool_factor", "max_tokens", "max_error", "distance_threshold", "protected_tokens")
-        options = [f"{name}={value}" for name in names if (value := getattr(self, name)) not in (None, 0)]
+        names = list(inspect.signature(TokenPooler).parameters.values())
+        options = [f"{p.name}={value!r}" for p in names if (value := getattr(self, p.name)) != p.default]
         return f"TokenPooler({', '.join(options)})"
 
 
