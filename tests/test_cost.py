@@ -140,6 +140,33 @@ def test_torch_layers():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class Product(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize(
+    "model, macs",
+    [
+        (Product(lambda x: x @ x[0, 0]), 2 * 5 * 8),
+        (Product(lambda x: torch.addmv(x[0, :, 0], x[0], x[0, 0])), 5 * 8),
+        (Product(lambda x: torch.dot(x[0, 0], x[1, 0])), 8),
+        (Product(lambda x: torch.addbmm(x[0, :, :5], x, x.mT)), 2 * 5 * 5 * 8),
+        (Product(lambda x: nn.functional.bilinear(x, x, x.new_ones(3, 8, 8))), 2 * 5 * 3 * 8 * 8),
+        (nn.LSTM(8, 6, batch_first=True), 2 * 5 * 4 * 6 * (8 + 6)),
+        (nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True), 2 * 5 * 2 * 4 * 6 * (8 + 6 + 12 + 6)),
+        (nn.GRU(8, 6, batch_first=True), 2 * 5 * 3 * 6 * (8 + 6)),
+    ],
+)
+def test_products_of_vectors_and_recurrent_layers(model, macs):
+    assert cost(model, torch.randn(2, 5, 8)).total == macs
+    assert cost(model.to("meta"), torch.randn(2, 5, 8, device="meta")).total == macs
+
+
 def test_leaves_the_model_as_it_was():
     model = small().train()
     model[1].eval()

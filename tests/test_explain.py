@@ -110,6 +110,11 @@ def test_the_override_is_followed(monkeypatch):
         (dict(num_iters=0), "num_iters"),
         (dict(dtype=torch.int64), "dtype"),
         (dict(init="nearest"), "init"),
+        (dict(device="gpu"), "device"),
+        (dict(device=None), "device"),
+        (dict(compute_capability=90), "compute_capability"),
+        (dict(compute_capability="9.0"), "compute_capability"),
+        (dict(compute_capability=(9, 0.5)), "compute_capability"),
     ],
 )
 def test_wrong_arguments_are_named(changes, name):

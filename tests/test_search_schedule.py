@@ -185,6 +185,9 @@ def test_what_loaders_give(images, find):
         (TypeError, "no list of transformer blocks in Linear", {"model": nn.Linear(2, 2)}),
         (ValueError, "block index must be from 0 to 3", {"layers": [4]}),
         (ValueError, "counts must be from 1 .*got 0", {"counts": [0]}),
+        (TypeError, "search_schedule: counts must be an iterable of ints, got int", {"counts": 8}),
+        (TypeError, "search_schedule: layers must be an iterable of ints, got int", {"layers": 1}),
+        (TypeError, "batches must be an iterable of inputs, got one NoneType", {"batches": None}),
         (TypeError, "feature must give a floating tensor, got int", {"feature": lambda output: 3}),
         (TypeError, r"feature must give .*2 dimensions or more, got \(3,\)", {"feature": lambda out: out.logits[:, 0]}),
         (ValueError, "search_schedule: layers must name at least one block", {"layers": []}),
@@ -373,6 +376,13 @@ def test_learning_leaves_the_model_as_it_was(images):
     assert not patched_blocks(model)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_learning_needs_gradients(images):
+    with torch.no_grad():
+        assert learn_schedule(build(), [images], penalty=1e-3, steps=1)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="learn_schedule.*outside torch.inference_mode"):
+        learn_schedule(build(), [images], penalty=1e-3, steps=1)
 
 
 def fail(output, batch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ def check_int(
         limit = "2^31 - 1" if most is None else f"N = {most}" if argument in ("num_clusters", "K") else most
         raise ValueError(f"{name}: {argument} must be from {least} to {limit}, got {value}{hint if above else ''}")
     return value  # type: ignore[return-value]  # a SymInt does all that an int does
+
+
+def check_iterable(name: str, argument: str, value: Any) -> Any:
+    """Several of something, no single one."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: {argument} must be an iterable of ints, got {type(value).__name__}")
+    return value
 
 
 def check_float(name: str, argument: str, value: Any, least: float, most: float, words: str) -> float:

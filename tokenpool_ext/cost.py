@@ -1,7 +1,8 @@
 """Multiply-accumulates (MACs) of one forward of any model, whole or pooled, by component.
 
-The forward is run once and its operators are counted: ``torch.utils.flop_counter`` knows matrix products, convolutions
-and fused attention; three formulas add this package's own operators, with N tokens of D features, K kept, T iterations:
+The forward is run once and its operators are counted: ``torch.utils.flop_counter`` knows most matrix products,
+convolutions and fused attention; PRODUCTS has the others (with vectors, fused recurrent layers); three formulas add
+this package's own operators, with N tokens of D features, K kept, T iterations:
 
 - K-Means: ``N^2 D`` (the Gram matrix, after which iterations only add) or ``T N K D`` (all distances in every
   iteration), whichever is less; a farthest-first start adds ``N K D`` to the latter.
@@ -195,6 +196,34 @@ FUSED = {_aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_pr
 LAYERS = {_aten.mm, _aten.addmm, _aten._scaled_mm}
 
 
+def _recurrent(x: Tensor, *weights: Any) -> int:
+    """Every matrix of weights times every input of every time step."""
+    return x.numel() // max(x.shape[-1], 1) * sum(w.numel() for w in weights if isinstance(w, Tensor) and w.dim() == 2)
+
+
+def _trilinear(*args: Any) -> int:
+    """Of all products of three factors, each of which is spread over the dimensions it lacks."""
+    shapes = []
+    for factor, lacking in zip(args[:3], args[3:6]):
+        for dim in sorted(lacking):
+            factor = factor.unsqueeze(dim)
+        shapes.append(factor.shape)
+    return torch.Size(torch.broadcast_shapes(*shapes)).numel()
+
+
+# operator -> MACs of its arguments, where ``torch.utils.flop_counter`` has no formula
+PRODUCTS: dict[Any, Callable[..., int]] = {
+    _aten.mv: lambda matrix, vector: matrix.numel(),
+    _aten.addmv: lambda x, matrix, vector, **_: matrix.numel(),
+    _aten.dot: lambda a, b: a.numel(),
+    _aten.vdot: lambda a, b: a.numel(),
+    _aten.addbmm: lambda x, a, b, **_: a.numel() * b.shape[2],
+    _aten._trilinear: _trilinear,
+    _aten.mkldnn_rnn_layer: lambda *args: _recurrent(*args[:3]),
+    _aten._cudnn_rnn: lambda x, weights, *_: _recurrent(x, *weights),
+}
+
+
 @dataclass
 class _Event:
     kind: str  # "layer" (weights), "attention" (two activations), or a component
@@ -237,6 +266,8 @@ class _Counter(TorchDispatchMode):
             kind, macs_of = OWN[name]
             arguments = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
             self._count(kind, macs_of(arguments))
+        elif packet in PRODUCTS:
+            self._count("attention" if packet is _aten.addbmm else "layer", PRODUCTS[packet](*args, **kwargs))
         elif packet not in flop_registry and packet not in FUSED:
             with self:
                 result = func.decompose(*args, **kwargs)

@@ -68,9 +68,9 @@ def explain(
     With `compute_capability`, e.g. (9, 0), the plan of the CUDA kernels on such a GPU, whether one is here or not.
 
     Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size below 1, K above N, an unknown init or algorithm, a dtype no backend takes, or a path in
-            TOKENPOOL_EXT_CPU_PATH (.._CUDA_PATH) that there is not.
+        TypeError: a size that is no integer, or a compute_capability that is no pair of them.
+        ValueError: a size below 1, K above N, an unknown init, algorithm or device, a dtype no backend takes, or a path
+            in TOKENPOOL_EXT_CPU_PATH (.._CUDA_PATH) that there is not.
         RuntimeError: TOKENPOOL_EXT_BACKEND names a backend that cannot run this.
     """
     B, N, D = (check_int("explain", argument, value, 1) for argument, value in (("B", B), ("N", N), ("D", D)))
@@ -84,8 +84,19 @@ def explain(
     given = init == "centers" or (init == "bipartite" and not medoids)
     if medoids and given:
         raise ValueError("explain: kmedoids starts from tokens, not from centers")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"explain: device must be a device of torch, such as 'cpu' or 'cuda', got {device!r}"
+        ) from None
     if compute_capability is not None:
+        if not isinstance(compute_capability, (tuple, list)) or len(compute_capability) != 2:
+            raise TypeError(
+                f"explain: compute_capability must be (major, minor), such as (9, 0), got {compute_capability!r}"
+            )
+        for part in compute_capability:
+            check_int("explain", "compute_capability", part, 0)
         return _plan_cuda(B, N, K, D, dtype, num_iters, medoids, given, farthest, compute_capability, "")
     acc = accumulate_dtype(dtype)
     probe: Any = _Probe(device, dtype)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..checks import check_iterable
 from ..reference_steps import wide_dtype
 from . import finding, probing, schedule
 from .patching import patches
@@ -31,12 +32,12 @@ def calibration(
     blocks = finding.find_blocks(model, options.get("blocks"), name).blocks
     if patches(model):
         raise ValueError(f"{name}: model must not be patched; unpatch(model) first")
-    if isinstance(batches, (Tensor, Mapping)):
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise TypeError(f"{name}: batches must be an iterable of inputs, got one {type(batches).__name__}; write [it]")
     listed = list(batches)
     if not listed:
         raise ValueError(f"{name}: batches must hold at least one input of the model, got none")
-    places = list(range(len(blocks)) if layers is None else layers)
+    places = list(range(len(blocks)) if layers is None else check_iterable(name, "layers", layers))
     if not places:
         raise ValueError(f"{name}: layers must name at least one block, got none")
     places = sorted(schedule.constant(len(blocks), 1.0, places))

@@ -115,6 +115,8 @@ def learn_schedule(
     steps = check_int(NAME, "steps", steps, 1)
     for name, value in (("penalty", penalty), ("lr", lr)):
         check_float(NAME, name, value, 0, LARGEST_FLOAT, "finite and at least 0")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{NAME} needs gradients; call it outside torch.inference_mode")
     blocks, places, batches, calls = calibration(NAME, model, batches, layers, options)
     if layers is None and len(blocks) > 1:
         places = places[:-1]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_int, check_ratio
+from ..checks import check_choice, check_int, check_iterable, check_ratio
 from ..cost import counted
 from ..reduction import TokenReduction
 from . import probing
@@ -172,7 +172,7 @@ class _Search:
         """Counts, falling from all."""
         if counts is None:
             return self.even(LEVELS)
-        given = {check_int(NAME, "counts", count, self.least) for count in counts}
+        given = {check_int(NAME, "counts", count, self.least) for count in check_iterable(NAME, "counts", counts)}
         return sorted({self.n, *(count for count in given if count < self.n)}, reverse=True)
 
     def fit(
