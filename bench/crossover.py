@@ -121,13 +121,17 @@ def features(path: str, row: dict) -> list[float]:
     return [*gram, *[0.0] * 5] if path == "gram" else [*[0.0] * 3, *direct]
 
 
-def fit(rows: list[dict], medoids: list[dict]) -> list[float]:
-    """Constants (ns) by non-negative least squares of relative errors; that of K-Medoids by what picks lose."""
+def fit(rows: list[dict]) -> list[float]:
+    """All constants (ns) but that of K-Medoids, by non-negative least squares of relative errors."""
     import numpy
     from scipy.optimize import nnls
 
     matrix = numpy.array([[f / row[f"{p}_ns"] for f in features(p, row)] for row in rows for p in PATHS])
-    constants = nnls(matrix, numpy.ones(len(matrix)))[0].tolist()[:-1]
+    return nnls(matrix, numpy.ones(len(matrix)))[0].tolist()[:-1]
+
+
+def with_medoids(constants: list[float], medoids: list[dict]) -> list[float]:
+    """These and the constant of K-Medoids with which picks lose least."""
     return min(([*constants, d / 4] for d in range(41)), key=lambda c: judge(medoids, c)["mean_time_lost"])
 
 
@@ -179,13 +183,11 @@ def fit_records(paths: list[str]) -> None:
         even = {
             name: {kind: faster(found, slower[name]) for kind, found in rows.items()} for name, rows in records.items()
         }
-        constants = fit(
-            [row for rows in even.values() for row in rows[REAL]],
-            [row for rows in even.values() for row in rows[MEDOIDS]],
-        )
+        constants = fit([row for rows in even.values() for row in rows[REAL]])
         for name, rows in records.items():  # the factor with the least sum of squared relative errors
             told = [tell_time(constants, p, row) / row[f"{p}_ns"] for row in rows[REAL] for p in PATHS]
             slower[name] = sum(told) / sum(t * t for t in told)
+    constants = with_medoids(constants, [row for rows in even.values() for row in rows[MEDOIDS]])
     print("\nslower than the machine of these constants: " + ", ".join(f"{name} {s:.2f}" for name, s in slower.items()))
     tell(
         constants,
@@ -223,7 +225,7 @@ def main(argv=None) -> int:
                 f"{row['direct_ns'] / 1e3:10.1f}  {row['gram_ns'] / row['direct_ns']:.2f}",
                 flush=True,
             )
-    constants = fit(measured[REAL], measured[MEDOIDS])
+    constants = with_medoids(fit(measured[REAL]), measured[MEDOIDS])
     judged = {kind: judge(rows, constants) for kind, rows in measured.items()}
     tell(constants, judged)
     if args.json:

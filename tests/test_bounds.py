@@ -152,15 +152,17 @@ def test_bringing_starting_tokens_forward_changes_nothing(monkeypatch, algorithm
     infinite[:, ::9] = float("inf")
     try:
         for K in (48, 73, 130):
-            for options in (
-                dict(),
-                dict(init=shuffled[:, :K]),
-                dict(init=shuffled[:, :K], weights=weights),
-                dict(mask=mask),
-                dict(weights=weights, mask=mask, init="farthest", sort=True),
-                dict(weights=infinite),
-                dict(init=shuffled[:, :K] // 2 * 2),
-                dict(mask=mask, init=shuffled[:, :K], num_iters=1),
+            for i, options in enumerate(
+                (
+                    dict(),
+                    dict(init=shuffled[:, :K]),
+                    dict(init=shuffled[:, :K], weights=weights),
+                    dict(mask=mask),
+                    dict(weights=weights, mask=mask, init="farthest", sort=True),
+                    dict(weights=infinite),
+                    dict(init=shuffled[:, :K] // 2 * 2),
+                    dict(mask=mask, init=shuffled[:, :K], num_iters=1),
+                )
             ):
                 torch.set_num_threads(1)
                 together = run(monkeypatch, "direct", algorithm, x, K, **options)
@@ -174,7 +176,7 @@ def test_bringing_starting_tokens_forward_changes_nothing(monkeypatch, algorithm
                     assert_identical(
                         tuple(None if t is None else t[b : b + 1] for t in together),
                         tuple(alone),
-                        what=f"{K} {options}",
+                        what=f"{K} clusters, options {i}",
                     )
     finally:
         torch.set_num_threads(threads)

@@ -431,12 +431,9 @@ def test_mask_and_probe_leave_things_alone(images):
 @torch.no_grad()
 def test_export_without_the_user_s_mask(family, images):
     model = build(family)
-    plain = torch.export.export(model, (images,)).module()(images).logits
+    plain = model(images).logits
     patch(model, num_tokens={1: 10, 2: 5}, track_size=family == "dinov2")
-    pooled = model(images).logits
-    for strict in (False, True) if family == "vit" else (False,):
-        exported = torch.export.export(model, (images,), strict=strict).module()
-        torch.testing.assert_close(exported(images).logits, pooled)
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images).logits, model(images).logits)
     unpatch(model)
     assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
     torch.testing.assert_close(torch.export.export(model, (images,)).module()(images).logits, plain)
