@@ -386,6 +386,8 @@ def test_an_attribute_set_later_is_the_attribute_given_at_first(layer, attribute
         (ImportanceSampling(7), "seed", -1, ValueError),
         (GridPooling(7), "grid_size", (0, 4), ValueError),
         (BipartiteMatching(7), "sort", 0, TypeError),
+        (BipartiteMatching(7), "position_weight", "a", TypeError),
+        (GridPooling(7), "position_weight", -1.0, ValueError),
     ],
 )
 def test_a_wrong_value_set_later_is_refused_and_changes_nothing(layer, attribute, value, error):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .backends import select
-from .checks import check_bool, check_choice, check_init, check_int, check_negative, check_position_weight
+from .checks import check_bool, check_choice, check_init, check_int, check_negative
 from .functional import Clusters, cluster_from, pool
 from .reduction import Reduced, TokenReduction, take_tokens
 from .starts import STRATEGIES
@@ -111,9 +111,6 @@ class TokenPooling(TokenReduction):
 
     def _check_sort(self, value: Any) -> bool:
         return check_bool(type(self).__name__, "sort", value)
-
-    def _check_position_weight(self, value: Any) -> float:
-        return check_position_weight(type(self).__name__, value)
 
     def _check_together(self, **new: Any) -> None:
         """What one attribute says about another, with ``new`` in place of what is set."""

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_backend, check_bool, check_device, check_dims, check_int, check_ratio, check_tensor
+from .checks import (
+    check_backend,
+    check_bool,
+    check_device,
+    check_dims,
+    check_int,
+    check_position_weight,
+    check_ratio,
+    check_tensor,
+)
 from .functional import Clusters, register_result
 from .ops import accumulate_dtype
 from .positions import with_positions
@@ -105,6 +114,9 @@ class TokenReduction(nn.Module):
 
     def _check_num_prefix_tokens(self, value: Any) -> int:
         return check_int(type(self).__name__, "num_prefix_tokens", value, 0)
+
+    def _check_position_weight(self, value: Any) -> float:
+        return check_position_weight(type(self).__name__, value)
 
     def _check_return_clusters(self, value: Any) -> bool:
         return check_bool(type(self).__name__, "return_clusters", value)
