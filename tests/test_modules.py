@@ -476,6 +476,19 @@ def test_mass_is_what_tokens_count_also_where_nothing_is_pooled(name, tokens):
             torch.testing.assert_close(clusters.mass, want)
 
 
+@pytest.mark.parametrize("kept", [K, N])
+def test_changing_one_statistic_in_place_changes_no_other_and_no_input(name, tokens, kept):
+    """Labels made global by adding an offset, masses normalised: the medoids and scores are as they were."""
+    x, scores = tokens
+    layer = LAYERS[name](return_clusters=True)
+    layer.num_tokens = kept
+    clusters, given = layer(x, scores)[1], scores.clone()
+    medoids = clusters.medoids.clone()
+    clusters.assignment.add_(1000)
+    clusters.mass.div_(7)
+    assert torch.equal(clusters.medoids, medoids) and torch.equal(scores, given)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bfloat16, torch.float64, torch.bool])
 def test_sizes_of_any_dtype_merge_as_those_of_float32(dtype):
     x = torch.randn(2, 1200, 4, generator=torch.Generator().manual_seed(5))

@@ -305,10 +305,10 @@ def _identity(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> Cluster
     acc = accumulate_dtype(x.dtype)
     b, n, _ = x.shape
     index = torch.arange(n, device=x.device).expand(b, n).contiguous()
-    mass = torch.ones(b, n, dtype=acc, device=x.device) if weights is None else weights.detach().to(acc)
+    mass = x.new_ones(b, n, dtype=acc) if weights is None else weights.detach().to(acc, copy=True)
     if mask is not None:
         index, mass = torch.where(mask, index, -1), torch.where(mask, mass, 0)
-    return Clusters(x, index, mass, index, torch.zeros(b, dtype=acc, device=x.device))
+    return Clusters(x, index, mass, index.clone(), x.new_zeros(b, dtype=acc))
 
 
 def cached(function: Function) -> Function:
