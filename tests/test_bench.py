@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -425,6 +426,7 @@ def test_compiler_flags_follow_the_processor():
 
 def test_command_line_writes_the_records(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(runner, "Settings", lambda memory, clock, **times: replace(QUICK, memory=memory, clock=clock))
     threads = torch.get_num_threads()
     out = tmp_path / "out.json"
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 
 import pytest
 import torch
@@ -188,13 +187,14 @@ def test_errors():
         build("no-such-model")
 
 
-def test_table_and_command(capsys):
+def test_table_and_command(capsys, monkeypatch):
     text = table({"whole": Cost(mlp=3 * 10**9, projections=10**9), "pooled": Cost(mlp=10**9, clustering=10**9)})
     assert "3.000   75.0 %" in text and "clustering" in text and "head" not in text
     pytest.importorskip("transformers")
-    command = [sys.executable, "-m", "tokenpool_ext", "cost", "--model", "deit-s"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "4.599" in done.stdout
+    monkeypatch.setattr("sys.argv", ["tokenpool_ext", "cost", "--model", "deit-s"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("tokenpool_ext", run_name="__main__")
+    assert done.value.code == 0 and "4.599" in capsys.readouterr().out
     assert main(["cost", "--model", "nothing"]) == 2
     assert "deit-e252" in capsys.readouterr().err
 

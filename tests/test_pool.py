@@ -63,7 +63,7 @@ def test_empty_clusters_and_padding_by_hand(backend):
 @pytest.mark.parametrize("D", [512, 509])  # rows of whole vectors, and rows that start anywhere
 def test_large_outputs_equal_small_ones(backend, D, dtype, weighted):
     """Outputs above 4 MB are written in another order and past the caches (csrc/cpu/pool.h)."""
-    B, N, K = 12, 400, 30
+    B, N, K = 24 // dtype.itemsize, 400, 30
     x, a = tokens(B, N, D, dtype, backend.device), labels(B, N, K, backend.device, padding=0.1)
     w = positive_weights(B, N, TOLERANCES[dtype].acc, backend.device).requires_grad_() if weighted else None
     x.requires_grad_()

@@ -69,19 +69,20 @@ def test_sentence_transformers_counts_dtypes_and_padding_are_those_of_its_own_po
     own, theirs = KMeansTokenPooling(factor, **options), modules.HierarchicalTokenPooling(factor, **options)
     for dtype in (torch.float32, torch.bfloat16):
         docs = unit(1, 2, 9, 40, 41, dtype=dtype)
-        for a, b in zip(own.pool(docs), theirs.pool(docs)):
+        pooled = own.pool(docs)
+        for a, b in zip(pooled, theirs.pool(docs)):
             assert a.shape == b.shape and a.dtype == b.dtype
         padded = torch.nn.utils.rnn.pad_sequence(docs, batch_first=True)
         mask = torch.arange(41) < torch.tensor([len(x) for x in docs])[:, None]
         for side, keywords in (("right", {"attention_mask": mask}), ("left", {"attention_mask": mask}), ("right", {})):
             a = own.pool(padded, padding_side=side, **keywords)
             assert a.shape == theirs.pool(padded, padding_side=side, **keywords).shape
-            for row, x in zip(a, own.pool(docs)):
+            for row, x in zip(a, pooled):
                 rows = row[len(row) - len(x) :] if side == "left" else row[: len(x)]
                 assert torch.equal(rows, x)
         features = {"token_embeddings": padded, "attention_mask": mask.long()}
         out = own(dict(features))
-        for x, m, y in zip(out["token_embeddings"], out["attention_mask"].bool(), own.pool(docs)):
+        for x, m, y in zip(out["token_embeddings"], out["attention_mask"].bool(), pooled):
             assert torch.equal(x[m], y)
         assert own(dict(features), task="query")["token_embeddings"] is padded
     assert own.pool([]) == [] and own.pool(padded, task="query") is padded
