@@ -246,6 +246,32 @@ def test_weighted_export_with_any_batch():
     assert_identical(program.module()(*many), Model()(*many))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: tp.BipartiteMatching(7)(x),
+        lambda x: tp.BipartiteMatching(7, sort=False)(x),
+        lambda x: tp.GridPooling(7)(x),
+        lambda x: tp.TokenPooling(7, init="bipartite")(x),
+        lambda x: tp.TokenPooling(7, position_weight=0.5)(x, positions=x[..., :2]),
+        lambda x: tp.kmeans(x, 7, backend="reference").centers,
+        lambda x: tp.kmedoids(x, 7, sort=True, backend="reference").centers,
+        lambda x: tp.pool(x, tp.assign(x, x[:, :7]), 7, backend="reference"),
+    ],
+)
+def test_layers_and_the_reference_export_with_any_batch(call):
+    """`len` of a tensor is a number, not a symbol: the batch became the example's."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return call(x)
+
+    sizes = {"x": {0: torch.export.Dim("B", min=1, max=50)}}
+    program = torch.export.export(Model(), (tokens(3, 12, 4),), dynamic_shapes=sizes, strict=False)
+    for b in (1, 3, 8):
+        assert torch.equal(program.module()(tokens(b, 12, 4)), call(tokens(b, 12, 4)))
+
+
 def test_fake_tensors_outside_their_mode_have_no_labels_to_look_at():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

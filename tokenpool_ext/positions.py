@@ -45,7 +45,7 @@ def _in_spreads(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     first = real.byte().argmax(1, keepdim=True)
     x = torch.where(real, x - x.gather(1, first.expand(-1, -1, x.shape[2])), 0)  # equal rows become exact zeros
     x = torch.where(real, x - (x / count).sum(1, keepdim=True), 0)
-    largest = x.abs().amax((1, 2), keepdim=True) if x.shape[2] else x.new_zeros(len(x), 1, 1)
+    largest = x.abs().amax((1, 2), keepdim=True) if x.shape[2] else x.new_zeros(x.shape[0], 1, 1)
     x = torch.where(largest > 0, x / largest, 0)  # so that no square overflows or vanishes
     root = (x.square().sum((1, 2), keepdim=True) / count).sqrt()
     return torch.where(root > 0, x / root, 0), largest * root

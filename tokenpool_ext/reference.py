@@ -215,7 +215,7 @@ def pool(x: Tensor, assignment: Tensor, weights: Tensor | None, num_clusters: in
     assignment = torch.where(inside, assignment, -1)
     w = torch.ones_like(assignment, dtype=wide) if weights is None else weights.to(wide)
     mass, share = steps.membership(assignment, torch.where(inside, w, 0), num_clusters)
-    part = torch.ones(len(x), 1, 1, dtype=wide, device=x.device)
+    part = torch.ones(x.shape[0], 1, 1, dtype=wide, device=x.device)
     if x.dtype == wide and x.numel():  # a difference of two may not overflow
         part = torch.where(x.abs().amax((1, 2), keepdim=True) > torch.finfo(wide).max / 8, 0.25, part)
     rows = steps.means(x.to(wide) * part, assignment, share, num_clusters)

@@ -130,7 +130,7 @@ def repair(assignment: Tensor, cost: Tensor, p: Problem) -> Tensor:
     label = assignment.gather(1, order)
     position = torch.arange(n, device=cost.device).expand_as(order)
     is_valid = p.valid.gather(1, order)
-    last = torch.full((len(cost), k), -1, device=cost.device)
+    last = torch.full((cost.shape[0], k), -1, device=cost.device)
     last = last.scatter_reduce(1, label, torch.where(is_valid, position, -1), "amax")
     donor = is_valid & (position != last.gather(1, label))
     donor_rank = donor.cumsum(1) - 1
@@ -157,7 +157,9 @@ def sums(rows: Tensor, assignment: Tensor, k: int) -> Tensor:
 def membership(assignment: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Summed weights W (B, K) and each token's share of its cluster's mean (B, N): w/W, or 1/count where W = 0."""
     index = assignment.clamp(min=0)
-    scale, unscale = power_of_two_scale(weights.amax(1)) if weights.shape[1] else (weights.new_ones(len(weights)),) * 2
+    scale, unscale = (
+        power_of_two_scale(weights.amax(1)) if weights.shape[1] else (weights.new_ones(weights.shape[0]),) * 2
+    )
     weights = weights * scale[:, None]
     mass, count = sums(weights, assignment, k), sums(torch.ones_like(weights), assignment, k)
     w, n = mass.gather(1, index), count.gather(1, index).clamp(min=1)
@@ -259,7 +261,7 @@ def sort_clusters(assignment: Tensor, k: int) -> tuple[Tensor, Tensor]:
         member = assignment[:, :, None] == torch.arange(k, device=assignment.device)
         first = torch.where(member, index[:, :, None], n).amin(1)
     else:
-        first = torch.full((len(assignment), k), n, device=assignment.device)
+        first = torch.full((assignment.shape[0], k), n, device=assignment.device)
         first = first.scatter_reduce(1, assignment.clamp(min=0), torch.where(assignment >= 0, index, n), "amin")
     order = falling(-first)
     rank = torch.empty_like(order).scatter(1, order, torch.arange(k, device=order.device).expand_as(order))
