@@ -20,14 +20,13 @@ from helpers import (
 
 import tokenpool_ext as tp
 
-sklearn = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed")
-
 
 def lloyd(x, start, num_iters, weights=None):
     """scikit-learn's Lloyd from given centers.  Its labels_ and inertia_ belong to the final centers."""
+    cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "did not converge" is the point
-        model = sklearn.KMeans(len(start), init=start, n_init=1, max_iter=num_iters, tol=0.0, algorithm="lloyd")
+        model = cluster.KMeans(len(start), init=start, n_init=1, max_iter=num_iters, tol=0.0, algorithm="lloyd")
         return model.fit(x, sample_weight=weights)
 
 
