@@ -6,6 +6,7 @@ Masks, rotary tables, position biases and cumulative lengths are cut to the toke
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class Form(NamedTuple):
     attends: bool = True  # a tap sees its attention
     heads_first: bool = False  # its products are (H, B, N, d), or folded so
     shared: frozenset = frozenset()  # names of tables (H, N, ...) of all images, also where H are as many
+    axes: Mapping = {}  # {(name, dimensions): those that may be the tokens', also where others are as long}
+    products: tuple = ()  # of each attention product in turn, whether it is of the block's own tokens
 
 
 def find_tokens(args: tuple, kwargs: dict) -> tuple[int | str, Any]:
@@ -48,6 +51,11 @@ def find_tokens(args: tuple, kwargs: dict) -> tuple[int | str, Any]:
 
 def put(args: tuple, kwargs: dict, at: int | str, tokens: Tensor) -> tuple[tuple, dict]:
     return ((tokens, *args[1:]), kwargs) if at == 0 else (args, {**kwargs, at: tokens})
+
+
+def alike(value: Any, parts: list) -> Any:
+    """The parts as a tuple, a named tuple or a list like ``value``."""
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def batch_first(x: Tensor, layout: str) -> Tensor:
@@ -130,6 +138,8 @@ def valid_tokens(sides: list, b: int, n: int, index: Tensor | None, form: Form) 
     for _, name, value in sides:
         if not isinstance(value, Tensor) or "mask" not in name or value.shape[-1] != n or value.dim() not in (2, 4):
             continue
+        if value.dim() - 1 not in form.axes.get((name, value.dim()), range(4)):  # of another sequence
+            continue
         if value.dim() == 2 and not _is_padding(value, name, b, n, form):
             continue
         real = let_through(value)
@@ -156,9 +166,11 @@ def follow_all(sides: list, plan, args: tuple, kwargs: dict, n: int, index: Tens
 
 
 def follow(value: Any, name: str, plan, n: int, index: Tensor, back: list) -> Any:
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+    if isinstance(value, dict):
+        return {key: follow(v, name, plan, n, index, back) for key, v in value.items()}
+    if isinstance(value, (tuple, list)):
         parts = [follow(v, name, plan, n, index, back) for v in value]
-        return value if all(a is b for a, b in zip(parts, value)) else type(value)(parts)
+        return value if all(a is b for a, b in zip(parts, value)) else alike(value, parts)
     if not isinstance(value, Tensor):
         if type(value).__name__ == "BlockMask":
             raise TypeError(f"patched block: {FLEX}")
@@ -179,9 +191,13 @@ def follow(value: Any, name: str, plan, n: int, index: Tensor, back: list) -> An
 def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -> Tensor:
     b, k = index.shape
     shape = value.shape
-    if not shape or (n not in shape[1:] and shape[0] != n):  # a look at the batch size would be a limit of an export
+    known = form.axes.get((name, value.dim()), range(value.dim()))
+    axes = [i for i in known if i > 0 and shape[i] == n]
+    # A look at the batch size would be a limit of an export.
+    first = 0 in known and (not axes or form.layout != "batch first") and shape[0] == n
+    if not axes and not first:
         return value
-    square = value.dim() >= 2 and shape[-1] == shape[-2] == n
+    square = value.dim() - 1 in axes and value.dim() - 2 in known and shape[-1] == shape[-2]
     if square and value.dim() == 2 and "mask" in name:
         square = not _is_padding(value, name, b, n, form)
     if square and (value.dim() >= 4 or "mask" in name or "bias" in name):
@@ -190,21 +206,19 @@ def follow_tensor(value: Tensor, name: str, form: Form, n: int, index: Tensor) -
         if value.dim() == 3 and form.folded:
             return take_square(value.unflatten(0, (b, -1)), index).flatten(0, 1)
         return take_square(value, index)
-    if form.layout == "tokens first" and value.dim() >= 2 and shape[:2] == (n, b):
+    if form.layout == "tokens first" and first and shape[1:2] == (b,):
         return take(value.transpose(0, 1), index).transpose(0, 1)
-    if form.layout == "packed" and shape[0] == n:
+    if form.layout == "packed" and first:
         return value[index[0]]
-    if (
-        value.dim() >= 2 and (shape[0] == 1 or name not in form.shared and shape[0] == b) and n in shape[1:]
-    ):  # a batch in front, or one for all images
-        axis = 1 + list(shape[1:]).index(n)
+    if axes and (shape[0] == 1 or name not in form.shared and shape[0] == b):  # a batch in front, or one for all images
+        axis = axes[0]
         where = index.reshape(b, *[1] * (axis - 1), k, *[1] * (value.dim() - axis - 1))
         whole = value.expand(b, *shape[1:])
         return whole.gather(axis, where.expand(*whole.shape[:axis], k, *whole.shape[axis + 1 :]))
-    if shape[0] == n:
+    if 0 in known and shape[0] == n:
         cut = value[index]  # (B, K, ...)
         return cut[:, None] if form.heads and value.dim() == 2 else cut
-    axis = list(shape).index(n)  # (H, N) and the like: a batch comes in front
+    axis = axes[0]  # (H, N) and the like: a batch comes in front
     return value.movedim(axis, 0)[index].movedim(1, axis + 1)
 
 

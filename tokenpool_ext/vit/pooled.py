@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..reduction import TokenReduction
 from . import halves, recording
 from .inputs import (
+    alike,
     as_given,
     base_class,
     batch_first,
@@ -226,12 +227,13 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
             args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
     scored = pooling is not None and plan.form.attends and getattr(pooling, "needs_scores", True)
     noted = scored or (pooling is not None and plan.cluster_on == "keys")
-    tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, layout == "packed", plan.form.heads_first)
+    form, packed = plan.form, layout == "packed"
+    tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, packed, form.heads_first, form.products)
     before, reducer = None, None
     if pooling is not None:
         valid = valid_tokens(sides, x.shape[0], n, left, plan.form) if sides else None
         reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored)
-        if layout == "packed" or (sides and x.shape[0] == 1 and not plan.num_protected):
+        if packed or (sides and x.shape[0] == 1 and not plan.num_protected):
             reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at), short.shape[1])
     if reducer is not None and place.parts is not None:
         tokens, extra = halves.run(block, place.parts, tap, reducer, short, args, kwargs, at)
@@ -245,7 +247,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         tokens = tokens if reducer is None else reducer(tokens)
     if reducer is not None:
         state, before = reducer.state, reducer.before
-        if layout == "packed" or (plan.outside == "short" and plan.num_protected > plan.prefix):
+        if packed or (plan.outside == "short" and plan.num_protected > plan.prefix):
             tokens, state = in_order(tokens, state)
     assert state is not None
     if plan.outside == "full":
@@ -257,7 +259,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     if isinstance(out, Tensor):
         return tokens
     rest = [next((whole for cut, whole in back if cut is value), value) for value in out[1:]] if back else out[1:]
-    return type(out)((tokens, *rest))
+    return alike(out, [tokens, *rest])
 
 
 def spread(tokens: Tensor, state: State, x: Tensor, before: Tensor | None) -> Tensor:
@@ -307,16 +309,16 @@ def recall(plan: Plan, index: int, x: Tensor, given: Tensor, run: Run | None) ->
         tag = getattr(given.untyped_storage(), TAG, None)
     if isinstance(tag, Tag) and tag.plan is plan:
         if tag.run is None or run is not None and (tag.run is run or run.task != -1):
-            return tag.state if tag.state is not None and _fits(x, tag.state) else None  # None: a part of it
+            return tag.state if tag.state is not None and _fits(x, tag.state, plan) else None  # None: a part of it
     if not known:
         raise RuntimeError(
             f"block {index}: run again in backward, it got a copy of its tokens without what is known of them; a"
             " patched model cannot be checkpointed while saved tensors are copied, say to the CPU: unpatch(model)"
         )
-    if left is not None and not _fits(x, left):
+    if left is not None and not _fits(x, left, plan):
         raise RuntimeError(
             f"block {index}: {tuple(x.shape)} tokens came, but the block before handed out"
-            f" {left.labels.shape[1]} tokens of {left.labels.shape[0]} images; something between the blocks changes"
+            f" {_handed_out(left, plan)} tokens of {left.labels.shape[0]} images; something between the blocks changes"
             " their number, which a patched model cannot follow: unpatch(model)"
         )
     if not torch.compiler.is_compiling():
@@ -324,8 +326,13 @@ def recall(plan: Plan, index: int, x: Tensor, given: Tensor, run: Run | None) ->
     return left
 
 
-def _fits(x: Tensor, state: State) -> bool:
-    return x.shape[0] == state.labels.shape[0] and x.shape[1] in (state.labels.shape[1], state.index.shape[1])
+def _handed_out(state: State, plan: Plan) -> int:
+    """How many tokens the block before handed out."""
+    return (state.labels if plan.outside == "full" else state.index).shape[1]
+
+
+def _fits(x: Tensor, state: State, plan: Plan) -> bool:
+    return x.shape[0] == state.labels.shape[0] and x.shape[1] == _handed_out(state, plan)
 
 
 def check(block: nn.Module, place: Place, x: Tensor, pooling: nn.Module | None) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import finding, halves, inputs, pooled
 from .inputs import Form
@@ -55,6 +56,44 @@ def quiet(module: Any) -> Iterator[None]:
             hooks.update(m._forward_hooks)  # a model may add its own in its first forward, once (transformers 5 does)
             pre_hooks.update(m._forward_pre_hooks)
             m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
+
+
+@contextlib.contextmanager
+def wide(block: nn.Module, args: tuple, kwargs: dict) -> Iterator[tuple[tuple, dict]]:
+    """Weights and inputs in double precision, whose rounding is no dependence on places; if the block takes no other,
+    as they are.
+
+    Weights that are zero before any training would hide what they multiply, and are made others.
+    """
+    kept = [(m, m._parameters, m._buffers) for m in block.modules()]
+    memo: dict[int, Tensor] = {}  # what is one tensor stays one
+
+    def double(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        if id(t) not in memo:
+            memo[id(t)] = t.detach().double()
+            if isinstance(t, nn.Parameter) and not t.any():
+                memo[id(t)] = noise(*t.shape, like=memo[id(t)]) / 10
+        return memo[id(t)]
+
+    def back() -> None:
+        for m, parameters, buffers in kept:
+            m._parameters, m._buffers = parameters, buffers
+
+    call = args, kwargs
+    try:
+        try:
+            for m, parameters, buffers in kept:
+                m._parameters, m._buffers = tree_map(double, parameters), tree_map(double, buffers)
+            a, k = tree_map(double, call)
+            apart(block, a, k)
+            call = a, k
+        except Exception:
+            back()
+        yield call
+    finally:
+        back()
 
 
 def reseed(module: nn.Module) -> None:
@@ -100,12 +139,17 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
         if key not in kinds:
             args, kwargs = calls[i]
             with quiet(block):
-                form = prove(block, args, kwargs, plan)
+                with wide(block, args, kwargs) as (a, kw):
+                    form = prove(block, a, kw, plan)
                 kinds[key] = form, split(block, args, kwargs, form) if plan.position == "attention" else None
         form, parts[i] = kinds[key]
-        if plan.form is not None and form._replace(attends=True) != plan.form._replace(attends=True):
+        before = form if plan.form is None else plan.form
+        rest: dict[str, Any] = dict(attends=True, axes={}, products=())
+        if form._replace(**rest) != before._replace(**rest):
             raise TypeError(f"patch: block {i} ({name(block)}) takes its tokens in another way than the blocks before")
-        plan.form = form if plan.form is None else plan.form._replace(attends=plan.form.attends and form.attends)
+        axes = {k: (*sorted({*before.axes.get(k, ()), *form.axes.get(k, ())}),) for k in {**before.axes, **form.axes}}
+        products = form.products if form.products == before.products else ()
+        plan.form = form._replace(attends=before.attends and form.attends, axes=axes, products=products)
     return parts
 
 
@@ -152,6 +196,13 @@ def pooled_free(block: nn.Module):
     """The block's own class's forward."""
     base = inputs.base_class(type(block))
     return lambda *args, **kwargs: base.forward(block, *args, **kwargs)
+
+
+def apart(block: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """What the block gives, which may add to its tokens in place."""
+    at, x = inputs.find_tokens(args, kwargs)
+    args, kwargs = inputs.put(args, kwargs, at, x.clone())
+    return pooled_free(block)(*args, **kwargs)
 
 
 def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dict[int, tuple[tuple, dict]]:
@@ -220,7 +271,10 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
 
 def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     """The form in which the block commutes with permutations of its tokens."""
-    at, x = inputs.find_tokens(args, kwargs)
+    try:
+        at, x = inputs.find_tokens(args, kwargs)
+    except TypeError:
+        raise unsupported(block, "none of its arguments is a tensor of tokens (B, N, D)") from None
     if x.dim() >= 4:
         raise TypeError(
             f"patch: {name(block)} takes its tokens as a feature map {tuple(x.shape)}, not as a sequence (B, N, D);"
@@ -228,7 +282,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         )
     own = pooled_free(block)
     try:
-        out = own(*args, **kwargs)
+        out = apart(block, args, kwargs)
         y = first_of(out)
     except Exception as error:
         raise TypeError(f"patch: {name(block)} does not run by itself ({type(error).__name__}: {error})") from error
@@ -243,17 +297,19 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     b, n = tokens.shape[:2]
     p = plan.prefix if 0 < plan.prefix < n else 0
     sides = inputs.named(block, args, kwargs, at)
-    flat = [(name, t) for _, name, v in sides for t in (v if isinstance(v, (tuple, list)) else (v,))]
+    flat = [(name, t) for _, name, v in sides for t in tree_leaves(v)]
     shared = frozenset(  # told by the shape, which the batch of a later forward may have by chance
         name
         for name, t in flat
         if isinstance(t, Tensor) and t.dim() > 1 and {n, n - p} & set(t.shape[1:]) and t.shape[0] not in (b, 1)
     )
+    axes = axes_of(flat, {n, n - p})
     ends = inputs.packed_ends(sides, n) if layout == "packed" else []
     # Prefix tokens stay in front and packed sequences where they are, in use too.
     group = torch.bucketize(torch.arange(n, device="cpu"), torch.tensor(sorted([p, *ends]), device="cpu"), right=True)
     order = torch.stack([shuffled(group, 7 + i) for i in range(b)]).to(x.device)
-    moved = shuffled(group[: n - 2], 3).to(x.device)
+    some, moved = order[:, : n - 2], shuffled(group[: n - 2], 3).to(x.device)
+    fewer = not ends and n - p >= 5
     size = (result - tokens).float().abs().amax().clamp(min=1e-30)
     limit = 2e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
 
@@ -273,15 +329,18 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     reason = "its output does not follow its tokens when they are permuted, so it depends on their order or place"
     unseen: Form | None = None
     for first, heads, square, folded in itertools.product((False, True), (True, False), (True, False), (False, True)):
-        form, what = Form(layout, heads, square, folded, heads_first=first, shared=shared), "permuted"
+        form, what = Form(layout, heads, square, folded, heads_first=first, shared=shared, axes=axes), "permuted"
         try:
             got, tap = run(tokens, order, form)
             if not alike(got, inputs.take(result, order)):
                 continue
-            if not ends and n - p >= 5:  # a bias made inside for as many tokens as come would not follow
-                what, some = "fewer", order[:, : n - 2]
-                if not alike(run(tokens, some, form)[0][:, moved], run(tokens, some[:, moved], form)[0]):
+            fitting = tap.fitting
+            if fewer:  # a bias made inside for as many tokens as come would not follow
+                what = "fewer"
+                got, less = run(tokens, some[:, moved], form)
+                if not alike(run(tokens, some, form)[0][:, moved], got):
                     continue
+                fitting = tuple(a and b for a, b in zip(fitting, less.fitting))
         except Exception as error:
             if not first or what == "fewer":
                 reason = f"it does not run on {what} tokens ({type(error).__name__}: {error})".splitlines()[0]
@@ -291,12 +350,31 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
                 f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
                 " which pooled tokens are not; this block is not supported"
             )
+        form = form._replace(attends=tap.seen > 0, products=() if layout == "packed" else fitting)
         if b == 1 or by_images(partial(run, index=order, form=form), tokens, tap):
-            return form._replace(attends=tap.seen > 0)
+            break
         unseen = unseen or form._replace(attends=False)
-    if unseen is None:
+    else:
+        form = unseen
+    if form is None:
         raise unsupported(block, f"{reason}. Windowed and grid-bound attention cannot take pooled tokens")
-    return unseen
+    for side, t in flat if fewer else ():  # another sequence may be as long by chance
+        if isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == n != t.shape[2]:
+            whole = form._replace(axes={**form.axes, (side, 3): ()})
+            with contextlib.suppress(Exception):
+                if alike(run(tokens, some, whole)[0][:, moved], run(tokens, some[:, moved], whole)[0]):
+                    form = whole
+    return form
+
+
+def axes_of(flat: list[tuple[str, Any]], lengths: set[int]) -> dict[tuple[str, int], tuple[int, ...]]:
+    """{(name, dimensions): those as long as the tokens} of the tensors that came in beside them."""
+    axes: dict[tuple[str, int], tuple[int, ...]] = {}
+    for name, t in flat:
+        if isinstance(t, Tensor):
+            found = {i for i, length in enumerate(t.shape) if length in lengths}
+            axes[name, t.dim()] = tuple(sorted(found.union(axes.get((name, t.dim()), ()))))
+    return axes
 
 
 def unsupported(block: nn.Module, reason: str) -> TypeError:
@@ -336,7 +414,7 @@ def layout_of(block: nn.Module, args: tuple, kwargs: dict, at, x: Tensor, y: Ten
         a, k = inputs.put(args, kwargs, at, moved)
         other = first_of(pooled_free(block)(*a, **k))
         one, two = (t.narrow(dim, 1, t.shape[dim] - 1) for t in (other, y))
-        return torch.allclose(one, two, rtol=1e-3, atol=1e-4)
+        return bool((one - two).abs().amax() <= 1e-4 * (y - x).abs().amax())
 
     if x.shape[0] == 1 or alone(0):
         return "batch first"
@@ -351,7 +429,7 @@ def split(block: nn.Module, args: tuple, kwargs: dict, form: Form) -> halves.Par
     why = "its parts are not those of a pre-norm block with attention and MLP"
     if parts is not None:
         at, x = inputs.find_tokens(args, kwargs)
-        own = pooled_free(block)(*args, **kwargs)
+        own = apart(block, args, kwargs)
         y = first_of(own)
         try:
             ours, _ = halves.run(block, parts, contextlib.nullcontext(), lambda tokens: tokens, x, args, kwargs, at)

@@ -39,6 +39,7 @@ class Tap(TorchFunctionMode):
         note: whether queries, keys or probabilities are wanted.
         packed: whether several sequences are in one, each with a product of its own.
         heads_first: whether the product has its heads before the images.
+        own: of each product in turn, whether it is of the block's own tokens, also where others are as many.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Tap(TorchFunctionMode):
         note: bool = False,
         packed: bool = False,
         heads_first: bool = False,
+        own: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
         self.batch, self.length, self.original = batch, length, original
@@ -61,6 +63,13 @@ class Tap(TorchFunctionMode):
         self.seen, self.causal = 0, False
         self.packed, self.offset = packed, 0  # tokens whose product was seen
         self.pieces: list[tuple[Tensor, Tensor]] = []
+        self.own = own
+        self.fitting: tuple[bool, ...] = ()
+
+    def _is_own(self, fits: bool) -> bool:
+        """Whether the next product is of the block's tokens, which ``fits`` tells by its shape."""
+        at, self.fitting = len(self.fitting), (*self.fitting, fits)
+        return fits and (at >= len(self.own) or self.own[at])
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in WATCHED:
@@ -81,7 +90,7 @@ class Tap(TorchFunctionMode):
 
     def _product(self, func, given: dict[str, Any]) -> Tensor:
         q, k, mask = given["query"], given["key"], given.get("attn_mask")
-        if not (q.shape[-2] == k.shape[-2] == self.length and q.dim() >= 3):
+        if not self._is_own(q.shape[-2] == k.shape[-2] == self.length and q.dim() >= 3):
             return self._piece(func, given, q, k) if self.packed and mask is None else func(**given)
         images = q.shape[1 if self.heads_first else 0] if q.dim() == 4 else q.shape[0] % self.batch or self.batch
         if images != self.batch:
@@ -147,7 +156,7 @@ class Tap(TorchFunctionMode):
         x: Any = args[0] if args else kwargs.get("input", kwargs.get("self"))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         square = isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-1] == x.shape[-2] == self.length
-        if not square or dim not in (-1, x.dim() - 1) or x.shape[0] % self.batch:
+        if not self._is_own(square and dim in (-1, x.dim() - 1) and not x.shape[0] % self.batch):
             return func(*args, **kwargs)
         self.seen += 1
         if self.bias is not None:
@@ -160,7 +169,7 @@ class Tap(TorchFunctionMode):
 
     def _multi_head(self, func, given: dict[str, Any]):
         query, key = given["query"], given["key"]  # (T, B, E), or (T, E)
-        if not (query.shape[0] == key.shape[0] == self.length):
+        if not self._is_own(query.shape[0] == key.shape[0] == self.length):
             return func(**given)
         self.seen += 1
         heads = given["num_heads"]

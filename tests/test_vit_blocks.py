@@ -1,0 +1,201 @@
+"""Blocks of one's own: what they get, return and start with. On duplicates pooling gives the unpooled answer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_zoo import PlainBlock, PlainModel
+from torch import Tensor, nn
+
+import tokenpool_ext as tp
+from tokenpool_ext import vit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Model(PlainModel):
+    """As many tokens as come, each patch twice; what its blocks get beside them is ``sides``."""
+
+    def __init__(self, block, sides=lambda x: {}):
+        torch.manual_seed(0)
+        super().__init__(block)
+        self.sides = sides
+
+    def tokens(self, x):
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), self.stem(x)], 1)
+
+    def forward(self, x):
+        x = self.tokens(x)
+        sides = self.sides(x)
+        for block in self.stages:
+            x = block(x, **sides)
+            x = x if isinstance(x, Tensor) else x[0]
+        return self.head(x.mean(1))
+
+
+def images(b=2, n=16):
+    """Every token twice."""
+    x = torch.randn(b, (n + 1) // 2, 8, generator=torch.Generator().manual_seed(1))
+    return x.repeat_interleave(2, 1)[:, :n]
+
+
+@torch.no_grad()
+def assert_exact(model: nn.Module, x: Tensor, **options) -> None:
+    """Half the tokens, which are the distinct ones, give what all give; and all give it to the bit."""
+    model.eval()
+    whole, n = model(x), x.shape[1]
+    vit.patch(model, num_tokens={1: n}, **options)
+    assert torch.equal(model(x), whole)
+    vit.patch(model, num_tokens={1: (n + 1) // 2}, **options)
+    torch.testing.assert_close(model(x), whole, rtol=1e-4, atol=1e-5)
+    other = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(model(other), vit.unpatch(model)(other))
+
+
+class InPlace(PlainBlock):
+    def forward(self, x):
+        x += self.attend(self.n1(x))
+        x += self.down(torch.relu(self.up(self.n2(x))))
+        return x
+
+
+class Result(NamedTuple):
+    x: Tensor
+    more: Tensor
+
+
+class Named(PlainBlock):
+    def forward(self, x):
+        return Result(super().forward(x), x.mean())
+
+
+@pytest.mark.parametrize("block", [InPlace, Named])
+def test_what_a_block_does_with_its_tokens(block):
+    assert_exact(Model(block), images())
+
+
+class Scaled(PlainBlock):
+    """Before any training it hardly changes its tokens."""
+
+    scale = 1e-6
+
+    def forward(self, x):
+        x = x + self.scale * self.attend(self.n1(x))
+        return x + self.scale * self.down(torch.relu(self.up(self.n2(x))))
+
+
+class Zero(PlainBlock):
+    """Before any training it does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.down.weight), nn.init.zeros_(self.down.bias)
+
+
+def by_place(block):
+    class Placed(block):
+        def attend(self, x):
+            return super().attend(x + torch.linspace(0, 1, x.shape[1], dtype=x.dtype)[:, None])
+
+    return Placed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [PlainBlock, Scaled, Zero])
+def test_what_is_not_trained_or_not_precise_is_told_all_the_same(block, dtype):
+    model = Model(block).to(dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert tp.supported(model), tp.supported(model).reason
+    assert all(torch.equal(p, before[name]) and p.dtype == dtype for name, p in model.named_parameters())
+    assert "Placed is not supported" in tp.supported(Model(by_place(block)).to(dtype)).reason
+
+
+def test_the_layout_is_told_of_a_block_that_hardly_changes_its_tokens():
+    class Second(Scaled):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    vit.patch(model := Model(Second), num_tokens={1: 8})
+    assert vit.patching.patches(model)[0][1].plan.form.layout == "tokens first"
+
+
+class Rotary(PlainBlock):
+    def attend(self, x, rope):
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.h, d // self.h).permute(2, 0, 3, 1, 4)
+        cos, sin = rope.values() if isinstance(rope, dict) else rope
+        q, k = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x, rope):
+        x = x + self.attend(self.n1(x), rope)
+        return x + self.down(torch.relu(self.up(self.n2(x))))
+
+
+def tables(x):
+    place = torch.cat([torch.zeros(1), 1 + torch.arange(x.shape[1] - 1) // 2])
+    angle = torch.outer(place, 0.3 ** torch.arange(4)).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+class Conditioned(PlainBlock):
+    def forward(self, x, c):
+        return super().forward(x * (1 + c[:, None]))
+
+
+class Crossed(PlainBlock):
+    def forward(self, x, context):
+        x = super().forward(x)
+        q, k, v = (t.unflatten(-1, (self.h, -1)).transpose(1, 2) for t in (x, context, context))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+SIDES = {
+    "rope": (Rotary, lambda x: {"rope": tables(x)}),
+    "rope, named": (Rotary, lambda x: {"rope": Result(*tables(x))}),
+    "rope, dict": (Rotary, lambda x: {"rope": dict(zip(("cos", "sin"), tables(x)))}),
+    "one vector an image": (Conditioned, lambda x: {"c": x[:, 1:].mean(1)}),
+    "another sequence": (Crossed, lambda x: {"context": torch.ones(len(x), 7, 32).cumsum(1).cumsum(2).sin()}),
+    "another, as long": (Crossed, lambda x: {"context": torch.ones(len(x), x.shape[1], 32).cumsum(1).cumsum(2).sin()}),
+}
+
+
+@pytest.mark.parametrize("b, n", [(2, 16), (17, 16), (3, 31), (8, 7), (4, 3), (2, 6), (2, 12), (1, 11)])
+@pytest.mark.parametrize("name", SIDES)
+def test_side_inputs_follow_the_tokens_whatever_else_is_as_long(name, b, n):
+    """As many tokens as images, heads, features or tokens of another sequence: the trial has told what is whose."""
+    assert_exact(Model(*SIDES[name]), images(b, n), example=images(2, 13))
+
+
+def test_no_tokens_among_the_arguments():
+    class Wrapped(PlainBlock):
+        def forward(self, d):
+            return {"x": super().forward(d["x"])}
+
+    class Passing(Model):
+        def forward(self, x):
+            d = {"x": self.tokens(x)}
+            for block in self.stages:
+                d = block(d)
+            return d["x"]
+
+    reason = tp.supported(Passing(Wrapped), example=images()).reason
+    assert "Wrapped is not supported: none of its arguments is a tensor of tokens" in reason
+
+
+@torch.no_grad()
+def test_as_many_tokens_dropped_between_blocks_as_were_pooled_are_not_the_pooled_ones():
+    class Dropping(Model):
+        def forward(self, x):
+            x = self.tokens(x)
+            for i, block in enumerate(self.stages):
+                x = block(x if i != 2 else x[:, ::2].clone())
+            return x
+
+    vit.patch(model := Dropping(PlainBlock), num_tokens={1: 8}, example=images())
+    with pytest.raises(RuntimeError, match=r"block 2: \(2, 9, 32\) tokens came, but .* handed out 17"):
+        model(images())
