@@ -121,7 +121,7 @@ REFUSED = {
     "transformers VJEPA2": "VJEPA2Layer is not supported",
     "transformers Swin": "SwinModel is hierarchical",
     "transformers Longformer": "LongformerLayer is not supported",
-    "transformers Llama": "LlamaDecoderLayer is causal|LlamaDecoderLayer is not supported",
+    "transformers Llama": "LlamaDecoderLayer is not supported: it keeps keys and values",
     "transformers XCLIPVision": "mixes the images",
     "transformers Vilt": "words and patches in one sequence",
     "transformers SamVision": "SamVisionLayer takes its tokens as a feature map",

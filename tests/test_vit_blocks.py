@@ -114,6 +114,55 @@ def test_what_is_not_trained_or_not_precise_is_told_all_the_same(block, dtype):
     assert "Placed is not supported" in tp.supported(Model(by_place(block)).to(dtype)).reason
 
 
+def test_what_hardly_depends_on_places_yet_is_refused():
+    class Convolving(PlainBlock):
+        def __init__(self):
+            super().__init__()
+            self.near = nn.Conv1d(32, 32, 3, padding=1, groups=32)
+
+        def forward(self, x):
+            return super().forward(x) + 1e-3 * self.near(x.transpose(1, 2)).transpose(1, 2)
+
+    assert "Convolving is not supported: its output does not follow" in tp.supported(Model(Convolving)).reason
+
+
+def test_a_norm_that_tells_its_width_as_a_number():
+    class Own(nn.Module):
+        normalized_shape = 32
+
+    class Normed(PlainBlock):
+        def __init__(self):
+            super().__init__()
+            self.n0 = Own()
+            self._modules = {"n0": self._modules.pop("n0"), **self._modules}
+
+    assert tp.supported(Model(Normed))
+
+
+def test_a_table_for_the_whole_batch_is_refused_by_name():
+    class Whole(Rotary):
+        def attend(self, x, rope):  # (N, 1, d), beside (N, B, d)
+            b, n, d = x.shape
+            q, k, v = (t.transpose(0, 1) for t in self.qkv(x).chunk(3, -1))
+            q, k = q * rope, k * rope
+            heads = (t.reshape(n, b * self.h, d // self.h).transpose(0, 1) for t in (q, k, v))
+            return self.proj(F.scaled_dot_product_attention(*heads).transpose(0, 1).reshape(n, b, d).transpose(0, 1))
+
+    model = Model(Whole, lambda x: {"rope": torch.arange(x.shape[1]).cos()[:, None, None].expand(-1, 1, 32)})
+    reason = tp.supported(model, example=images(2, 12)).reason
+    assert "Whole is not supported: it takes one table of places (a rotary one, say) for all images" in reason
+
+
+def test_a_cache_is_refused_by_name():
+    class Cached(PlainBlock):
+        def forward(self, x, past_key_values):
+            past_key_values.append(x)
+            return super().forward(torch.cat(past_key_values, 1))[:, -x.shape[1] :]
+
+    reason = tp.supported(Model(Cached, lambda x: {"past_key_values": []}), example=images()).reason
+    assert "Cached is not supported: it keeps keys and values of every token for those to come (a cache)" in reason
+
+
 def test_the_layout_is_told_of_a_block_that_hardly_changes_its_tokens():
     class Second(Scaled):
         def forward(self, x):

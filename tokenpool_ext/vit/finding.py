@@ -305,7 +305,7 @@ def block_width(module: nn.Module) -> int | None:
     for m in module.modules():
         shape = getattr(m, "normalized_shape", None)
         if shape:
-            return tuple(shape)[-1]
+            return shape if isinstance(shape, int) else tuple(shape)[-1]
         weight = getattr(m, "weight", None)
         if "norm" in type(m).__name__.lower() and isinstance(weight, torch.Tensor) and weight.dim() == 1:
             return weight.shape[0]

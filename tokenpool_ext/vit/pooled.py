@@ -316,23 +316,21 @@ def recall(plan: Plan, index: int, x: Tensor, given: Tensor, run: Run | None) ->
             " patched model cannot be checkpointed while saved tensors are copied, say to the CPU: unpatch(model)"
         )
     if left is not None and not _fits(x, left, plan):
+        handed = (left.labels if plan.outside == "full" else left.index).shape[1]
         raise RuntimeError(
-            f"block {index}: {tuple(x.shape)} tokens came, but the block before handed out"
-            f" {_handed_out(left, plan)} tokens of {left.labels.shape[0]} images; something between the blocks changes"
-            " their number, which a patched model cannot follow: unpatch(model)"
+            f"block {index}: {tuple(x.shape)} tokens came, but the block before handed out {handed} tokens of"
+            f" {left.labels.shape[0]} images; something between the blocks changes their number, which a patched model"
+            " cannot follow: unpatch(model)"
         )
     if not torch.compiler.is_compiling():
         mark(given, Tag(plan, left, run or False))
     return left
 
 
-def _handed_out(state: State, plan: Plan) -> int:
-    """How many tokens the block before handed out."""
-    return (state.labels if plan.outside == "full" else state.index).shape[1]
-
-
 def _fits(x: Tensor, state: State, plan: Plan) -> bool:
-    return x.shape[0] == state.labels.shape[0] and x.shape[1] == _handed_out(state, plan)
+    """Are there as many as the block before handed out?"""
+    handed = state.labels if plan.outside == "full" else state.index
+    return x.shape[:2] == handed.shape
 
 
 def check(block: nn.Module, place: Place, x: Tensor, pooling: nn.Module | None) -> None:

@@ -28,6 +28,8 @@ from .reducing import Plan
 from .tap import Tap
 
 HARMLESS = re.compile(r"mask|output_|return_|causal|drop|kwargs|args|cache|layer_idx|need_weights|layer_head")
+CACHE = re.compile("past|cache")
+KEEPS = "it keeps keys and values of every token for those to come (a cache), which pooled tokens are not"
 
 
 class Stop(Exception):
@@ -138,6 +140,7 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
         key = kind(block)
         if key not in kinds:
             args, kwargs = calls[i]
+            refuse(block, args, kwargs)
             with quiet(block):
                 with wide(block, args, kwargs) as (a, kw):
                     form = prove(block, a, kw, plan)
@@ -269,8 +272,8 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
         return
 
 
-def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
-    """The form in which the block commutes with permutations of its tokens."""
+def refuse(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """What is told by what comes in alone."""
     try:
         at, x = inputs.find_tokens(args, kwargs)
     except TypeError:
@@ -280,6 +283,14 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
             f"patch: {name(block)} takes its tokens as a feature map {tuple(x.shape)}, not as a sequence (B, N, D);"
             " pooled tokens fill no map, so this block is not supported"
         )
+    sides = inputs.named(block, args, kwargs, at)
+    if any(CACHE.search(side) and not isinstance(value, Tensor) for _, side, value in sides):
+        raise unsupported(block, KEEPS)
+
+
+def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
+    """The form in which the block commutes with permutations of its tokens."""
+    at, x = inputs.find_tokens(args, kwargs)
     own = pooled_free(block)
     try:
         out = apart(block, args, kwargs)
@@ -311,7 +322,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     some, moved = order[:, : n - 2], shuffled(group[: n - 2], 3).to(x.device)
     fewer = not ends and n - p >= 5
     size = (result - tokens).float().abs().amax().clamp(min=1e-30)
-    limit = 2e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    limit = {torch.float64: 3e-5, torch.float32: 2e-3}.get(x.dtype, 5e-2)  # a convolution may do little at first
 
     def run(x: Tensor, index: Tensor, form: Form) -> tuple[Tensor, Tap]:
         """Output (B, K, D) and tap of the tokens ``index`` (B, K)."""
@@ -345,11 +356,8 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
             if not first or what == "fewer":
                 reason = f"it does not run on {what} tokens ({type(error).__name__}: {error})".splitlines()[0]
             continue
-        if tap.causal and any(re.search("past|cache", v) for v in inputs.parameter_names(type(block))):
-            raise TypeError(
-                f"patch: {name(block)} is causal and keeps keys and values of every token for those to come,"
-                " which pooled tokens are not; this block is not supported"
-            )
+        if tap.causal and any(CACHE.search(v) for v in inputs.parameter_names(type(block))):
+            raise unsupported(block, KEEPS)
         form = form._replace(attends=tap.seen > 0, products=() if layout == "packed" else fitting)
         if b == 1 or by_images(partial(run, index=order, form=form), tokens, tap):
             break
@@ -357,7 +365,12 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     else:
         form = unseen
     if form is None:
-        raise unsupported(block, f"{reason}. Windowed and grid-bound attention cannot take pooled tokens")
+        reason += ". Windowed and grid-bound attention cannot take pooled tokens"
+        with contextlib.suppress(Exception):
+            one = order[:1].expand(b, n)
+            if alike(run(tokens, one, Form("packed"))[0], inputs.take(result, one)):
+                reason = "it takes one table of places (a rotary one, say) for all images, whose pooled tokens differ"
+        raise unsupported(block, reason)
     for side, t in flat if fewer else ():  # another sequence may be as long by chance
         if isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == n != t.shape[2]:
             whole = form._replace(axes={**form.axes, (side, 3): ()})
