@@ -220,6 +220,15 @@ def test_side_inputs_follow_the_tokens_whatever_else_is_as_long(name, b, n):
     assert_exact(Model(*SIDES[name]), images(b, n), example=images(2, 13))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"cluster_on": "keys"}, {"pooling": "score"}, {"weighted": False}], ids=str)
+@pytest.mark.parametrize("block", [PlainBlock, Crossed])
+def test_a_batch_without_images(block, options):
+    model = Model(block, *([SIDES["another sequence"][1]] if block is Crossed else []))
+    vit.patch(model, num_tokens={1: 8}, example=images(), **options)
+    assert model(images()[:0]).shape == (0, 5)
+
+
 def test_no_tokens_among_the_arguments():
     class Wrapped(PlainBlock):
         def forward(self, d):

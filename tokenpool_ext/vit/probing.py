@@ -338,7 +338,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         return one.shape == two.shape and float((one - two).float().abs().amax() / size) <= limit
 
     reason = "its output does not follow its tokens when they are permuted, so it depends on their order or place"
-    unseen: Form | None = None
+    proven: Form | None = None
     for first, heads, square, folded in itertools.product((False, True), (True, False), (True, False), (False, True)):
         form, what = Form(layout, heads, square, folded, heads_first=first, shared=shared, axes=axes), "permuted"
         try:
@@ -360,11 +360,10 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
             raise unsupported(block, KEEPS)
         form = form._replace(attends=tap.seen > 0, products=() if layout == "packed" else fitting)
         if b == 1 or by_images(partial(run, index=order, form=form), tokens, tap):
+            proven = form
             break
-        unseen = unseen or form._replace(attends=False)
-    else:
-        form = unseen
-    if form is None:
+        proven = proven or form._replace(attends=False)
+    if proven is None:
         reason += ". Windowed and grid-bound attention cannot take pooled tokens"
         with contextlib.suppress(Exception):
             one = order[:1].expand(b, n)
@@ -373,11 +372,11 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         raise unsupported(block, reason)
     for side, t in flat if fewer else ():  # another sequence may be as long by chance
         if isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == n != t.shape[2]:
-            whole = form._replace(axes={**form.axes, (side, 3): ()})
+            whole = proven._replace(axes={**proven.axes, (side, 3): ()})
             with contextlib.suppress(Exception):
                 if alike(run(tokens, some, whole)[0][:, moved], run(tokens, some[:, moved], whole)[0]):
-                    form = whole
-    return form
+                    proven = whole
+    return proven
 
 
 def axes_of(flat: list[tuple[str, Any]], lengths: set[int]) -> dict[tuple[str, int], tuple[int, ...]]:

@@ -133,6 +133,11 @@ class Tap(TorchFunctionMode):
         """(B, H, T, .) of queries, keys or probabilities."""
         if self.heads_first:
             return (x.unflatten(0, (-1, self.batch)) if x.dim() == 3 else x).transpose(0, 1)
+        return self._by_image(x)
+
+    def _by_image(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and x.shape[0] == self.batch:  # where there is no image, a reshape could not tell the heads
+            return x
         return x.reshape(self.batch, -1, *x.shape[-2:])
 
     def _as_given(self, x: Tensor, shape) -> Tensor:
@@ -156,7 +161,7 @@ class Tap(TorchFunctionMode):
         x: Any = args[0] if args else kwargs.get("input", kwargs.get("self"))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         square = isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-1] == x.shape[-2] == self.length
-        if not self._is_own(square and dim in (-1, x.dim() - 1) and not x.shape[0] % self.batch):
+        if not self._is_own(square and dim in (-1, x.dim() - 1) and not x.shape[0] % max(self.batch, 1)):
             return func(*args, **kwargs)
         self.seen += 1
         if self.bias is not None:
@@ -206,7 +211,7 @@ class Tap(TorchFunctionMode):
         if self.found[0] == "probabilities":
             return received(self.found[1], valid)
         _, q, k, scale, mask = self.found
-        q, k = (x.reshape(self.batch, -1, *x.shape[-2:]) for x in (q, k))
+        q, k = self._by_image(q), self._by_image(k)
         return significance(q, k, scale, mask, valid)
 
     def keys(self) -> Tensor | None:
@@ -216,7 +221,7 @@ class Tap(TorchFunctionMode):
         if self.found is None or self.found[0] == "probabilities":
             return None if self.factor is None else self._images(self.factor).mean(dim=1)
         keys = self.found[2]
-        return keys.reshape(self.batch, -1, *keys.shape[-2:]).mean(dim=1)
+        return self._by_image(keys).mean(dim=1)
 
 
 def received(probabilities: Tensor, valid: Tensor | None) -> Tensor:
