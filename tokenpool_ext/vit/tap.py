@@ -133,9 +133,6 @@ class Tap(TorchFunctionMode):
         """(B, H, T, .) of queries, keys or probabilities."""
         if self.heads_first:
             return (x.unflatten(0, (-1, self.batch)) if x.dim() == 3 else x).transpose(0, 1)
-        return self._by_image(x)
-
-    def _by_image(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.shape[0] == self.batch:  # where there is no image, a reshape could not tell the heads
             return x
         return x.reshape(self.batch, -1, *x.shape[-2:])
@@ -211,7 +208,7 @@ class Tap(TorchFunctionMode):
         if self.found[0] == "probabilities":
             return received(self.found[1], valid)
         _, q, k, scale, mask = self.found
-        q, k = self._by_image(q), self._by_image(k)
+        q, k = (x if x.dim() == 4 else x.reshape(self.batch, -1, *x.shape[-2:]) for x in (q, k))
         return significance(q, k, scale, mask, valid)
 
     def keys(self) -> Tensor | None:
@@ -221,7 +218,7 @@ class Tap(TorchFunctionMode):
         if self.found is None or self.found[0] == "probabilities":
             return None if self.factor is None else self._images(self.factor).mean(dim=1)
         keys = self.found[2]
-        return self._by_image(keys).mean(dim=1)
+        return (keys if keys.dim() == 4 else keys.reshape(self.batch, -1, *keys.shape[-2:])).mean(dim=1)
 
 
 def received(probabilities: Tensor, valid: Tensor | None) -> Tensor:
