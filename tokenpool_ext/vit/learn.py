@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import LARGEST_FLOAT, check_float, check_int
 from ..reduction import TokenReduction, _identity
-from . import probing
+from . import trial
 from .calibration import calibration, compared
 from .patching import patch, patched_blocks, unpatch
 
@@ -121,10 +121,10 @@ def learn_schedule(
     if layers is None and len(blocks) > 1:
         places = places[:-1]
     try:
-        with probing.quiet(model):
+        with trial.quiet(model):
             whole = [compared(NAME, model(*args, **kwargs)) for args, kwargs in calls] if loss is None else calls
         patch(model, keep_ratio=1.0, layers=places, pooling=SoftExtract, **{"example": batches[0], **options})
-        with probing.quiet(model):
+        with trial.quiet(model):
             pools: dict[int, Any] = patched_blocks(model)
             optimizer: Any = None
             for batch, (args, kwargs), reference in islice(cycle(zip(batches, calls, whole)), steps):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_iterable, check_ratio
 from ..cost import counted
 from ..reduction import TokenReduction
-from . import probing
+from . import trial
 from .calibration import Calibration, calibration, compared, feature_of
 from .inputs import batch_first, find_tokens, named, packed_ends
 from .patching import patch, patched_blocks, patches, unpatch
@@ -88,7 +88,7 @@ def search_schedule(
     given = calibration(NAME, model, batches, layers, options)
     try:
         patch(model, keep_ratio=1.0, layers=given.places, **{"example": given.batches[0], **options})
-        with probing.quiet(model):
+        with trial.quiet(model):
             return _Search(model, given, feature or feature_of, options.get("init")).run(budget, target, counts)
     finally:
         unpatch(model)
@@ -139,7 +139,7 @@ class _Search:
 
     def output(self, call: tuple[Any, ...]) -> Tensor:
         """(B, D) float64 feature of one batch."""
-        probing.reseed(self.model)
+        trial.reseed(self.model)
         return compared(NAME, self.model(*call[0], **call[1]), self.feature)
 
     def loss(self, counts: Mapping[int, int]) -> float:
