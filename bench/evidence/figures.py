@@ -107,7 +107,7 @@ def lowpass(content: dict):
 
 
 def reconstruction(content: dict):
-    from .report import RECONSTRUCTION
+    from .tables import RECONSTRUCTION
 
     ways = {way["way"]: way for way in content["ways"]}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)

@@ -234,7 +234,10 @@ def correct(model: ViT, images: torch.Tensor, labels: torch.Tensor, bf16: bool =
 
 
 def record(args) -> Path:
-    """The finished runs, each against the whole model trained as long and against WK-Means of the same seed."""
+    """The finished runs, each against the whole model trained as long and against WK-Means of the same seed.
+
+    Records of other seeds stay as they are.
+    """
     runs = [torch.load(path) for path in sorted(Path(args.cache).glob("*.pt"))]
     runs = [run for run in runs if "right" in run]
     all_right: dict[tuple, tuple] = {}
@@ -244,9 +247,11 @@ def record(args) -> Path:
             if key in all_right:
                 raise ValueError(f"two runs of {key} in {args.cache}: leave one of them there")
             all_right[key] = (found, run)
-    whole, records = cost(ViT(), {}), []
+    old, whole = data.load("train"), cost(ViT(), {})
+    records = [row for row in old["records"] if row["seed"] not in {seed for seed, *_ in all_right}]
     for (seed, tuned, method, budget), (found, run) in all_right.items():
-        row = {"method": method, "tuned": tuned, "seed": seed, "epochs": run["about"]["epochs"]}
+        row = {"method": method, "tuned": tuned, "seed": seed}
+        row |= {name: run["about"][name] for name in ("epochs", "bf16")}
         if method in ("base", "none", "narrow"):
             row["macs"] = round(cost(ViT(NARROW), {}) / whole, 3) if method == "narrow" else 1.0
         else:
@@ -265,7 +270,11 @@ def record(args) -> Path:
     about = {
         "what": "ViT of 6 blocks, 64 features, 2 heads, 196 tokens from scratch on Fashion-MNIST",
         "images": len(next(iter(all_right.values()))[0]),
-        "seconds": {f"{r['about']['what']} {next(iter(r['right']))[0]}": round(r["seconds"]) for r in runs},
+        "seconds": old["seconds"]
+        | {
+            f"{r['about']['what']} {next(iter(r['right']))[0]}, seed {r['about']['seed']}": round(r["seconds"])
+            for r in runs
+        },
     }
     return data.save("train", about, {"records": records})
 
