@@ -40,7 +40,7 @@ class TokenPooler:
     together, a few megabytes at a time; a document's result does not depend on the others.
 
     Args:
-        pool_factor: K = max(floor(n / pool_factor), 1) of a document's n tokens; may be fractional, >= 1.
+        pool_factor: K = max(n // pool_factor, 1) of a document's n tokens; may be fractional, >= 1.
         num_tokens: exactly so many vectors a document (all its tokens, where it has fewer).
         max_error: the fewest vectors whose relative reconstruction error sum_i ||x_i - c_i||^2 / sum_i ||x_i||^2 is at
             most this, in each document; 0 to 1. c_i: the mean of token i's cluster. Found by bisection: K - 1 vectors

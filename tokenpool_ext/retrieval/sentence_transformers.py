@@ -22,7 +22,7 @@ class KMeansTokenPooling(BaseTokenPooling):
     checkpoint and loaded again.
 
     Args:
-        pool_factor: keep floor(n / pool_factor) of a document's n unprotected tokens, at least one; may be fractional.
+        pool_factor: keep n // pool_factor of a document's n unprotected tokens, at least one; may be fractional.
             1.0: all.
         num_protected_tokens: tokens in front that are kept ([CLS]).
         normalize_embeddings: scale all that comes out to unit norm, in float32.
