@@ -204,7 +204,7 @@ def check_mask(name: str, mask: Tensor | None, x3: Tensor, batched: bool) -> Ten
 def check_weights(
     name: str, weights: Tensor | None, x3: Tensor, batched: bool, mask: Tensor | None = None
 ) -> Tensor | None:
-    """(B, N) weights in acc, or None; mask: as in `check_negative`."""
+    """(B, N) weights in acc, or None; mask: as in `values.of_real`."""
     if weights is None:
         return None
     check_tensor(name, "weights", weights)
@@ -214,41 +214,17 @@ def check_weights(
 
 
 def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights of the right shape and device, none of them seen to be below 0, in acc.
-
-    mask: (B, N) bool, True for tokens that count, or integer labels, -1 for those that do not. Looked at where there
-    is something below 0 only, and where float64 is taken as float32.
-    """
+    """Weights of the right shape and device in acc; of tokens that `mask` counts (`values.of_real`) none is below 0."""
     given, weights = weights, _converted(weights, accumulate_dtype(x3.dtype))
     if given.dtype == torch.float64 != weights.dtype:
-        _check_fits(name, argument, given, weights.dtype, mask)
+        values.check_fits(name, argument, given, weights.dtype, mask)
     if not values.any_negative(weights):
         return weights
-    negative = weights.detach() < 0
-    if mask is not None:
-        negative = negative & (mask if mask.dtype == torch.bool else mask >= 0)
+    negative = values.of_real(weights.detach() < 0, mask)
     if values.visible(negative) and negative.any():
         least = float(weights.detach()[negative].amin())
         raise ValueError(f"{name}: {argument} must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
     return weights
-
-
-def _check_fits(name: str, argument: str, weights: Tensor, dtype: torch.dtype, mask: Tensor | None) -> None:
-    """Whether the largest of each image's finite weights is a normal number in `dtype`, so that ratios are kept."""
-    if not values.visible(weights) or not weights.numel():
-        return
-    counts = weights.isfinite()
-    if mask is not None:
-        counts = counts & (mask if mask.dtype == torch.bool else mask >= 0)
-    largest = torch.where(counts, weights.detach(), 0).amax(1)
-    limits = torch.finfo(dtype)
-    lost = (largest > limits.max) | (largest > 0) & (largest < limits.tiny)
-    if lost.any():
-        raise ValueError(
-            f"{name}: {argument} must be numbers of {dtype}, as which they are taken beside these tokens, from"
-            f" {limits.tiny:g} to {limits.max:g} at the largest of an image, got {float(largest[lost][0]):g}; scale"
-            " them, only ratios matter"
-        )
 
 
 def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Tensor | None) -> None:
@@ -291,14 +267,7 @@ def check_assignment(name: str, assignment: Tensor, values: Tensor, batched: boo
 
 def check_labels(name: str, assignment: Tensor, num_clusters: int) -> None:
     """Labels beyond the clusters are an error where values may be looked at; elsewhere they count as -1."""
-    _check_range(name, "assignment must hold labels", assignment, -1, "K-1", num_clusters - 1)
-
-
-def _check_range(name: str, what: str, value: Tensor, least: int, label: str, most: int) -> None:
-    if values.visible(value) and value.numel():
-        low, high = values.extremes(value)
-        if low < least or high > most:
-            raise ValueError(f"{name}: {what} from {least} to {label} = {most}, got values from {low} to {high}")
+    values.check_range(name, "assignment must hold labels", assignment, -1, "K-1", num_clusters - 1)
 
 
 def check_init(
@@ -343,7 +312,7 @@ def check_init(
         used = init  # of clusters that an image does not have, anything may be given: every backend clamps
         if counts is not None and values.visible(init):
             used = torch.where(torch.arange(k, device=init.device) < counts[:, None], init, 0)
-        _check_range(name, "init must hold token indices", used, 0, "N-1", n - 1)
+        values.check_range(name, "init must hold token indices", used, 0, "N-1", n - 1)
         return init if mask is None or n == 0 else next_valid(mask).gather(1, init.clamp(0, n - 1))
     if init.dtype not in FLOATING:
         raise TypeError(f"{name}: init must hold token indices (integers) or centers (floating), got {init.dtype}")

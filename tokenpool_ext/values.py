@@ -72,3 +72,30 @@ def extremes(t: Tensor) -> tuple[int, int]:
         return loader.extension.extremes(t.data_ptr(), t.numel())
     low, high = t.aminmax()
     return int(low), int(high)
+
+
+def of_real(flags: Tensor, mask: Tensor | None) -> Tensor:
+    """Those (B, N) flags whose tokens count: a bool mask is True for them, integer labels are not -1."""
+    return flags if mask is None else flags & (mask if mask.dtype == torch.bool else mask >= 0)
+
+
+def check_fits(name: str, argument: str, weights: Tensor, dtype: torch.dtype, mask: Tensor | None) -> None:
+    """Whether the largest of each image's finite weights is a normal number in `dtype`, so that ratios are kept."""
+    if not visible(weights) or not weights.numel():
+        return
+    largest = torch.where(of_real(weights.isfinite(), mask), weights.detach(), 0).amax(1)
+    limits = torch.finfo(dtype)
+    lost = (largest > limits.max) | (largest > 0) & (largest < limits.tiny)
+    if lost.any():
+        raise ValueError(
+            f"{name}: {argument} must be numbers of {dtype}, as which they are taken beside these tokens, from"
+            f" {limits.tiny:g} to {limits.max:g} at the largest of an image, got {float(largest[lost][0]):g}; scale"
+            " them, only ratios matter"
+        )
+
+
+def check_range(name: str, what: str, value: Tensor, least: int, label: str, most: int) -> None:
+    if visible(value) and value.numel():
+        low, high = extremes(value)
+        if low < least or high > most:
+            raise ValueError(f"{name}: {what} from {least} to {label} = {most}, got values from {low} to {high}")
