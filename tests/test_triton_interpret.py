@@ -35,7 +35,7 @@ PARTS = (
         "test_kmeans": 15,
         "test_kmedoids": 10,
         "test_pool": 25,
-        "test_compile": 5,
+        "test_compile": 4,
         "test_assign": 10,
         "test_representatives": 5,
         "test_numerics": 18,
