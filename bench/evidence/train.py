@@ -27,6 +27,7 @@ from torch import nn
 import tokenpool_ext as tp
 from tokenpool_ext.cost import gmacs
 
+from .. import machine
 from . import data
 
 METHODS = {
@@ -267,6 +268,8 @@ def record(args) -> Path:
             if key in all_right and all_right[key][0] is not found:
                 row |= data.difference(f"minus_{name}", found.double() - all_right[key][0].double())
         records.append(row)
+    stamps = old.get("seeds") or {"0": {k: old[k] for k in ("machine", "versions", "commit", "command", "date")}}
+    stamps |= {str(seed): machine.stamp("bench.evidence") for seed, *_ in all_right}  # the record's own is its last
     about = {
         "what": "ViT of 6 blocks, 64 features, 2 heads, 196 tokens from scratch on Fashion-MNIST",
         "images": len(next(iter(all_right.values()))[0]),
@@ -275,6 +278,7 @@ def record(args) -> Path:
             f"{r['about']['what']} {next(iter(r['right']))[0]}, seed {r['about']['seed']}": round(r["seconds"])
             for r in runs
         },
+        "seeds": stamps,
     }
     return data.save("train", about, {"records": records})
 
