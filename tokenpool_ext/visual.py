@@ -118,7 +118,9 @@ def compress(
         means = pool(segments.x, assignment, means.shape[1], weights=segments.weights, backend=backend)
         x = segments.x.detach().to(accumulate_dtype(segments.x.dtype))  # its means are not rounded
         weights = x.new_ones(x.shape[:2]) if segments.weights is None else segments.weights.detach()
-        exact = pool(x, assignment, means.shape[1], weights=weights, backend=backend)
+        exact = means.detach()
+        if x.dtype != segments.x.dtype:
+            exact = pool(x, assignment, means.shape[1], weights=weights, backend=backend)
         medoids = nearest_members(x, exact, assignment, weights)
     order, medoids = _reading_order(medoids)
     means = means.gather(1, order[..., None].expand_as(means))
