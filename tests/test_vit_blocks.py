@@ -257,3 +257,87 @@ def test_as_many_tokens_dropped_between_blocks_as_were_pooled_are_not_the_pooled
     vit.patch(model := Dropping(PlainBlock), num_tokens={1: 8}, example=images())
     with pytest.raises(RuntimeError, match=r"block 2: \(2, 9, 32\) tokens came, but .* handed out 17"):
         model(images())
+
+
+class TokensAnywhere(nn.Module):
+    """Tokens of its own, under a name that says nothing, in front, amid and behind the 4 x 4 patches."""
+
+    image_size = 32
+
+    def __init__(self, front: int, amid: int, behind: int, name: str = "summary"):
+        super().__init__()
+        self.counts, self.name = (front, amid, behind), name
+        self.stem = nn.Conv2d(3, 32, 8, 8)
+        self.register_parameter(name, nn.Parameter(torch.randn(1, sum(self.counts), 32)))
+        self.layers = nn.ModuleList(PlainBlock() for _ in range(4))
+
+    def forward(self, image):
+        x = self.stem(image).flatten(2).transpose(1, 2)
+        front, amid, behind = getattr(self, self.name).expand(len(x), -1, -1).split(self.counts, 1)
+        half = x.shape[1] // 2
+        x = torch.cat([front, x[:, :half], amid, x[:, half:], behind], 1)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "counts, name, prefix, suffix, others",
+    [
+        ((0, 0, 1), "summary", 0, 1, ()),
+        ((0, 0, 1), "cls_token", 0, 1, ()),
+        ((1, 0, 4), "register_tokens", 1, 4, ()),
+        ((2, 0, 0), "queries", 2, 0, ()),
+        ((1, 3, 0), "summary", 1, 0, (9, 10, 11)),
+        ((0, 0, 0), "summary", 0, 0, ()),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_tokens_that_stand_for_no_part_of_the_input_are_not_pooled(counts, name, prefix, suffix, others, given):
+    model, image = TokensAnywhere(*counts, name).eval(), torch.randn(2, 3, 32, 32)
+    own = sum(counts)
+    vit.patch(model, num_tokens={1: 2}, example=image if given else None)
+    plan = vit.patching.patches(model)[0][1].plan
+    assert (plan.prefix, plan.suffix, plan.protect) == (prefix, suffix, others)
+    with vit.record(model) as r:
+        out = model(image)
+    assert r.assignment.shape == (2, 16) and len(torch.unique(out[0], dim=0)) == own + 2  # each its own, and 2 clusters
+    if others:
+        with pytest.raises(ValueError, match=r"tokens \[9, 10, 11\] .* 13 tokens came.*protect="):
+            model(image[..., :24, :24])
+        vit.patch(model, num_tokens={1: 2}, protect=range(5, 8))
+    assert model(image[..., :24, :24]).shape == (2, 9 + own, 32)
+
+
+def test_a_user_s_number_of_prefix_tokens_holds():
+    model = TokensAnywhere(2, 0, 1).eval()
+    vit.patch(model, num_prefix_tokens=0)
+    plan = vit.patching.patches(model)[0][1].plan
+    assert (plan.prefix, plan.suffix) == (0, 1)
+
+
+class InGroups(nn.Module):
+    def __init__(self, widths=(32, 32, 32)):
+        super().__init__()
+        self.groups = nn.ModuleList(nn.ModuleList(PlainBlock(d) for _ in range(2)) for d in widths)
+        self.between = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, (*widths[1:], 32)))
+
+    def forward(self, x):
+        for group, between in zip(self.groups, self.between):
+            for block in group:
+                x = block(x)
+            x = between(x)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [None, "groups"])
+def test_groups_of_blocks_of_one_width_are_one_list(blocks):
+    model, x = InGroups().eval(), images()[..., :1].repeat(1, 1, 32) * torch.randn(32)
+    whole = model(x)
+    vit.patch(model, num_tokens={1: 16, 4: 8}, num_prefix_tokens=0, blocks=blocks)
+    assert set(vit.patched_blocks(model)) == {1, 4}
+    torch.testing.assert_close(model(x), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="hierarchical"):
+        vit.patch(InGroups((32, 64, 32)))

@@ -55,11 +55,13 @@ def find_blocks(model: nn.Module, blocks: Any = None, caller: str = "patch") -> 
     name = type(model).__name__
     if not found:
         raise TypeError(
-            f"{caller}: no list of transformer blocks in {name}: two or more modules of one class, with attention, in a"
-            " ModuleList or Sequential; name them with blocks='path.to.list', or put tokenpool_ext.TokenPooling between"
+            f"{caller}: no list of transformer blocks in {name}: two or more modules of one class, each a whole"
+            " block with attention and residual sums, in a ModuleList or Sequential; name them with blocks='path.to.list', or put tokenpool_ext.TokenPooling between"
             " the layers yourself"
         )
     stages = hierarchy(found)
+    if stages and is_one_list(model, stages):
+        return given_blocks(model, parent_of(stages[0].path), caller)
     if stages:
         raise TypeError(
             f"{caller}: {name} is hierarchical: its {stages[0].block_name} stand in {len(stages)} stages"
@@ -85,10 +87,13 @@ def given_blocks(model: nn.Module, blocks: Any, caller: str) -> BlockList:
         except AttributeError:
             raise ValueError(f"{caller}: blocks={blocks!r} is no module of {type(model).__name__}") from None
     members = list(listed) if isinstance(listed, Iterable) else []
+    if members and all(isinstance(m, LISTS) for m in members):  # of lists
+        members = [block for inner in members for block in inner]
     inside = {module: name for name, module in model.named_modules()}
     if not members or not all(isinstance(m, nn.Module) and m in inside for m in members):
         raise ValueError(
-            f"{caller}: blocks must be a dotted path or a list of modules of the model, got {blocks!r:.80}"
+            f"{caller}: blocks must be the dotted path of a list of modules, or modules of the model in a list, got"
+            f" {blocks!r:.80}"
         )
     path = ".".join(os.path.commonprefix([inside[m].split(".")[:-1] for m in members]))  # what is around all of them
     return BlockList(path, owners_of(model, path), members)
@@ -139,6 +144,18 @@ def hierarchy(found: list[BlockList]) -> list[BlockList]:
         if len(stages) > 1:
             return stages
     return []
+
+
+def is_one_list(model: nn.Module, stages: list[BlockList]) -> bool:
+    """Whether the stages are all that a list holds, of one width: then it is a list of blocks, in groups."""
+    lists = model.get_submodule(parent_of(stages[0].path))
+    inner = [model.get_submodule(stage.path) for stage in stages]
+    widths = {block_width(block) for stage in stages for block in stage.blocks}
+    return isinstance(lists, LISTS) and list(lists) == inner and len(widths) == 1
+
+
+def parent_of(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def nested_stages(blocks: BlockList) -> list[BlockList]:
@@ -192,7 +209,9 @@ def count_prefix(blocks: BlockList) -> tuple[int, int]:
 
 
 def is_text(owner: nn.Module) -> bool:
-    return any(isinstance(m, nn.Embedding) and re.search(r"word|tok", n) for n, m in owner.named_modules())
+    """Whether it has a table of words; I-BERT's is no ``nn.Embedding``."""
+    tables = (n for n, m in owner.named_modules() if "Embed" in type(m).__name__ and hasattr(m, "weight"))
+    return any(re.search(r"word|tok", name) for name in tables)
 
 
 def is_mixed(blocks: BlockList) -> bool:

@@ -17,7 +17,7 @@ from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, Rand
 from ..checks import check_bool, check_choice, check_int, check_positions, check_ratio
 from ..modules import TokenPooling
 from ..reduction import TokenReduction
-from . import finding, pooled, probing
+from . import finding, pooled, probing, trial
 from . import schedule as schedules
 from .pooled import PLACE, SUBMODULE, Place, PooledBlock
 from .reducing import Plan
@@ -104,9 +104,11 @@ def patch(
         track_size: count how many tokens each one stands for and use ``softmax(q k^T * scale + log size)`` from the
             first pooling on (ToMe's proportional attention), as a key-only bias ``(B, 1, 1, N)`` that fused attention
             accepts. Default: wherever an attention product is seen.
-        num_prefix_tokens: tokens in front that are never pooled. Default: read from the model. A forward with no more
-            tokens than that raises ``ValueError``.
-        protect: indices of other tokens that are never pooled; negative ones count from the end.
+        num_prefix_tokens: tokens in front that are never pooled. Default: those that enter the first block the same
+            whatever the input (class, register tokens); of texts the first. A forward with no more tokens than that
+            raises ``ValueError``.
+        protect: indices of other tokens that are never pooled; negative ones count from the end. Those seen at the end
+            of the sequence (detection tokens, a class token) are never pooled either.
         positions: (n, P) coordinates of the tokens that may be pooled, for ``position_weight``. Default: row and
             column in a square image.
         blocks: the block list, as a dotted path or as modules, for a model with several.
@@ -235,7 +237,7 @@ def prepare(
     check_choice("patch", "cluster_on", asked.cluster_on, ("tokens", "keys", None))
     if asked.track_size is not None:
         check_bool("patch", "track_size", asked.track_size)
-    prefix, suffix = finding.count_prefix(found)
+    prefix, suffix, inner, length = trial.protected_tokens(found, asked.example)
     if finding.is_mixed(found) and asked.num_prefix_tokens is None and asked.protect is None:
         raise ValueError(
             f"patch: {type(asked.model).__name__} has words and patches in one sequence, which must not be pooled"
@@ -244,12 +246,15 @@ def prepare(
         )
     if asked.num_prefix_tokens is not None:
         prefix = check_int("patch", "num_prefix_tokens", asked.num_prefix_tokens, 0)
+    if asked.protect is not None:
+        inner, length = protected_indices(asked.protect), 0
     plan = Plan(
         depth=depth,
         first=min(counts),
         prefix=prefix,
         suffix=suffix,
-        protect=protected_indices(asked.protect),
+        protect=inner,
+        length=length,
         outside=asked.outside or "full",
         position=asked.position,
         cluster_on=asked.cluster_on or ("keys" if asked.pooling == "bipartite" else "tokens"),
@@ -301,9 +306,7 @@ def patched_blocks(model: nn.Module) -> dict[int, nn.Module]:
     return {place.index: block.get_submodule(SUBMODULE) for block, place in patches(model) if hasattr(block, SUBMODULE)}
 
 
-def protected_indices(protect: Iterable[int] | int | None) -> tuple[int, ...]:
-    if protect is None:
-        return ()
+def protected_indices(protect: Iterable[int] | int) -> tuple[int, ...]:
     try:
         return tuple(sorted({operator.index(i) for i in ([protect] if isinstance(protect, int) else protect)}))
     except TypeError:

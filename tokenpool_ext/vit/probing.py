@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,15 +25,11 @@ from . import finding, halves, inputs, pooled
 from .inputs import Form
 from .reducing import Plan
 from .tap import Tap
-from .trial import apart, noise, pooled_free, quiet, wide
+from .trial import apart, as_call, entering, inputs_of, noise, pooled_free, quiet, wide
 
 HARMLESS = re.compile(r"mask|output_|return_|causal|drop|kwargs|args|cache|layer_idx|need_weights|layer_head")
 CACHE = re.compile("past|cache")
 KEEPS = "it keeps keys and values of every token for those to come (a cache), which pooled tokens are not"
-
-
-class Stop(Exception):
-    """Ends a trial forward once everything was seen."""
 
 
 def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: Any) -> dict:
@@ -116,28 +112,13 @@ def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dic
     kinds: dict[Any, int] = {}
     first = {i: kinds.setdefault(kind(blocks.blocks[i]), i) for i in touched}  # of its kind, which stands for it
     reasons: list[str] = []
-    for owner, (args, kwargs) in trials:
-        seen: dict[int, tuple[tuple, dict]] = {}
-
-        def note(i: int, module: nn.Module, a: tuple, k: dict) -> None:
-            seen[i] = (a, k)
-            if len(seen) == len(kinds):
-                raise Stop
-
-        with quiet(owner), contextlib.ExitStack() as hooks:
-            for i in kinds.values():
-                hook = blocks.blocks[i].register_forward_pre_hook(partial(note, i), with_kwargs=True)
-                hooks.enter_context(hook)
-            try:
-                owner(*args, **kwargs)
-            except Stop:
-                pass
-            except Exception as error:
-                if example is not None:
-                    raise ValueError(f"patch: the model does not run on the example given: {error}") from error
-                reasons.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
-        if len(seen) == len(kinds):
-            return {i: seen[first[i]] for i in touched}
+    for owner, call in trials:
+        seen, error = entering([blocks.blocks[i] for i in kinds.values()], owner, call)
+        if error is None and len(seen) == len(kinds):
+            return {i: seen[blocks.blocks[first[i]]] for i in touched}
+        if error is not None and example is not None:
+            raise ValueError(f"patch: the model does not run on the example given: {error}") from error
+        reasons += [] if error is None else [f"{type(error).__name__}: {error}".splitlines()[0][:120]]
     raise TypeError(
         f"patch: {name(blocks.blocks[0])} of {type(model).__name__} could not be tried: it does not run on tokens"
         " alone, and no input was found on which the model runs; give one with example=..."
@@ -155,19 +136,6 @@ def inputs_for(blocks: finding.BlockList, example: Any) -> tuple[tuple, dict]:
             model(*args, **kwargs)
             return args, kwargs
     raise TypeError(f"patch: no input was found on which {name(model)} runs; give one with example=...")
-
-
-def as_call(example: Any) -> tuple[tuple, dict]:
-    if isinstance(example, Mapping):  # what a processor of transformers returns is no dict
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}  # DataLoaders give lists
-
-
-def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
-    try:
-        yield from finding.examples(owner)
-    except Exception:  # a config that is not what it seems
-        return
 
 
 def refuse(block: nn.Module, args: tuple, kwargs: dict) -> None:

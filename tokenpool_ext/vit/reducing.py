@@ -38,6 +38,7 @@ class Plan:
     prefix: int  # protected tokens in front
     suffix: int  # protected tokens at the end
     protect: tuple[int, ...]  # other protected tokens; negative: from the end
+    length: int  # of the tokens among which they were seen; 0: the user's
     outside: str  # "full" or "short"
     position: str  # "block" or "attention"
     cluster_on: str
@@ -50,6 +51,11 @@ class Plan:
         self.num_protected = self.prefix + self.suffix + len(self.protect)
 
     def protected(self, n: int) -> list[int]:
+        if self.length not in (0, n):
+            raise ValueError(
+                f"patch: tokens {list(self.protect)} of {self.length} were seen to be the same for every input and are"
+                f" never pooled; {n} tokens came, of which only you know: patch again with protect=..."
+            )
         inner = {i % n for i in self.protect if -n <= i < n}
         return sorted({*range(self.prefix), *range(n - self.suffix, n), *inner})
 

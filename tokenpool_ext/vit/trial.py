@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from . import inputs, pooled
+from . import finding, inputs, pooled
 
 
 @contextlib.contextmanager
@@ -114,3 +114,93 @@ def apart(block: nn.Module, args: tuple, kwargs: dict) -> Any:
     at, x = inputs.find_tokens(args, kwargs)
     args, kwargs = inputs.put(args, kwargs, at, x.clone())
     return pooled_free(block)(*args, **kwargs)
+
+
+# --- what enters the blocks of a model --------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Ends a trial forward once everything was seen."""
+
+
+def entering(blocks: list[nn.Module], owner: nn.Module, call: Any) -> tuple[dict[nn.Module, Any], Exception | None]:
+    """({block: (args, kwargs)}, the error) of a forward of ``owner``, which ends when the blocks were called."""
+    seen: dict[nn.Module, Any] = {}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen[module] = args, kwargs
+        if len(seen) == len(blocks):
+            raise Stop
+
+    with quiet(owner), contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
+        try:
+            owner(*call[0], **call[1])
+        except Stop:
+            pass
+        except Exception as error:
+            return {}, error
+    return seen, None
+
+
+def as_call(example: Any) -> tuple[tuple, dict]:
+    if isinstance(example, Mapping):  # what a processor of transformers returns is no dict
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}  # DataLoaders give lists
+
+
+def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
+    try:
+        yield from finding.examples(owner)
+    except Exception:  # a config that is not what it seems
+        return
+
+
+def protected_tokens(blocks: finding.BlockList, example: Any) -> tuple[int, int, tuple[int, ...], int]:
+    """(prefix, suffix, others, N or 0): tokens that stand for no part of the input, as they are seen or named.
+
+    ``others`` are places among N tokens.
+    """
+    prefix, suffix = finding.count_prefix(blocks)
+    same = same_tokens(blocks, example)
+    n, seen = len(same), sum(same)
+    if not 0 < seen < n:
+        return prefix, suffix, (), 0
+    first, last = same.index(False), same[::-1].index(False)
+    if seen < prefix + suffix:  # one of those named is made from the input
+        first, last = max(first, prefix), max(last, suffix)
+    others = tuple(i for i in range(first, n - last) if same[i])
+    return first, last, others, n if others else 0
+
+
+def same_tokens(blocks: finding.BlockList, example: Any) -> list[bool]:
+    """Which tokens enter the first block the same whatever comes in; [] where it cannot be told.
+
+    Class, register and detection tokens do, wherever they stand. Not told of texts, which begin as their words do.
+    """
+    block = blocks.blocks[0]
+    if any(map(finding.is_text, blocks.owners[:2])) or any(p.is_meta for p in block.parameters()):
+        return []
+    for owner in reversed(blocks.owners):
+        if finding.is_text(owner) or "_orig_mod" in owner._modules:  # nor is anything compiled for this
+            continue
+        for call in inputs_of(owner) if example is None else [as_call(example)]:
+            tokens = []
+            for given in (call, tree_map(changed, call)):
+                with quiet(owner):
+                    reseed(owner)
+                    seen, _ = entering([block], owner, given)
+                with contextlib.suppress(TypeError):
+                    tokens += [inputs.find_tokens(*seen[block])[1]] if seen else []
+            if len(tokens) == 2 and tokens[0].shape == tokens[1].shape and tokens[0].dim() == 3:
+                batch = next(len(t) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim())
+                images = 1 if tokens[0].shape[0] != batch == tokens[0].shape[1] else 0
+                same: list[bool] = (tokens[0] == tokens[1]).all(dim=2).all(dim=images).tolist()
+                return same
+    return []
+
+
+def changed(value: Any) -> Any:
+    """Another image, sound or table of features."""
+    return value + noise(*value.shape, like=value) if isinstance(value, Tensor) and value.is_floating_point() else value
