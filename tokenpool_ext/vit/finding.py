@@ -55,9 +55,9 @@ def find_blocks(model: nn.Module, blocks: Any = None, caller: str = "patch") -> 
     name = type(model).__name__
     if not found:
         raise TypeError(
-            f"{caller}: no list of transformer blocks in {name}: two or more modules of one class, each a whole block with"
-            " attention and residual sums, in a ModuleList or Sequential; name them with blocks='path.to.list', or put"
-            " tokenpool_ext.TokenPooling between the layers yourself"
+            f"{caller}: no list of transformer blocks in {name}: two or more modules of one class, each a whole block"
+            " with attention and residual sums, in a ModuleList or Sequential; name them with blocks='path.to.list', or"
+            " put tokenpool_ext.TokenPooling between the layers yourself"
         )
     stages = hierarchy(found)
     if stages and is_one_list(model, stages):
