@@ -11,8 +11,10 @@ import torch
 from helpers import DTYPES, assert_identical, assert_same_bits, f64, tokens
 
 import tokenpool_ext as tp
+from tokenpool_ext import loader
 
 pytestmark = pytest.mark.one_path
+needs_cpu = pytest.mark.skipif(loader.extension is None, reason=str(loader.ops_reason))
 
 # Relative error of one exp of a logit with absolute rounding error e is e.  Logits here are of order 10 and sums of
 # d <= 128 products in float32: about 10 * sqrt(128) * 2^-24 = 7e-6.  Half types: the inputs are exact, so the same.
@@ -172,3 +174,46 @@ def test_no_square_matrix_in_memory(backend):
     tp.attention_received(q, k, backend=backend.name)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert grown < 8192 * 8192 * 4 / 1024 / 4, f"peak memory grew by {grown / 1024:.0f} MiB"
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_cpu)])
+@pytest.mark.parametrize(
+    "dtype,size,width,scale",
+    [
+        (torch.float32, 1e20, 8, None),
+        (torch.float32, 3e38, 1, 1e-30),
+        (torch.float32, 1e35, 4, 1e5),
+        (torch.float32, 1e25, 4, 1e-50),
+        (torch.float32, 1e-30, 4, 1e60),
+        (torch.bfloat16, 3e38, 64, -1.0),
+        (torch.float16, 6e4, 1024, 1e290),
+        (torch.float64, 1e140, 8, None),
+    ],
+    ids=str,
+)
+def test_logits_that_overflow(name, dtype, size, width, scale):
+    """Finite q and k: what float64 gives, also where a part of the sum overflows, but not the logit."""
+    q, k = make((2, 2, 21, 70, width), torch.float64)
+    q, k = ((x * size / x.abs().max()).to(dtype) for x in (q, k))
+    k[:, :, 3:5] = 0
+    k[1, 0] *= 1e-30 if size > 1e30 else 1
+    got = f64(tp.attention_received(q, k, scale=scale, backend=name))
+    np.testing.assert_allclose(got, expected(q, k, scale), rtol=3e-5, atol=1e-7)
+    np.testing.assert_allclose(got.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_a_part_of_a_logit_that_overflows(name):
+    """-3e38 - 1e38 + 4e38 is 0, and above all others."""
+    k = torch.tensor([[-3e38, -1e38, 3.4e38, 0.6e38], [-1e35, 0, 0, 0]])[None, None]
+    got = tp.attention_received(torch.ones(1, 1, 1, 4), k, backend=name)
+    assert got.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_cpu)])
+@pytest.mark.parametrize("scale", [None, 1e-320, -1e300])
+def test_logits_that_overflow_float64(name, scale):
+    """The largest logits share all the attention (contract 9)."""
+    k = torch.tensor([1e300, 3.0, 1e300, -1e300], dtype=torch.float64).view(1, 1, 4, 1)
+    got = tp.attention_received(k[:, :, :1], k, scale=scale, backend=name)
+    assert got.tolist() == [[0, 0, 0, 1] if scale == -1e300 else [0.5, 0, 0.5, 0]]

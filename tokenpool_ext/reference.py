@@ -265,10 +265,23 @@ def attention_received(q: Tensor, k: Tensor, scale: float, lse: Tensor | None) -
     b, heads, num_queries, _ = q.shape
     total = torch.zeros(b, k.shape[2], dtype=wide, device=q.device)
     for head in range(heads if k.shape[2] else 0):
-        logits = q[:, head].to(wide) @ k[:, head].to(wide).transpose(1, 2)
+        queries, q_unscale = _tamed(q[:, head].to(wide))
+        keys, k_unscale = _tamed(k[:, head].to(wide))
+        logits = queries @ keys.transpose(1, 2)
+        largest = torch.finfo(wide).max
+        factor = (scale * q_unscale * k_unscale).clamp(-largest, largest)
         if lse is None:  # scaled after the largest is taken off: no scale makes infinity minus infinity
             best = logits.amax(-1, keepdim=True) if scale > 0 else logits.amin(-1, keepdim=True)
-            total = total + ((logits - best) * scale).softmax(-1).sum(1)
+            total = total + ((logits - best) * factor).softmax(-1).sum(1)
         else:
-            total = total + (logits * scale - lse[:, head].to(wide)[:, :, None]).exp().sum(1)
+            total = total + (logits * factor - lse[:, head].to(wide)[:, :, None]).exp().sum(1)
     return (total / max(heads * num_queries, 1)).to(acc)
+
+
+def _tamed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, d) brought down by a power of two where products might overflow, and what undoes it, (B, 1, 1)."""
+    if not x.numel():
+        return x, x.new_ones(x.shape[0], 1, 1)
+    largest = x.abs().amax((1, 2), keepdim=True)
+    scale, unscale = steps.power_of_two_scale(torch.where(largest > torch.finfo(x.dtype).max ** 0.45, largest, 1.0))
+    return x * scale, unscale

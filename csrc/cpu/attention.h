@@ -2,7 +2,7 @@
 //
 // For each image and head: the keys are packed once; for kRows queries the logits of all keys are made in a row buffer,
 // turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Heads are
-// summed in order at the end.
+// summed in order at the end. Where logits may overflow, a head's queries and keys are copied as doubles.
 #pragma once
 
 #include "gemm.h"
@@ -48,8 +48,49 @@ inline C row_maximum(const C* row, int64_t n) {  // n a multiple of the lanes
   return m;
 }
 
-// Adds the head's mean-to-be (the plain sum over queries) to sum [padded N], zeroed here.
+// The largest magnitude in rows; NaN is above all. As integers, which compare faster.
 template <class In>
+inline typename AccOf<In>::Type peak(const In* rows, int64_t stride, int64_t count, int64_t width) {
+  using C = typename AccOf<In>::Type;
+  using I = typename Lane<C>::Int;
+  typedef Vec<I> Bits;
+  Bits most = {};
+  const int64_t whole = width / kLanes<C> * kLanes<C>;
+  for (int64_t r = 0; r < count; ++r) {
+    const In* row = rows + r * stride;
+    for (int64_t i = 0; i < whole; i += kLanes<C>) {
+      const Bits v = (Bits)magnitude<C>(load_acc(row + i));
+      most = v > most ? v : most;
+    }
+    if (whole == width) continue;
+    C rest[kLanes<C>] = {};
+    for (int64_t i = whole; i < width; ++i) rest[i - whole] = to_float(row[i]);
+    const Bits v = (Bits)magnitude<C>(load(rest));
+    most = v > most ? v : most;
+  }
+  I m = 0;
+  for (int i = 0; i < kLanes<C>; ++i) m = std::max<I>(m, most[i]);
+  C largest;
+  std::memcpy(&largest, &m, sizeof(C));
+  return largest;
+}
+
+// May scaled queries, or the head's logits, leave acc's range?
+template <class In>
+inline bool may_overflow(const AttentionArgs& a, int64_t b, int64_t h) {
+  using C = typename AccOf<In>::Type;
+  const double scale = std::abs(a.scale);
+  if (scale != 0 && !(scale >= 1e-6 && scale <= 1e6)) return true;
+  const In* q = static_cast<const In*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1];
+  const In* k = static_cast<const In*>(a.k) + b * a.k_strides[0] + h * a.k_strides[1];
+  const C left = peak(q, a.q_strides[2], a.queries, a.width) * C(scale);
+  const C bound = left * peak(k, a.k_strides[2], a.keys, a.width) * C(a.width);
+  return !(bound <= std::numeric_limits<C>::max() / 4);
+}
+
+// The head's mean-to-be (the plain sum over queries) to received [N]. Late: the scale is applied when the largest logit
+// is taken off. No logit may overflow before.
+template <bool Late, class In>
 inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typename AccOf<In>::Type* received) {
   using C = typename AccOf<In>::Type;
   constexpr int L = kLanes<C>, P = kPanel<C>;
@@ -57,10 +98,8 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
   const In* q = static_cast<const In*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1];
   const In* k = static_cast<const In*>(a.k) + b * a.k_strides[0] + h * a.k_strides[1];
   const C* lse = a.lse ? static_cast<const C*>(a.lse) + (b * a.heads + h) * a.queries : nullptr;
-  // A scale so large that q times it may overflow is applied once the largest logit is taken off.
-  const bool late = !(std::abs(a.scale) <= 1e6);
-  const C scale = late ? C(a.scale < 0 ? -1 : 1) : C(a.scale);
-  const Vec<C> rest = splat(late ? C(std::min<double>(std::abs(a.scale), std::numeric_limits<C>::max())) : C(1));
+  const C scale = Late ? C(a.scale < 0 ? -1 : 1) : C(a.scale);
+  const Vec<C> rest = splat(C(std::abs(a.scale)));
   Buffer<C> packed(padded * d), rows(kRows * d), zero(d), logits(kRows * padded), sum(padded);
 
   for (int64_t i = 0; i < padded; ++i) sum[i] = 0;
@@ -95,13 +134,17 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
       for (int64_t i = a.keys; i < padded; ++i) row[i] = -std::numeric_limits<C>::infinity();
       if (lse) {  // exp(x - lse) directly; logits never exceed their log-sum-exp
         const Vec<C> shift = splat(lse[first + r]);
-        for (int64_t i = 0; i < padded; i += L) store(sum + i, load(sum + i) + exp_lanes(load(row + i) * rest - shift));
+        for (int64_t i = 0; i < padded; i += L) {
+          const Vec<C> x = Late ? load(row + i) * rest : load(row + i);
+          store(sum + i, load(sum + i) + exp_lanes(x - shift));
+        }
         continue;
       }
       const Vec<C> shift = splat(row_maximum(row, padded));
       Vec<C> total = {};
       for (int64_t i = 0; i < padded; i += L) {
-        const Vec<C> e = exp_lanes((load(row + i) - shift) * rest);
+        const Vec<C> below = load(row + i) - shift;
+        const Vec<C> e = exp_lanes(Late ? below * rest : below);
         store(row + i, e);
         total += e;
       }
@@ -113,12 +156,56 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
   std::copy(sum + 0, sum + a.keys, received);
 }
 
+// Rows as doubles, times 2^-e where products of them might overflow; returns that e.
+template <class In>
+inline int widen_far(const In* from, int64_t stride, int64_t rows, int64_t width, double* to) {
+  double largest = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; ++i) {
+      const double v = to[r * width + i] = to_float(from[r * stride + i]);
+      largest = std::max(largest, std::abs(v));
+    }
+  if (!(largest > 1e140 && largest <= std::numeric_limits<double>::max())) return 0;
+  const int e = std::ilogb(largest);
+  for (int64_t i = 0; i < rows * width; ++i) to[i] = std::ldexp(to[i], -e);
+  return e;
+}
+
+// A head whose logits may overflow, in double.
+template <class In>
+inline void attention_far(const AttentionArgs& a, int64_t b, int64_t h, typename AccOf<In>::Type* received) {
+  Buffer<double> q(a.queries * a.width), k(a.keys * a.width), lse(a.queries), sum(a.keys);
+  const In* from_q = static_cast<const In*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1];
+  const In* from_k = static_cast<const In*>(a.k) + b * a.k_strides[0] + h * a.k_strides[1];
+  const int shift =
+      widen_far(from_q, a.q_strides[2], a.queries, a.width, q) + widen_far(from_k, a.k_strides[2], a.keys, a.width, k);
+  const double most = std::numeric_limits<double>::max();
+  AttentionArgs far = a;
+  far.q = q;
+  far.k = k;
+  far.q_strides[2] = far.k_strides[2] = a.width;
+  far.scale = std::min(std::max(std::ldexp(a.scale, shift), -most), most);
+  if (a.lse) {
+    const auto* given = static_cast<const typename AccOf<In>::Type*>(a.lse) + (b * a.heads + h) * a.queries;
+    std::copy(given, given + a.queries, lse + 0);
+    far.lse = lse;
+  }
+  far.heads = 1;
+  attention_head<true, double>(far, 0, 0, sum);
+  std::copy(sum + 0, sum + a.keys, received);
+}
+
 template <class In>
 inline void attention_all(const AttentionArgs& a) {
   using C = typename AccOf<In>::Type;
   C* partial = static_cast<C*>(a.partial);
-  hand_out(a.parallel_for, a.threads, a.images * a.heads,
-           [&](int64_t i) { attention_head<In>(a, i / a.heads, i % a.heads, partial + i * a.keys); });
+  hand_out(a.parallel_for, a.threads, a.images * a.heads, [&](int64_t i) {
+    const int64_t b = i / a.heads, h = i % a.heads;
+    if (may_overflow<In>(a, b, h))
+      attention_far<In>(a, b, h, partial + i * a.keys);
+    else
+      attention_head<false, In>(a, b, h, partial + i * a.keys);
+  });
   const C factor = C(1) / C(std::max<int64_t>(a.heads * a.queries, 1));
   for (int64_t b = 0; b < a.images; ++b)
     for (int64_t i = 0; i < a.keys; ++i) {
