@@ -38,7 +38,7 @@ test: $(VENV)/built $(VENV)/test
 	OMP_NUM_THREADS=1 $(PY) -m pytest --require=cpu $(PARALLEL) $(addprefix --ignore=,$(SLOW))
 
 test-gpu-kernels: $(VENV)/built $(VENV)/test
-	$(PY) -m pytest --require=cpu $(SLOW)
+	$(PY) -m pytest --require=cpu $(PARALLEL) $(SLOW)
 
 test-all: test test-gpu-kernels
 
