@@ -522,3 +522,15 @@ def test_scores_of_float64_are_compared_as_such():
 @pytest.mark.parametrize("ratio, n, kept", [(4e-5, 1000, 1), (4e-5, 10**5, 4), (6e-5, 10**5, 6), (1e-300, 50, 1)])
 def test_a_tiny_keep_ratio_keeps_few(ratio, n, kept):
     assert TokenPooling(keep_ratio=ratio).tokens_kept(n) == kept
+
+
+def test_negative_sizes_are_refused_by_the_layer(name, tokens):
+    x, scores = tokens
+    layer, sizes = LAYERS[name](), torch.ones(3, P + N)
+    sizes[1, P + 2] = -2
+    for kept in (K, N):
+        layer.num_tokens = kept
+        with pytest.raises(ValueError, match=f"^{type(layer).__name__}: sizes must be >= 0, got -2"):
+            layer(x, scores, sizes=sizes)
+    sizes[1, P + 2], sizes[1, 0] = 1, -2
+    layer(x, scores, sizes=sizes)  # of the prefix they count nothing

@@ -20,6 +20,7 @@ from .checks import (
     check_device,
     check_dims,
     check_int,
+    check_negative,
     check_position_weight,
     check_ratio,
     check_tensor,
@@ -31,6 +32,7 @@ from .positions import with_positions
 __all__ = ["Reduced", "TokenReduction"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Count = TypeVar("Count", int, Tensor)
 
 
 class Reduced(NamedTuple):
@@ -138,7 +140,7 @@ class TokenReduction(nn.Module):
         if type(self).tokens_kept is not TokenReduction.tokens_kept:
             kept = torch.tensor([self.tokens_kept(i) for i in range(mask.shape[1] + 1)], device=mask.device)[real]
         elif self.num_tokens is not None:
-            kept = real - (real // 2).clamp(max=-self.num_tokens)
+            kept = kept_by_count(real, self.num_tokens)
         else:
             kept = _nearest(real, *as_fraction(self.keep_ratio))
         return kept.clamp(1, k)
@@ -223,6 +225,8 @@ class TokenReduction(nn.Module):
             )
         given = {"scores": scores, "features": features, "positions": positions, "mask": mask, "sizes": sizes}
         scores, features, positions, mask, patch_sizes = self._patches(x, given)
+        if patch_sizes is not None:
+            check_negative(name, "sizes", patch_sizes, x, mask)
         k = self.tokens_kept(n)
         if k >= n:
             tokens, new_sizes = x, sizes
@@ -330,9 +334,14 @@ def as_fraction(ratio: float) -> tuple[int, int]:
     return max(fraction.numerator, 1), fraction.denominator if fraction.numerator else 2**31
 
 
-def kept_by_count(n: int, count: int) -> int:
-    """Tokens kept of n: ``count``, or, if that is negative, all but so many, of which at most half go."""
-    return min(count, n) if count > 0 else n - min(-count, n // 2)
+def kept_by_count(n: Count, count: int) -> Count:
+    """Tokens kept of n, an int or a tensor: ``count``, or, if that is negative, all but so many, of which at most half
+    go."""
+    return _at_most(n, count) if count > 0 else n - _at_most(n // 2, -count)
+
+
+def _at_most(n: Count, most: int) -> Count:
+    return n.clamp(max=most) if isinstance(n, Tensor) else min(n, most)
 
 
 def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
