@@ -173,6 +173,34 @@ def test_what_loaders_give(images, find):
 
 
 @pytest.mark.parametrize(
+    "find", [{"budget": 0.7, "counts": COUNTS}, {"penalty": 1e-2, "steps": 2}], ids=["search", "learn"]
+)
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (None, TypeError, "must be a tensor.*got NoneType"),
+        ([], TypeError, "must be a tensor.*got list, empty"),
+        ({}, TypeError, "must be a tensor.*got dict, empty"),
+        ([None], TypeError, "must be a tensor.*got list"),
+        ("abc", TypeError, "must be a tensor.*got str"),
+        (3, TypeError, "must be a tensor.*got int"),
+        ([3], ValueError, "must be what ViTForImageClassification runs on, got AttributeError"),
+        (torch.zeros(0, 3, 56, 56), ValueError, "must be what ViTForImageClassification runs on"),
+        (torch.full((1, 3, 56, 56), torch.nan), ValueError, r"must hold no NaN, got 9408 in .*\(1, 3, 56, 56\)"),
+        (torch.full((1, 3, 56, 56), torch.inf), ValueError, r"must give a finite feature"),
+    ],
+    ids=lambda value: None if isinstance(value, torch.Tensor) else str(value)[:20],
+)
+def test_a_bad_batch_is_named(images, find, bad, error, message):
+    search = search_schedule if "budget" in find else learn_schedule
+    for at, batches in enumerate(([bad, images], [images, bad])):
+        model = build()
+        with pytest.raises(error, match=rf"^{search.__name__}: batches\[{at}\] {message}"):
+            search(model, batches, **find)
+        assert not patched_blocks(model)
+
+
+@pytest.mark.parametrize(
     "error, message, changed",
     [
         (ValueError, r"budget must be in \(0, 1\], got 0", {"budget": 0}),

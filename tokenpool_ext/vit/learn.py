@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..checks import LARGEST_FLOAT, check_float, check_int
 from ..reduction import TokenReduction, _identity
 from . import trial
-from .calibration import calibration, compared
+from .calibration import calibration, compared, feature_of
 from .patching import patch, patched_blocks, unpatch
+from .search import check_batches, features_of
 
 __all__ = ["learn_schedule"]
 
@@ -110,19 +111,21 @@ def learn_schedule(
 
     Raises:
         TypeError: as ``patch``; blocks that show no attention product.
-        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens; a negative penalty.
+        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens, or with NaN, or that
+            the model does not run on; a negative penalty.
     """
     steps = check_int(NAME, "steps", steps, 1)
     for name, value in (("penalty", penalty), ("lr", lr)):
         check_float(NAME, name, value, 0, LARGEST_FLOAT, "finite and at least 0")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{NAME} needs gradients; call it outside torch.inference_mode")
-    blocks, places, batches, calls = calibration(NAME, model, batches, layers, options)
+    given = calibration(NAME, model, batches, layers, options)
+    check_batches(NAME, given)
+    blocks, places, batches, calls = given
     if layers is None and len(blocks) > 1:
         places = places[:-1]
     try:
-        with trial.quiet(model):
-            whole = [compared(NAME, model(*args, **kwargs)) for args, kwargs in calls] if loss is None else calls
+        whole: list[Any] = features_of(NAME, model, given, feature_of) if loss is None else calls
         patch(model, keep_ratio=1.0, layers=places, pooling=SoftExtract, **{"example": batches[0], **options})
         with trial.quiet(model):
             pools: dict[int, Any] = patched_blocks(model)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..checks import check_choice, check_int, check_iterable, check_ratio
 from ..cost import counted
@@ -80,18 +81,59 @@ def search_schedule(
 
     Raises:
         TypeError: as ``patch``; a pooling that has no number of tokens; a feature that is no floating tensor.
-        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens; a budget out of range
-            or that pooling these blocks to these counts cannot come down to (the least is named).
+        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens, or with NaN, or that
+            the model does not run on; a budget out of range or that pooling these blocks to these counts cannot come
+            down to (the least is named).
     """
     budget = check_ratio(NAME, "budget", budget)
     check_choice(NAME, "target", target, ("macs", "latency"))
     given = calibration(NAME, model, batches, layers, options)
+    check_batches(NAME, given)
+    features_of(NAME, model, given, feature or feature_of)  # what does not run is named before patch tries it
     try:
         patch(model, keep_ratio=1.0, layers=given.places, **{"example": given.batches[0], **options})
         with trial.quiet(model):
             return _Search(model, given, feature or feature_of, options.get("init")).run(budget, target, counts)
     finally:
         unpatch(model)
+
+
+def check_batches(name: str, given: Calibration) -> None:
+    """Whether each batch is something, and no NaN is in it."""
+    for i, (batch, call) in enumerate(zip(given.batches, given.calls)):
+        leaves = tree_leaves(call)
+        if not isinstance(batch, (Tensor, tuple, list, Mapping)) or all(leaf is None for leaf in leaves):
+            raise TypeError(
+                f"{name}: batches[{i}] must be a tensor, a tuple or list, or a mapping of keywords, that holds what the"
+                f" model takes, got {type(batch).__name__}{'' if leaves else ', empty'}"
+            )
+        for t in leaves:
+            if isinstance(t, Tensor) and t.is_floating_point() and t.isnan().any():
+                raise ValueError(
+                    f"{name}: batches[{i}] must hold no NaN, got {int(t.isnan().sum())} in a tensor of shape"
+                    f" {tuple(t.shape)}"
+                )
+
+
+def features_of(name: str, model: nn.Module, given: Calibration, feature: Callable[[Any], Any]) -> list[Tensor]:
+    """Of each batch the finite (B, D) float64 feature that the unpatched model gives."""
+    found = []
+    with trial.quiet(model):
+        for i, (args, kwargs) in enumerate(given.calls):
+            try:
+                output = model(*args, **kwargs)
+            except Exception as error:
+                raise ValueError(
+                    f"{name}: batches[{i}] must be what {type(model).__name__} runs on, got"
+                    f" {type(error).__name__}: {error}"
+                ) from error
+            found.append(compared(name, output, feature))
+            if not found[-1].numel() or not found[-1].isfinite().all():
+                raise ValueError(
+                    f"{name}: batches[{i}] must give a finite feature that is not empty, got shape"
+                    f" {tuple(found[-1].shape)} with {int((~found[-1].isfinite()).sum())} NaN or infinite"
+                )
+    return found
 
 
 class _Search:
