@@ -56,14 +56,13 @@ class Tap(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.batch, self.length, self.original = batch, length, original
-        self.index, self.note, self.heads_first = index, note, heads_first
-        self.bias = bias
-        self.found: tuple | None = None
+        self.bias, self.index, self.note, self.packed = bias, index, note, packed
+        self.heads_first, self.own = heads_first, own
+        self.found: tuple | None = None  # of the last product: its keys, what makes scores, and of what
         self.factor: Tensor | None = None  # of the last square product: the keys, where no softmax is fused with it
         self.seen, self.causal = 0, False
-        self.packed, self.offset = packed, 0  # tokens whose product was seen
-        self.pieces: list[tuple[Tensor, Tensor]] = []
-        self.own = own
+        self.offset = 0  # packed tokens whose product was seen
+        self.pieces: list[tuple[Tensor, Tensor]] = []  # their keys and scores
         self.fitting: tuple[bool, ...] = ()
 
     def _is_own(self, fits: bool) -> bool:
@@ -90,44 +89,59 @@ class Tap(TorchFunctionMode):
 
     def _product(self, func, given: dict[str, Any]) -> Tensor:
         q, k, mask = given["query"], given["key"], given.get("attn_mask")
-        if not self._is_own(q.shape[-2] == k.shape[-2] == self.length and q.dim() >= 3):
-            return self._piece(func, given, q, k) if self.packed and mask is None else func(**given)
+        n, start, bias, index = q.shape[-2], 0, self.bias, self.index
+        if not self._is_own(n == k.shape[-2] == self.length and q.dim() >= 3):
+            start = self.offset  # or of one of the sequences packed into one, in their order
+            fits = self.packed and mask is None and k.shape[-2] == n and q.dim() == 4 and q.shape[0] == 1
+            if not fits or start + n > self.length:
+                return func(**given)
+            self.offset += n
+            bias = None if bias is None else bias[..., start : self.offset]
+            index = None if index is None else index[:, start : self.offset]
         images = q.shape[1 if self.heads_first else 0] if q.dim() == 4 else q.shape[0] % self.batch or self.batch
         if images != self.batch:
             raise RuntimeError(
                 f"patched block: its attention ran on {images} of {self.batch} images, so that nothing is known of"
                 " the others' tokens; turn off a stochastic depth that leaves out images"
             )
-        if q.dim() > 3 and not self.heads_first:
-            return self._of_images(func, given)
-        shape = q.shape  # its heads are folded into the batch, or first
-        given.update({name: self._images(given[name]) for name in ("query", "key", "value")})
-        if mask is not None and mask.dim() > 2 and mask.shape[0] == shape[0]:
-            given["attn_mask"] = self._images(mask)
-        return self._as_given(self._of_images(func, given), (*shape[:-1], -1))
-
-    def _of_images(self, func, given: dict[str, Any]) -> Tensor:
-        """A product (B, ..., T, d)."""
-        q, k, mask = given["query"], given["key"], given.get("attn_mask")
+        shape, folded = q.shape, q.dim() == 3 or self.heads_first
+        if folded:
+            given.update({name: self._images(given[name]) for name in ("query", "key", "value")})
+            q, k = given["query"], given["key"]
+            if mask is not None and mask.dim() > 2 and mask.shape[0] == shape[0]:
+                mask = given["attn_mask"] = self._images(mask)
         self.seen += 1
-        if mask is not None and self.index is not None and mask.shape[-2:] == (self.original, self.original):
-            mask = take_square(mask, self.index)  # a bias made inside the block: the rows and columns of those left
+        if mask is not None and index is not None and mask.shape[-2:] == (self.original, self.original):
+            mask = take_square(mask, index)  # a bias made inside the block: the rows and columns of those left
         if "is_causal" in given:
             given["is_causal"] = True if given["is_causal"] else False  # of symbolic lengths it is no bool yet
             self.causal = self.causal or given["is_causal"]
-        if given.get("is_causal") and self.index is not None:  # no token sees what comes after the one it stands for
-            mask, given["is_causal"] = (self.index[:, :, None] >= self.index[:, None, :])[:, None], False
-        if self.bias is not None:
-            bias = self.bias if q.dim() == 4 else self.bias.reshape(self.batch, *[1] * (q.dim() - 2), self.length)
-            mask = _added(mask, bias, q.dtype)
+        if given.get("is_causal") and index is not None:  # no token sees what comes after the one it stands for
+            mask, given["is_causal"] = (index[:, :, None] >= index[:, None, :])[:, None], False
+        if bias is not None:
+            mask = _added(mask, bias if q.dim() == 4 else bias.reshape(self.batch, *[1] * (q.dim() - 2), n), q.dtype)
         if mask is not given.get("attn_mask"):
             given["attn_mask"] = mask
         out = func(**given)
         if self.note:
             if given.get("is_causal"):
-                mask = q.new_ones(1, 1, self.length, self.length, dtype=torch.bool).tril()
-            self.found = ("product", q.detach(), k.detach().to(q.dtype), given.get("scale"), mask)
-        return out
+                mask = q.new_ones(1, 1, n, n, dtype=torch.bool).tril()
+            if q.dim() > 4:  # groups of heads
+                mask = None if mask is None else mask.expand(*q.shape[:-2], *mask.shape[-2:]).flatten(1, -3)
+                q, k = q.flatten(1, -3), k.flatten(1, -3)
+            q, k = q.detach(), k.detach().to(q.dtype)
+            self.found = k, significance, q, k, given.get("scale"), mask
+            if n < self.length:
+                self.found = self._piece(*self.found)
+        return self._as_given(out, (*shape[:-1], -1)) if folded else out
+
+    def _piece(self, keys: Tensor, score, *seen) -> tuple | None:
+        """What was found once the last of the sequences packed into one was seen."""
+        self.pieces.append((keys, score(*seen)))
+        if self.offset < self.length:
+            return None
+        all_keys, scores = zip(*self.pieces)
+        return torch.cat(all_keys, dim=2), lambda scores, valid: scores, torch.cat(scores, dim=1)
 
     def _images(self, x: Tensor) -> Tensor:
         """(B, H, T, .) of queries, keys or probabilities."""
@@ -141,24 +155,12 @@ class Tap(TorchFunctionMode):
         """Back from :meth:`_images`."""
         return (x.transpose(0, 1) if self.heads_first else x).reshape(shape)
 
-    def _piece(self, func, given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
-        """The product of one of the sequences packed into one, in their order."""
-        n, start = q.shape[-2], self.offset
-        if k.shape[-2] != n or q.dim() != 4 or q.shape[0] != 1 or start + n > self.length:
-            return func(**given)
-        self.offset += n
-        self.seen += 1
-        bias = None if self.bias is None else self.bias[..., start : start + n].to(q.dtype)
-        out = func(**{**given, "attn_mask": bias})
-        if self.note:
-            self.pieces.append((significance(q.detach(), k.detach(), given.get("scale"), bias), k.detach()))
-        return out
-
     def _softmax(self, func, args: tuple, kwargs: dict) -> Tensor:
         x: Any = args[0] if args else kwargs.get("input", kwargs.get("self"))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         square = isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-1] == x.shape[-2] == self.length
-        if not self._is_own(square and dim in (-1, x.dim() - 1) and not x.shape[0] % max(self.batch, 1)):
+        images = x.shape[1 if self.heads_first and x.dim() == 4 else 0] if square else 0
+        if not self._is_own(square and dim in (-1, x.dim() - 1) and not images % max(self.batch, 1)):
             return func(*args, **kwargs)
         self.seen += 1
         if self.bias is not None:
@@ -166,7 +168,7 @@ class Tap(TorchFunctionMode):
             args, kwargs = (x, *args[1:]), {name: v for name, v in kwargs.items() if name not in ("input", "self")}
         out = func(*args, **kwargs)
         if self.note:
-            self.found = ("probabilities", self._images(out.detach()))
+            self.found = self.factor, received, self._images(out.detach())
         return out
 
     def _multi_head(self, func, given: dict[str, Any]):
@@ -178,10 +180,8 @@ class Tap(TorchFunctionMode):
         mask = given.get("attn_mask")
         if mask is not None and self.index is not None and mask.shape[-1] == self.original:
             mask = take_square(mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads)), self.index)
-            given["attn_mask"] = mask = (mask if mask.dim() == 4 else mask[:, None].expand(-1, heads, -1, -1)).flatten(
-                0, 1
-            )
-        if mask is not None and mask.dim() == 3 and mask.shape[0] == self.batch:  # cut from (N, N) outside
+            given["attn_mask"] = mask = mask.flatten(0, 1) if mask.dim() == 4 else mask
+        if mask is not None and mask.dim() == 3 and mask.shape[0] == self.batch:  # cut from (N, N)
             given["attn_mask"] = mask = mask.repeat_interleave(heads, 0)
         if self.index is not None and mask is not None:
             given["is_causal"] = False  # a hint that would put another mask in its place
@@ -193,7 +193,7 @@ class Tap(TorchFunctionMode):
         out = func(**given)
         if self.note:
             q, k = _projected(given, query.detach(), key.detach())
-            self.found = ("product", q, k, None, _masks(given, q))
+            self.found = k, significance, q, k, None, _masks(given, q)
         return out
 
     def scores(self, valid: Tensor | None = None) -> Tensor | None:
@@ -201,24 +201,17 @@ class Tap(TorchFunctionMode):
 
         None when no product was seen.
         """
-        if self.pieces and self.offset == self.length:
-            return torch.cat([scores for scores, _ in self.pieces], dim=1)
         if self.found is None:
             return None
-        if self.found[0] == "probabilities":
-            return received(self.found[1], valid)
-        _, q, k, scale, mask = self.found
-        q, k = (x if x.dim() == 4 else x.reshape(self.batch, -1, *x.shape[-2:]) for x in (q, k))
-        return significance(q, k, scale, mask, valid)
+        _, score, *seen = self.found
+        return score(*seen, valid)
 
     def keys(self) -> Tensor | None:
         """(B, T, d) keys as they enter the product, averaged over heads; None when none was seen."""
-        if self.pieces and self.offset == self.length:
-            return torch.cat([keys for _, keys in self.pieces], dim=2).mean(dim=1)
-        if self.found is None or self.found[0] == "probabilities":
-            return None if self.factor is None else self._images(self.factor).mean(dim=1)
-        keys = self.found[2]
-        return (keys if keys.dim() == 4 else keys.reshape(self.batch, -1, *keys.shape[-2:])).mean(dim=1)
+        keys, score = (self.factor, received) if self.found is None else self.found[:2]
+        if keys is not None and score is received:  # still as the block has them
+            keys = self._images(keys)
+        return None if keys is None else keys.mean(dim=1)
 
 
 def received(probabilities: Tensor, valid: Tensor | None) -> Tensor:
