@@ -266,15 +266,17 @@ def test_a_padded_text_is_as_alone(name, pooling, options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"pooling": "score"}, {"protect": [2], "cluster_on": "keys"}], ids=str)
 @pytest.mark.parametrize("name", ["transformers Qwen2VL vision", "transformers Qwen2.5VL vision"])
-def test_packed_images_are_pooled_one_by_one(name):
+def test_packed_images_are_pooled_one_by_one(name, options):
     model, (patches, grid), _ = make(name)
-    vit.patch(model, keep_ratio=0.5)
+    vit.patch(model, keep_ratio=0.5, **options)
     out = model(patches, grid)
     together = out if isinstance(out, torch.Tensor) else out[0]
     start = 0
     for row in grid:
         n = int(row.prod())
+        vit.patch(model, keep_ratio=0.5, **{**options, "protect": None if start else options.get("protect")})
         out = model(patches[start : start + n], row[None])
         alone = out if isinstance(out, torch.Tensor) else out[0]
         rows = slice(start * len(together) // len(patches), (start + n) * len(together) // len(patches))

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..cost import counted
 from ..functional import Clusters
-
-if TYPE_CHECKING:
-    from .pooled import Plan
+from .reducing import Plan, through
 
 __all__ = ["Record", "record", "tokens_per_layer"]
 
@@ -68,7 +66,7 @@ class Record:
         labels = self._started()
         for index, clusters in self._layers:
             if index <= block:
-                labels = torch.where(labels < 0, -1, clusters.assignment.gather(1, labels.clamp(min=0)))
+                labels = through(labels, clusters.assignment)
         return labels
 
     def _started(self) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +62,16 @@ class Plan:
         return sorted({*range(self.prefix), *range(n - self.suffix, n), *inner})
 
 
+def moved(index: Tensor, by: int) -> Tensor:
+    """Indices of what now is ``by`` places further on; -1 stays."""
+    return torch.where(index < 0, -1, index + by)
+
+
+def through(labels: Tensor, on: Tensor) -> Tensor:
+    """(B, N) labels of what is labelled ``on`` (B, K) in its turn; -1 stays."""
+    return torch.where(labels < 0, -1, on.gather(1, labels.clamp(min=0)))
+
+
 def state_of(labels: Tensor, index: Tensor, sizes: Tensor | None, drops: bool) -> State:
     return State(labels, index, sizes, drops, None if sizes is None else sizes.log()[:, None, None])
 
@@ -75,44 +87,42 @@ class Reducer:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, T, D) to (B, K, D)."""
-        plan, state, pooling, valid = self.plan, self.state, self.pooling, self.valid
+        plan, state, pooling, valid, ends = self.plan, self.state, self.pooling, self.valid, self.ends
         self.before = tokens
         b, t, _ = tokens.shape
+        p = plan.num_protected
         scores = self.tap.scores(valid) if self.scored else None
         features = self.tap.keys() if plan.cluster_on == "keys" else None
         places = self.places(b, tokens.device) if getattr(pooling, "position_weight", 0) else None
+        sizes = None if state is None else state.sizes
+        if plan.track_size and sizes is None:
+            sizes = torch.ones(b, t, device=tokens.device, dtype=torch.float32)
         order: Tensor | None = None
-        sizes: Tensor | None = None
-        if plan.track_size:
-            sizes = None if state is None else state.sizes
-            sizes = torch.ones(b, t, device=tokens.device, dtype=torch.float32) if sizes is None else sizes
-        if plan.num_protected > plan.prefix:  # bring the protected ones to the front
-            order = self.front(b, t, tokens.device)
-            tokens = take(tokens, order)
-            scores, features, places, valid, sizes = (
-                None if v is None else take(v, order) for v in (scores, features, places, valid, sizes)
+        if p > plan.prefix:  # bring the protected ones to the front
+            order = self.front(b, tokens.device)
+            tokens, scores, features, places, valid, sizes = (
+                None if v is None else take(v, order) for v in (tokens, scores, features, places, valid, sizes)
             )
-        p = plan.num_protected
-        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, places, valid, sizes, p, self.ends)
+            ends = [int((order[0, p:] < end).sum()) for end in ends]
+        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, places, valid, sizes, p, ends)
         for record in self.records:
             record.add(self.index, clusters)
         labels, medoids = clusters.assignment, clusters.medoids
         covering = isinstance(pooling, COVERING)
         if plan.outside == "full" and not covering:  # dropped ones show as the one most like them
             apart = None if valid is None else medoids[:, None] < 0  # not as one that an image does not have
-            if self.ends:  # not as one of another sequence
-                ends = torch.tensor(self.ends, device=labels.device)
-                ours = torch.bucketize(torch.arange(t, device=labels.device), ends, right=True)
-                other = ours[:, None] != torch.bucketize(medoids, ends, right=True)
+            if ends:  # not as one of another sequence
+                limits = torch.tensor(ends, device=labels.device)
+                ours = torch.bucketize(torch.arange(t - p, device=labels.device), limits, right=True)
+                other = ours[:, None] != torch.bucketize(medoids, limits, right=True)
                 apart = other if apart is None else apart | other
             labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:], apart), labels)
             labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
         complete = covering and valid is None  # every token is in a cluster, every cluster has a token
-        if not complete:  # so that -1 stays -1
-            labels, medoids = torch.where(labels < 0, -1 - p, labels), torch.where(medoids < 0, -1 - p, medoids)
         if p:
             lead = torch.arange(p, device=labels.device).expand(b, p)
-            labels, medoids = torch.cat([lead, labels + p], dim=1), torch.cat([lead, medoids + p], dim=1)
+            up = operator.add if complete else moved
+            labels, medoids = torch.cat([lead, up(labels, p)], dim=1), torch.cat([lead, up(medoids, p)], dim=1)
         if not complete:  # padding stands for a cluster that an image does not have
             spare = labels < 0 if valid is None else ~valid
             medoids = torch.where(medoids < 0, spare.int().argmax(dim=1, keepdim=True), medoids)
@@ -121,10 +131,7 @@ class Reducer:
         drops = valid is not None or (plan.outside == "short" and not covering)
         if state is not None:
             medoids, drops = state.index.gather(1, medoids), drops or state.drops
-            if drops:
-                labels = torch.where(state.labels < 0, -1, labels.gather(1, state.labels.clamp(min=0)))
-            else:
-                labels = labels.gather(1, state.labels)
+            labels = through(state.labels, labels) if drops else labels.gather(1, state.labels)
         self.state = state_of(labels, medoids, sizes, drops)
         return pooled
 
@@ -140,46 +147,45 @@ class Reducer:
         places[[i for i in range(n) if i not in protected]] = given
         return places.expand(b, -1, -1) if self.state is None else places[self.state.index]
 
-    def front(self, b: int, t: int, device: torch.device) -> Tensor:
+    def front(self, b: int, device: torch.device) -> Tensor:
         """(B, T) the order that has the protected tokens first."""
-        protected = torch.zeros(self.n, dtype=torch.bool, device=device)
-        protected[self.plan.protected(self.n)] = True
-        if self.state is not None:
-            return (~protected[self.state.index]).int().argsort(dim=1, stable=True)
-        return (~protected).int().argsort(stable=True).expand(b, t)
+        free = torch.ones(self.n, dtype=torch.int32, device=device)
+        free[self.plan.protected(self.n)] = 0
+        left = free.expand(b, -1) if self.state is None else free[self.state.index]
+        return left.argsort(dim=1, stable=True)
 
 
 def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int, ends=()) -> Any:
-    """(pooled tokens, clusters, sizes) of a pooling module, whichever it is; of packed sequences each by itself."""
+    """(pooled tokens, clusters, sizes) of a pooling module, whichever it is; of packed sequences each by itself.
+
+    ``ends``: where each sequence ends, the ``p`` protected tokens in front of all not counted.
+    """
     if len(ends) > 1:
-        parts, start, k = [], 0, 0
-        for end in ends:
-            s, f, c, v, z = (None if t is None else t[:, start:end] for t in (scores, features, places, valid, sizes))
-            out, clusters, part_sizes = reduce(pooling, tokens[:, start:end], s, f, c, v, z, p)
-            labels = torch.where(clusters.assignment < 0, -1, clusters.assignment + k)
-            medoids = torch.where(clusters.medoids < 0, -1, clusters.medoids + start)
-            parts.append((out, labels, medoids, part_sizes))
-            start, k = end, k + out.shape[1]
-        out, labels, medoids = (torch.cat(x, 1) for x in list(zip(*parts))[:3])
-        mass = out.new_ones(out.shape[:2])
-        sizes = None if sizes is None else torch.cat([x for *_, x in parts], 1)
-        return out, functional.Clusters(out, labels, mass, medoids, mass.sum(1)), sizes
+        given, parts, k = (tokens, scores, features, places, valid, sizes), [], 0
+        for start, end in pairwise([0, *ends]):
+            own = (None if t is None else torch.cat([t[:, :p], t[:, p + start : p + end]], dim=1) for t in given)
+            out, clusters, left = reduce(pooling, *own, p)
+            left = None if left is None else left[:, p:]
+            parts.append((out[:, p:], moved(clusters.assignment, k), moved(clusters.medoids, start), left))
+            k += out.shape[1] - p
+        outs, labels, medoids, left = zip(*parts)
+        sizes = None if sizes is None else torch.cat([sizes[:, :p], *left], dim=1)
+        pooled, labels, medoids = (torch.cat(x, dim=1) for x in ((tokens[:, :p], *outs), labels, medoids))
+        mass = pooled.new_ones(medoids.shape)
+        return pooled, functional.Clusters(pooled[:, p:], labels, mass, medoids, mass.sum(1)), sizes
+    more = {} if places is None else {"positions": places}
+    out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes, **more)
     if isinstance(pooling, TokenReduction):
-        more = {} if places is None else {"positions": places}
-        out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes, **more)
-        clusters = out[1]
+        pooled, clusters, *rest = out
         if clusters.medoids is None:  # of a reduction that is not ours
-            medoids = nearest_members(tokens[:, p:], out[0][:, p:], clusters.assignment)
+            medoids = nearest_members(tokens[:, p:], pooled[:, p:], clusters.assignment)
             clusters = clusters._replace(medoids=medoids)
-        return out[0], clusters, None if sizes is None else out[2]
-    pooled = pooling(tokens, scores, features=features, mask=valid, sizes=sizes)
-    new_sizes = None
-    if isinstance(pooled, tuple):
-        pooled, new_sizes = pooled[0], pooled[-1]
+        return pooled, clusters, rest[0] if rest else None
+    pooled, left = (out[0], out[-1]) if isinstance(out, tuple) else (out, None)
     labels = nearest(tokens[:, p:], pooled[:, p:])  # it tells no clusters
     medoids = nearest_members(tokens[:, p:], pooled[:, p:], labels)
     unknown: Any = None
-    return pooled, functional.Clusters(pooled[:, p:], labels, unknown, medoids, unknown), new_sizes
+    return pooled, functional.Clusters(pooled[:, p:], labels, unknown, medoids, unknown), left
 
 
 def nearest(tokens: Tensor, centers: Tensor, apart: Tensor | None = None) -> Tensor:
@@ -192,6 +198,6 @@ def nearest(tokens: Tensor, centers: Tensor, apart: Tensor | None = None) -> Ten
 def in_order(tokens: Tensor, state: State) -> tuple[Tensor, State]:
     """The tokens by what they stand for, so that a suffix is at the end again."""
     order = state.index.argsort(dim=1)
-    labels = torch.where(state.labels < 0, -1, order.argsort(dim=1).gather(1, state.labels.clamp(min=0)))
+    labels = through(state.labels, order.argsort(dim=1))
     sizes = None if state.sizes is None else take(state.sizes, order)
     return take(tokens, order), state_of(labels, take(state.index, order), sizes, state.drops)
