@@ -285,6 +285,16 @@ def test_packed_images_are_pooled_one_by_one(name, options):
 
 
 @torch.no_grad()
+def test_images_packed_by_a_mask_are_pooled_one_by_one():
+    model, _, kwargs = make("transformers PixtralVision")
+    x = kwargs["pixel_values"]
+    together = vit.patch(model, keep_ratio=0.5, protect=[2])(x).last_hidden_state
+    first = model(x[:1]).last_hidden_state
+    second = vit.patch(model, keep_ratio=0.5)(x[1:]).last_hidden_state
+    torch.testing.assert_close(together, torch.cat([first, second], dim=1), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_causal_text_sees_nothing_of_what_comes_after():
     model, args, _ = make("open_clip text")
     vit.patch(model, num_tokens={1: 6}, blocks="transformer.resblocks", weighted=False, num_prefix_tokens=0)

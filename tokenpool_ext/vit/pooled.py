@@ -42,7 +42,7 @@ from .inputs import (
     valid_tokens,
 )
 from .recording import graph_task
-from .reducing import Plan, Reducer, State, in_order
+from .reducing import Plan, Reducer, State
 from .tap import Tap
 
 SUBMODULE = "tokenpool"
@@ -95,7 +95,6 @@ def _blank(base: type) -> nn.Module:
 
 
 def install(block: nn.Module, place: Place, pooling: nn.Module | None) -> None:
-    remove(block)
     if pooling is not None:
         block.add_module(SUBMODULE, pooling)
     block.__dict__[PLACE] = place
@@ -200,7 +199,8 @@ def surround(module: nn.Module, plan: Plan) -> None:
 
 def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: dict) -> Any:
     """The forward of a patched block."""
-    plan, index, layout = place.plan, place.index, place.plan.form.layout
+    plan, index, form = place.plan, place.index, place.plan.form
+    layout = form.layout
     at, given = find_tokens(args, kwargs)
     pooling = block._modules.get(SUBMODULE)
     check(block, place, given, pooling)
@@ -221,20 +221,21 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     back: list[tuple[Any, Any]] = []
     if state is not None:
         n, bias, left = state.labels.shape[1], state.bias, state.index
-        if x.shape[1] == n or x.shape[1] != left.shape[1]:  # not the current tokens themselves
+        if plan.outside == "full":
             short = take(x, left)
         if sides:
             args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
-    scored = pooling is not None and plan.form.attends and getattr(pooling, "needs_scores", True)
+    scored = pooling is not None and form.attends and getattr(pooling, "needs_scores", True)
     noted = scored or (pooling is not None and plan.cluster_on == "keys")
-    form, packed = plan.form, layout == "packed"
+    packed = layout == "packed"
     tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, packed, form.heads_first, form.products)
-    before, reducer = None, None
+    reducer = None
     if pooling is not None:
-        valid = valid_tokens(sides, x.shape[0], n, left, plan.form) if sides else None
-        reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored)
-        if packed or (sides and x.shape[0] == 1 and not plan.num_protected):
-            reducer.ends = packed_ends(sides if state is None else named(block, args, kwargs, at), short.shape[1])
+        valid = valid_tokens(sides, x.shape[0], n, left, form) if sides else None
+        ends: list[int] = []
+        if sides and x.shape[0] == 1:
+            ends = packed_ends(sides if state is None else named(block, args, kwargs, at), short.shape[1])
+        reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored, ends)
     if reducer is not None and place.parts is not None:
         tokens, extra = halves.run(block, place.parts, tap, reducer, short, args, kwargs, at)
         out = (tokens, *extra) if place.parts.returns_tuple else tokens
@@ -245,13 +246,10 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         tokens = out if isinstance(out, Tensor) else out[0]
         tokens = tokens if plain else batch_first(tokens, layout)
         tokens = tokens if reducer is None else reducer(tokens)
-    if reducer is not None:
-        state, before = reducer.state, reducer.before
-        if packed or (plan.outside == "short" and plan.num_protected > plan.prefix):
-            tokens, state = in_order(tokens, state)
+    state = state if reducer is None else reducer.state
     assert state is not None
     if plan.outside == "full":
-        tokens = spread(tokens, state, x, before)
+        tokens = spread(tokens, state, x if reducer is None or left is not None else reducer.before)
     tokens = tokens if plain else as_given(tokens, layout)
     mark(tokens, Tag(plan, state, None))
     if begun is not None:
@@ -262,15 +260,10 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     return alike(out, [tokens, *rest])
 
 
-def spread(tokens: Tensor, state: State, x: Tensor, before: Tensor | None) -> Tensor:
-    """(B, N, D): every original token as the one it is in; one that was dropped as it was last."""
+def spread(tokens: Tensor, state: State, last: Tensor) -> Tensor:
+    """(B, N, D): every original token as the one it is in; one that was dropped as in ``last`` (B, N, D)."""
     out = take(tokens, state.labels)
-    if not state.drops:
-        return out
-    last = before if before is not None and before.shape[1] == out.shape[1] else x
-    if last.shape != out.shape:
-        last = torch.zeros_like(out)
-    return torch.where(state.labels[:, :, None] < 0, last, out)
+    return torch.where(state.labels[:, :, None] < 0, last, out) if state.drops else out
 
 
 # --- the state of a forward -------------------------------------------------------------------------------------------
@@ -334,28 +327,32 @@ def _fits(x: Tensor, state: State, plan: Plan) -> bool:
 
 
 def check(block: nn.Module, place: Place, x: Tensor, pooling: nn.Module | None) -> None:
-    name = f"block {place.index} ({type(block).__name__})"
     if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
         what = "torch.fx" if isinstance(x, torch.fx.Proxy) else "torch.jit.trace"
         raise RuntimeError(
-            f"{name}: a patched model cannot be traced by {what}, which turns numbers of tokens into symbols; use"
-            " torch.export.export, or trace before patching"
+            f"{name(block, place)}: a patched model cannot be traced by {what}, which turns numbers of tokens into"
+            " symbols; use torch.export.export, or trace before patching"
         )
     if x.is_nested:
         raise RuntimeError(
-            f"{name}: got nested tokens, which cannot be pooled; make the encoder with enable_nested_tensor=False"
+            f"{name(block, place)}: got nested tokens, which cannot be pooled; make the encoder with"
+            " enable_nested_tensor=False"
         )
     if pooling is None:
         return
     n, protected = x.shape[1 if place.plan.form.layout == "batch first" else 0], place.plan.num_protected
     if isinstance(pooling, TokenReduction) and not (pooling.num_prefix_tokens == protected and pooling.return_clusters):
         raise ValueError(
-            f"{name}: its pooling layer must keep num_prefix_tokens={protected} and return_clusters=True, got"
-            f" num_prefix_tokens={pooling.num_prefix_tokens} and return_clusters={pooling.return_clusters}; for other"
-            " tokens that are never pooled patch again with num_prefix_tokens=... or protect=..."
+            f"{name(block, place)}: its pooling layer must keep num_prefix_tokens={protected} and return_clusters=True,"
+            f" got num_prefix_tokens={pooling.num_prefix_tokens} and return_clusters={pooling.return_clusters}; for"
+            " other tokens that are never pooled patch again with num_prefix_tokens=... or protect=..."
         )
     if n <= protected:
         raise ValueError(
-            f"{name}: num_prefix_tokens = {protected} tokens are never"
+            f"{name(block, place)}: num_prefix_tokens = {protected} tokens are never"
             f" pooled, but only {n} tokens came; patch with fewer prefix tokens"
         )
+
+
+def name(block: nn.Module, place: Place) -> str:
+    return f"block {place.index} ({type(block).__name__})"

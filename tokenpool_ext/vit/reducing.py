@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from ..baselines import BipartiteMatching, GridPooling
+from ..functional import Clusters
 from ..modules import TokenPooling
 from ..positions import grid_positions
 from ..reduction import TokenReduction
@@ -79,11 +80,10 @@ def state_of(labels: Tensor, index: Tensor, sizes: Tensor | None, drops: bool) -
 class Reducer:
     """Pools the tokens of one call of a block and brings the state up to date."""
 
-    def __init__(self, plan, index, pooling, tap, valid, state, n, records, scored) -> None:
+    def __init__(self, plan, index, pooling, tap, valid, state, n, records, scored, ends) -> None:
         self.plan, self.index, self.pooling, self.tap, self.valid = plan, index, pooling, tap, valid
         self.state, self.n, self.records, self.scored = state, n, records, scored
-        self.before: Tensor | None = None  # the tokens that were pooled
-        self.ends: list[int] = []  # where the sequences packed into one end
+        self.ends: list[int] = ends  # where the sequences packed into one end
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, T, D) to (B, K, D)."""
@@ -100,11 +100,15 @@ class Reducer:
         order: Tensor | None = None
         if p > plan.prefix:  # bring the protected ones to the front
             order = self.front(b, tokens.device)
-            tokens, scores, features, places, valid, sizes = (
-                None if v is None else take(v, order) for v in (tokens, scores, features, places, valid, sizes)
+            tokens = take(tokens, order)
+            scores, features, places, valid, sizes = (
+                None if v is None else take(v, order) for v in (scores, features, places, valid, sizes)
             )
-            ends = [int((order[0, p:] < end).sum()) for end in ends]
-        pooled, clusters, sizes = reduce(pooling, tokens, scores, features, places, valid, sizes, p, ends)
+        if ends and p:  # of those that may be pooled
+            free = (torch.arange(t, device=tokens.device) if order is None else order[0])[p:]
+            ends = [int((free < end).sum()) for end in ends]
+        reduced = partial(reduce_each, ends) if len(ends) > 1 else reduce
+        pooled, clusters, sizes = reduced(pooling, tokens, scores, features, places, valid, sizes, p)
         for record in self.records:
             record.add(self.index, clusters)
         labels, medoids = clusters.assignment, clusters.medoids
@@ -133,6 +137,8 @@ class Reducer:
             medoids, drops = state.index.gather(1, medoids), drops or state.drops
             labels = through(state.labels, labels) if drops else labels.gather(1, state.labels)
         self.state = state_of(labels, medoids, sizes, drops)
+        if plan.form.layout == "packed" or (plan.outside == "short" and order is not None):
+            pooled, self.state = in_order(pooled, self.state)
         return pooled
 
     def places(self, b: int, device: torch.device) -> Tensor:
@@ -155,24 +161,28 @@ class Reducer:
         return left.argsort(dim=1, stable=True)
 
 
-def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int, ends=()) -> Any:
-    """(pooled tokens, clusters, sizes) of a pooling module, whichever it is; of packed sequences each by itself.
+def reduce_each(ends: list[int], pooling: nn.Module, tokens: Tensor, *more: Any) -> tuple[Tensor, Clusters, Any]:
+    """:func:`reduce` of packed sequences, each by itself; ``ends`` do not count the P protected tokens in front."""
+    *given, p = tokens, *more
+    sizes = given[-1]
+    parts: list[Any] = []
+    k = 0
+    for start, end in pairwise([0, *ends]):
+        own = (None if t is None else torch.cat([t[:, :p], t[:, p + start : p + end]], dim=1) for t in given)
+        call: Any = (*own, p)
+        out, clusters, left = reduce(pooling, *call)
+        labels, medoids = moved(clusters.assignment, k), moved(clusters.medoids, start)
+        parts.append((out[:, p:], labels, medoids, None if left is None else left[:, p:]))
+        k += out.shape[1] - p
+    outs, labels, medoids = (torch.cat(x, dim=1) for x in list(zip(*parts))[:3])
+    sizes = None if sizes is None else torch.cat([sizes[:, :p], *(left for *_, left in parts)], dim=1)
+    mass = outs.new_ones(medoids.shape)
+    clusters = Clusters(outs, labels, mass, medoids, mass.sum(1))
+    return torch.cat([tokens[:, :p], outs], dim=1), clusters, sizes
 
-    ``ends``: where each sequence ends, the ``p`` protected tokens in front of all not counted.
-    """
-    if len(ends) > 1:
-        given, parts, k = (tokens, scores, features, places, valid, sizes), [], 0
-        for start, end in pairwise([0, *ends]):
-            own = (None if t is None else torch.cat([t[:, :p], t[:, p + start : p + end]], dim=1) for t in given)
-            out, clusters, left = reduce(pooling, *own, p)
-            left = None if left is None else left[:, p:]
-            parts.append((out[:, p:], moved(clusters.assignment, k), moved(clusters.medoids, start), left))
-            k += out.shape[1] - p
-        outs, labels, medoids, left = zip(*parts)
-        sizes = None if sizes is None else torch.cat([sizes[:, :p], *left], dim=1)
-        pooled, labels, medoids = (torch.cat(x, dim=1) for x in ((tokens[:, :p], *outs), labels, medoids))
-        mass = pooled.new_ones(medoids.shape)
-        return pooled, functional.Clusters(pooled[:, p:], labels, mass, medoids, mass.sum(1)), sizes
+
+def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int) -> tuple[Tensor, Clusters, Any]:
+    """(pooled tokens, clusters, sizes) of a pooling module, whichever it is."""
     more = {} if places is None else {"positions": places}
     out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes, **more)
     if isinstance(pooling, TokenReduction):
@@ -185,7 +195,7 @@ def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p
     labels = nearest(tokens[:, p:], pooled[:, p:])  # it tells no clusters
     medoids = nearest_members(tokens[:, p:], pooled[:, p:], labels)
     unknown: Any = None
-    return pooled, functional.Clusters(pooled[:, p:], labels, unknown, medoids, unknown), left
+    return pooled, Clusters(pooled[:, p:], labels, unknown, medoids, unknown), left
 
 
 def nearest(tokens: Tensor, centers: Tensor, apart: Tensor | None = None) -> Tensor:

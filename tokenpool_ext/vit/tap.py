@@ -156,17 +156,16 @@ class Tap(TorchFunctionMode):
         return (x.transpose(0, 1) if self.heads_first else x).reshape(shape)
 
     def _softmax(self, func, args: tuple, kwargs: dict) -> Tensor:
-        x: Any = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        x: Any = args[0] if args else kwargs.pop("input" if "input" in kwargs else "self", None)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         square = isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-1] == x.shape[-2] == self.length
         images = x.shape[1 if self.heads_first and x.dim() == 4 else 0] if square else 0
         if not self._is_own(square and dim in (-1, x.dim() - 1) and not images % max(self.batch, 1)):
-            return func(*args, **kwargs)
+            return func(x, *args[1:], **kwargs)
         self.seen += 1
         if self.bias is not None:
             x = self._as_given(self._images(x) + self.bias.to(x.dtype), x.shape)
-            args, kwargs = (x, *args[1:]), {name: v for name, v in kwargs.items() if name not in ("input", "self")}
-        out = func(*args, **kwargs)
+        out = func(x, *args[1:], **kwargs)
         if self.note:
             self.found = self.factor, received, self._images(out.detach())
         return out
