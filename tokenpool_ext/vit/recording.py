@@ -72,9 +72,8 @@ class Record:
     def _started(self) -> Tensor:
         if self._start is None:
             raise RuntimeError(
-                "record: no forward of the patched model was seen; run it inside the context, in the same "
-                "thread and not"
-                " through torch.compile, whose graphs record nothing"
+                "record: no forward of the patched model was seen; run it inside the context, in the same thread and"
+                " not through torch.compile, whose graphs record nothing"
             )
         return self._start
 

@@ -122,12 +122,10 @@ def block_indices(layers: Iterable[int]) -> list[int]:
         listed = None
     if listed is None:
         raise TypeError(f"schedule: layers must be block indices like [3, 6, 9], got {layers!r}")
-    found = []
-    for layer in listed:
-        index = _integer(layer)
-        if index is None:
-            raise TypeError(f"schedule: layers must be block indices (ints), got {layer!r} among them")
-        found.append(index)
+    found: list[Any] = [_integer(layer) for layer in listed]
+    if None in found:
+        wrong = listed[found.index(None)]
+        raise TypeError(f"schedule: layers must be block indices (ints), got {wrong!r} among them")
     return found
 
 

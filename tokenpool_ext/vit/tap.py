@@ -238,8 +238,8 @@ def significance(q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None,
         bias = _hiding(~bias, torch.float32)
     b, h, n, _ = k.shape
     if bias.dim() == 4 and bias.shape[2] == 1 and valid is None:
-        q = F.pad(q.float() * scale, (0, 1), value=1.0)
         bias = bias.float().clamp(min=-1e4).transpose(2, 3).expand(b, h, n, 1)
+        q = torch.cat([q.float() * scale, torch.ones_like(bias)], dim=3)
         return received_by(q, torch.cat([k.float(), bias], dim=3), 1.0)
     return received(((q.float() * scale) @ k.float().transpose(2, 3) + bias.float()).softmax(-1), valid)
 
