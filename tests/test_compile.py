@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_identical, positive_weights, spread_indices, tokens
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpool_ext as tp
@@ -231,6 +232,31 @@ def test_export_with_any_number_of_tokens(strict):
     program = torch.export.export(Model(), (tokens(2, 16, 4),), dynamic_shapes={"x": sizes}, strict=strict)
     for b, n in ((2, 16), (1, 8), (3, 101)):
         assert_identical(program.module()(tokens(b, n, 4)), Model()(tokens(b, n, 4)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "kept", [{"keep_ratio": 0.5}, {"keep_ratio": 0.3}, {"num_tokens": -3}, {"num_tokens": 4}], ids=str
+)
+def test_layers_export_with_any_number_of_tokens(kept, masked):
+    layers = [
+        tp.TokenPooling(**kept, return_clusters=True),
+        tp.TokenPooling(**kept, algorithm="kmedoids"),
+        tp.ScorePruning(**kept),
+    ]
+
+    class Model(torch.nn.Module):
+        def forward(self, x, w, mask):
+            return [layer(x, w, sizes=w, mask=mask if masked else None) for layer in layers]
+
+    def inputs(n):
+        return tokens(2, n, 4), positive_weights(2, n), torch.arange(n).expand(2, n) < torch.tensor([[n], [n // 2]])
+
+    sizes = {1: torch.export.Dim("N", min=8, max=500)}
+    program = torch.export.export(Model(), inputs(16), dynamic_shapes=(sizes, sizes, sizes), strict=masked)
+    for n in (9, 16, 50):
+        for got, want in zip(tree_leaves(program.module()(*inputs(n))), tree_leaves(Model()(*inputs(n)))):
+            assert torch.equal(got, want)
 
 
 def test_weighted_export_with_any_batch():

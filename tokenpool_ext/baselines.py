@@ -44,7 +44,7 @@ class _Selection(TokenReduction):
         if mask is not None:  # padding comes after all real tokens
             least = torch.finfo(priority.dtype).min
             priority = torch.where(mask, priority.clamp(min=least), -torch.inf)
-        index = falling(priority)[:, :k]
+        index = falling(priority).index_select(1, torch.arange(k, device=x.device))  # a slice would ask if k <= n
         if mask is None:
             index = index.sort(dim=1).values
         else:  # what an image does not have or keep: zeros at the end, as after clustering

@@ -7,6 +7,7 @@ patch tokens, D features a token, K patch tokens kept.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar, cast
@@ -132,6 +133,12 @@ class TokenReduction(nn.Module):
             return kept_by_count(num_patches, self.num_tokens)
         return kept_by_ratio(num_patches, *as_fraction(self.keep_ratio))
 
+    def _keeps_all(self, n: int, k: int) -> bool:
+        """k >= n; of a ratio as a bound on n alone, which torch.export can decide for any n."""
+        if self.keep_ratio is None or type(self).tokens_kept is not TokenReduction.tokens_kept:
+            return k >= n
+        return n <= all_kept_up_to(*as_fraction(self.keep_ratio))
+
     def _counts(self, mask: Tensor, k: int) -> Tensor | None:
         """(B,) tokens kept of each image, by its own real tokens; None: K of all, or as many as there are."""
         if self.num_tokens is not None and self.num_tokens > 0:
@@ -228,7 +235,7 @@ class TokenReduction(nn.Module):
         if patch_sizes is not None:
             check_negative(name, "sizes", patch_sizes, x, mask)
         k = self.tokens_kept(n)
-        if k >= n:
+        if self._keeps_all(n, k):
             tokens, new_sizes = x, sizes
             clusters: Clusters | None = None
             if clusters_wanted:
@@ -349,8 +356,15 @@ def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
 
     In integers, so that one compiled graph serves every n. 196 tokens at 1/2 three times: 98, 49, 24.
     """
+    if n <= all_kept_up_to(numerator, denominator):
+        return n
     nearest: int = _nearest(n, numerator, denominator)
-    return min(max(1, nearest), n)
+    return nearest if n > denominator // (2 * numerator) else 1
+
+
+def all_kept_up_to(numerator: int, denominator: int) -> float:
+    """The largest n of which a ratio keeps all."""
+    return (denominator - 1) // (2 * (denominator - numerator)) if numerator < denominator else math.inf
 
 
 def _nearest(n: Any, numerator: int, denominator: int) -> Any:
