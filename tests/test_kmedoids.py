@@ -10,6 +10,8 @@ from helpers import DTYPES, TOLERANCES, assert_consistent, distance_slack, f64, 
 
 import tokenpool_ext as tp
 
+NEEDS_CPU = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no compiled ops: {tp.backends()['cpu']}")
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -97,3 +99,29 @@ def test_not_worse_than_the_alternating_method_of_the_kmedoids_package(backend):
         d = ((f64(x[b])[:, None] - f64(x[b])[None]) ** 2).sum(-1)
         ratio.append(got.inertia[b].item() / peer.alternating(d, init[b].cpu().numpy().astype(np.uint64)).loss)
     assert np.mean(ratio) <= 1.01
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "path", ["reference", pytest.param("gram", marks=NEEDS_CPU), pytest.param("direct", marks=NEEDS_CPU)]
+)
+def test_ties_that_the_rounding_of_a_mean_would_break(path, dtype, weighted, monkeypatch):
+    """A third is no number of float32. Sums of small integers, far from the origin, too, are compared exactly."""
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randint(0, 4, (600, 11, 3), generator=generator)
+        + torch.randint(0, 2, (600, 1, 1), generator=generator) * 96
+    )
+    w = torch.randint(1, 4, (600, 11), generator=generator) if weighted else torch.ones(600, 11, dtype=torch.int64)
+    if path != "reference":
+        monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", path)
+    got = tp.kmedoids(
+        x.to(dtype), 2, weights=w if weighted else None, num_iters=1, backend="cpu" if path != "reference" else path
+    )
+    for image, weights, labels, medoids in zip(x, w, got.assignment, got.medoids):
+        for j in range(2):
+            members = (labels == j).nonzero()[:, 0]
+            of = weights[members].numpy()  # of two the heavier one, also where both are the same token
+            best = oracle.best_medoid(image[members].numpy(), of)[1] if len(members) != 2 else of.argmax()
+            assert medoids[j] == members[best]

@@ -159,10 +159,11 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
             done = torch.zeros(b, dtype=torch.bool, device=x.device)
         before, loss_before = assignment, loss
         mass, share = steps.membership(assignment, p.weights, k)
-        centers = steps.means(p.centered, assignment, share, k)
         if with_medoids:
-            medoids = steps.medoids(assignment, centers, mass, p)
+            medoids = steps.medoids(assignment, mass, p)
             centers = steps.gather_rows(p.centered, medoids)
+        else:
+            centers = steps.means(p.centered, assignment, share, k)
 
     if sort:
         assignment, order = steps.sort_clusters(assignment, k)

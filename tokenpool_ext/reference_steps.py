@@ -182,20 +182,26 @@ def means(rows: Tensor, assignment: Tensor, share: Tensor, k: int) -> Tensor:
     return anchor + sums(offset, assignment, k)
 
 
-def medoids(assignment: Tensor, centers: Tensor, mass: Tensor, p: Problem) -> Tensor:
+def medoids(assignment: Tensor, mass: Tensor, p: Problem) -> Tensor:
     """Of each cluster, the member nearest to the mean, lowest index on a tie; -1 for a cluster with no member. (B, K).
 
     This is the member with the least weighted sum of squared distances to the others, since
-    sum_l w_l ||x_l - x_i||^2 = W ||x_i - mean||^2 + const. With W = 0 all sums are 0: the lowest index. Two members are
-    at sums w_2 d and w_1 d, so the heavier one wins: decided on the weights, for rounding would toss a coin on every
-    tie.
+    sum_l w_l ||x_l - x_i||^2 = W ||x_i - mean||^2 + const = W ||x_i||^2 - 2 x_i . sum_l w_l x_l + const, and of the
+    last no quotient is rounded: exact for small integers. The x are taken from the first member. With W = 0 all sums
+    are 0: the lowest index. Two members are at sums w_2 d and w_1 d, so the heavier one wins: decided on the weights,
+    for rounding would toss a coin on every tie.
     """
-    distance = (p.centered - gather_rows(centers, assignment)).square().sum(-1)
-    index = assignment.clamp(min=0)
-    distance = torch.where(_count(assignment, p).gather(1, index) == 2, -p.weights, distance)
-    distance = torch.where(p.weights > 0, distance, torch.inf)  # what weighs nothing moves nothing
-    distance = torch.where(mass.gather(1, index) > 0, distance, 0)
-    return _least_member(distance, assignment, p)
+    k, index = p.active.shape[1], assignment.clamp(min=0)
+    weighs = p.weights > 0
+    first = _least_member(torch.where(weighs, 0.0, 1.0).to(p.weights.dtype), assignment, p)
+    apart = p.centered - gather_rows(gather_rows(p.centered, first), assignment)
+    total = sums(torch.where(weighs[:, :, None], p.weights[:, :, None] * apart, 0), assignment, k)
+    apart_mass = mass.gather(1, index)[:, :, None] * apart
+    cost = (apart * (apart_mass - 2 * gather_rows(total, assignment))).sum(-1)
+    cost = torch.where(_count(assignment, p).gather(1, index) == 2, -p.weights, cost)
+    cost = torch.where(weighs, cost, torch.inf)  # what weighs nothing moves nothing
+    cost = torch.where(mass.gather(1, index) > 0, cost, 0)
+    return _least_member(cost, assignment, p)
 
 
 def _count(assignment: Tensor, p: Problem) -> Tensor:
