@@ -215,9 +215,10 @@ def check_weights(
 
 def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: Tensor | None) -> Tensor:
     """Weights of the right shape and device in acc; of tokens that `mask` counts (`values.of_real`) none is below 0."""
-    given, weights = weights, _converted(weights, accumulate_dtype(x3.dtype))
-    if given.dtype == torch.float64 != weights.dtype:
-        values.check_fits(name, argument, given, weights.dtype, mask)
+    dtype = accumulate_dtype(x3.dtype)
+    if weights.dtype == torch.float64 != dtype:
+        values.check_fits(name, argument, weights, dtype, mask)
+    weights = weights if weights.dtype == dtype else weights.to(dtype)
     if not values.any_negative(weights):
         return weights
     negative = values.of_real(weights.detach() < 0, mask)

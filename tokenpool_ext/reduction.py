@@ -344,11 +344,8 @@ def as_fraction(ratio: float) -> tuple[int, int]:
 def kept_by_count(n: Count, count: int) -> Count:
     """Tokens kept of n, an int or a tensor: ``count``, or, if that is negative, all but so many, of which at most half
     go."""
-    return _at_most(n, count) if count > 0 else n - _at_most(n // 2, -count)
-
-
-def _at_most(n: Count, most: int) -> Count:
-    return n.clamp(max=most) if isinstance(n, Tensor) else min(n, most)
+    at_most: Any = torch.clamp_max if isinstance(n, Tensor) else min
+    return cast(Count, at_most(n, count) if count > 0 else n - at_most(n // 2, -count))
 
 
 def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:

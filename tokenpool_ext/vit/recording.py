@@ -174,9 +174,8 @@ def _filled(made: Record) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def graph_task() -> int:
-    """Of the backward that is under way, in which gradient checkpointing runs blocks again; -1 outside."""
-    return torch._C._current_graph_task_id()
+# Of the backward that is under way, in which gradient checkpointing runs blocks again; -1 outside.
+graph_task = torch._C._current_graph_task_id
 
 
 def active(plan: Plan) -> tuple[Record, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,10 @@ from ..positions import grid_positions
 from ..reduction import TokenReduction
 from ..reference_steps import nearest_members
 from .inputs import Form, take
+from .tap import Tap
+
+if TYPE_CHECKING:
+    from .recording import Record
 
 COVERING = (TokenPooling, BipartiteMatching, GridPooling)  # every token is in a cluster
 
@@ -73,17 +76,21 @@ def through(labels: Tensor, on: Tensor) -> Tensor:
     return torch.where(labels < 0, -1, on.gather(1, labels.clamp(min=0)))
 
 
-def state_of(labels: Tensor, index: Tensor, sizes: Tensor | None, drops: bool) -> State:
-    return State(labels, index, sizes, drops, None if sizes is None else sizes.log()[:, None, None])
-
-
+@dataclass
 class Reducer:
     """Pools the tokens of one call of a block and brings the state up to date."""
 
-    def __init__(self, plan, index, pooling, tap, valid, state, n, records, scored, ends) -> None:
-        self.plan, self.index, self.pooling, self.tap, self.valid = plan, index, pooling, tap, valid
-        self.state, self.n, self.records, self.scored = state, n, records, scored
-        self.ends: list[int] = ends  # where the sequences packed into one end
+    plan: Plan
+    index: int  # of the block
+    pooling: nn.Module
+    tap: Tap
+    valid: Tensor | None  # (B, T) True for real tokens
+    state: State | None
+    n: int
+    records: tuple[Record, ...]
+    scored: bool
+    ends: list[int]  # where the sequences packed into one end
+    before: Any = None  # (B, T, D) the tokens that were pooled
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, T, D) to (B, K, D)."""
@@ -97,31 +104,22 @@ class Reducer:
         sizes = None if state is None else state.sizes
         if plan.track_size and sizes is None:
             sizes = torch.ones(b, t, device=tokens.device, dtype=torch.float32)
+        given: list[Any] = [tokens, scores, features, places, valid, sizes]
         order: Tensor | None = None
         if p > plan.prefix:  # bring the protected ones to the front
             order = self.front(b, tokens.device)
-            tokens = take(tokens, order)
-            scores, features, places, valid, sizes = (
-                None if v is None else take(v, order) for v in (scores, features, places, valid, sizes)
-            )
+            given = [None if v is None else take(v, order) for v in given]
         if ends and p:  # of those that may be pooled
             free = (torch.arange(t, device=tokens.device) if order is None else order[0])[p:]
             ends = [int((free < end).sum()) for end in ends]
-        reduced = partial(reduce_each, ends) if len(ends) > 1 else reduce
-        pooled, clusters, sizes = reduced(pooling, tokens, scores, features, places, valid, sizes, p)
+        pooled, clusters, sizes = reduce_each(pooling, given, p, ends) if ends else reduce(pooling, given, p)
         for record in self.records:
             record.add(self.index, clusters)
+        tokens, *_, valid, _ = given
         labels, medoids = clusters.assignment, clusters.medoids
         covering = isinstance(pooling, COVERING)
-        if plan.outside == "full" and not covering:  # dropped ones show as the one most like them
-            apart = None if valid is None else medoids[:, None] < 0  # not as one that an image does not have
-            if ends:  # not as one of another sequence
-                limits = torch.tensor(ends, device=labels.device)
-                ours = torch.bucketize(torch.arange(t - p, device=labels.device), limits, right=True)
-                other = ours[:, None] != torch.bucketize(medoids, limits, right=True)
-                apart = other if apart is None else apart | other
-            labels = torch.where(labels < 0, nearest(tokens[:, p:], pooled[:, p:], apart), labels)
-            labels = labels if valid is None else torch.where(valid[:, p:], labels, -1)
+        if plan.outside == "full" and not covering:
+            labels = shown(tokens[:, p:], pooled[:, p:], clusters, None if valid is None else valid[:, p:], ends)
         complete = covering and valid is None  # every token is in a cluster, every cluster has a token
         if p:
             lead = torch.arange(p, device=labels.device).expand(b, p)
@@ -136,9 +134,12 @@ class Reducer:
         if state is not None:
             medoids, drops = state.index.gather(1, medoids), drops or state.drops
             labels = through(state.labels, labels) if drops else labels.gather(1, state.labels)
-        self.state = state_of(labels, medoids, sizes, drops)
         if plan.form.layout == "packed" or (plan.outside == "short" and order is not None):
-            pooled, self.state = in_order(pooled, self.state)
+            by = medoids.argsort(dim=1)  # by what they stand for, so that a suffix is at the end again
+            pooled, medoids, sizes = take(pooled, by), take(medoids, by), None if sizes is None else take(sizes, by)
+            labels = through(labels, by.argsort(dim=1))
+        bias = None if sizes is None else sizes.log()[:, None, None]
+        self.state = State(labels, medoids, sizes, drops, bias)
         return pooled
 
     def places(self, b: int, device: torch.device) -> Tensor:
@@ -161,16 +162,14 @@ class Reducer:
         return left.argsort(dim=1, stable=True)
 
 
-def reduce_each(ends: list[int], pooling: nn.Module, tokens: Tensor, *more: Any) -> tuple[Tensor, Clusters, Any]:
+def reduce_each(pooling: nn.Module, given: list[Any], p: int, ends: list[int]) -> tuple[Tensor, Clusters, Any]:
     """:func:`reduce` of packed sequences, each by itself; ``ends`` do not count the P protected tokens in front."""
-    *given, p = tokens, *more
-    sizes = given[-1]
+    tokens, *_, sizes = given
     parts: list[Any] = []
     k = 0
     for start, end in pairwise([0, *ends]):
-        own = (None if t is None else torch.cat([t[:, :p], t[:, p + start : p + end]], dim=1) for t in given)
-        call: Any = (*own, p)
-        out, clusters, left = reduce(pooling, *call)
+        own = [None if t is None else torch.cat([t[:, :p], t[:, p + start : p + end]], dim=1) for t in given]
+        out, clusters, left = reduce(pooling, own, p)
         labels, medoids = moved(clusters.assignment, k), moved(clusters.medoids, start)
         parts.append((out[:, p:], labels, medoids, None if left is None else left[:, p:]))
         k += out.shape[1] - p
@@ -181,8 +180,9 @@ def reduce_each(ends: list[int], pooling: nn.Module, tokens: Tensor, *more: Any)
     return torch.cat([tokens[:, :p], outs], dim=1), clusters, sizes
 
 
-def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p: int) -> tuple[Tensor, Clusters, Any]:
+def reduce(pooling: nn.Module, given: list[Any], p: int) -> tuple[Tensor, Clusters, Any]:
     """(pooled tokens, clusters, sizes) of a pooling module, whichever it is."""
+    tokens, scores, features, places, valid, sizes = given
     more = {} if places is None else {"positions": places}
     out = pooling(tokens, scores, features=features, mask=valid, sizes=sizes, **more)
     if isinstance(pooling, TokenReduction):
@@ -198,16 +198,21 @@ def reduce(pooling: nn.Module, tokens, scores, features, places, valid, sizes, p
     return pooled, Clusters(pooled[:, p:], labels, unknown, medoids, unknown), left
 
 
+def shown(tokens: Tensor, pooled: Tensor, clusters: Clusters, valid: Tensor | None, ends: list[int]) -> Tensor:
+    """(B, N) labels in which tokens that were dropped show as the one most like them; padding stays -1."""
+    labels, medoids = clusters.assignment, clusters.medoids
+    apart = None if valid is None else medoids[:, None] < 0  # not as one that an image does not have
+    if ends:  # not as one of another sequence
+        limits = torch.tensor(ends, device=labels.device)
+        ours = torch.bucketize(torch.arange(labels.shape[1], device=labels.device), limits, right=True)
+        other = ours[:, None] != torch.bucketize(medoids, limits, right=True)
+        apart = other if apart is None else apart | other
+    labels = torch.where(labels < 0, nearest(tokens, pooled, apart), labels)
+    return labels if valid is None else torch.where(valid, labels, -1)
+
+
 def nearest(tokens: Tensor, centers: Tensor, apart: Tensor | None = None) -> Tensor:
     """(B, N) the center (B, K, D) nearest to each token (B, N, D), of those not ``apart`` (B or 1, N or 1, K)."""
     tokens, centers = tokens.detach().float(), centers.detach().float()
     distance = centers.square().sum(dim=2)[:, None, :] - 2 * tokens @ centers.transpose(1, 2)
     return (distance if apart is None else distance.masked_fill(apart, torch.inf)).argmin(dim=2)
-
-
-def in_order(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-    """The tokens by what they stand for, so that a suffix is at the end again."""
-    order = state.index.argsort(dim=1)
-    labels = through(state.labels, order.argsort(dim=1))
-    sizes = None if state.sizes is None else take(state.sizes, order)
-    return take(tokens, order), state_of(labels, take(state.index, order), sizes, state.drops)
