@@ -233,7 +233,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     if pooling is not None:
         valid = valid_tokens(sides, x.shape[0], n, left, form) if sides else None
         ends: list[int] = []
-        if sides and x.shape[0] == 1:
+        if packed or (sides and x.shape[0] == 1 and not plan.prefix):
             ends = packed_ends(sides if state is None else named(block, args, kwargs, at), short.shape[1])
         reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored, ends)
     if reducer is not None and place.parts is not None:
