@@ -283,12 +283,8 @@ class Tag(NamedTuple):
 def mark(x: Tensor, tag: Tag) -> None:
     """On the tensor, which compiled blocks see, and on its memory, which views share."""
     setattr(x, TAG, tag)
-    if _has_memory(x):
+    if not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x):
         setattr(x.untyped_storage(), TAG, tag)
-
-
-def _has_memory(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def recall(plan: Plan, index: int, x: Tensor, given: Tensor, run: Run | None) -> State | None:
@@ -298,7 +294,7 @@ def recall(plan: Plan, index: int, x: Tensor, given: Tensor, run: Run | None) ->
     if index == plan.first:
         return None
     tag = getattr(given, TAG, None)
-    if tag is None and _has_memory(given):
+    if tag is None and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(given):
         tag = getattr(given.untyped_storage(), TAG, None)
     if isinstance(tag, Tag) and tag.plan is plan:
         if tag.run is None or run is not None and (tag.run is run or run.task != -1):
