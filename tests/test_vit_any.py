@@ -232,12 +232,22 @@ def test_the_layout_of_the_product_changes_nothing(layout, fused, options):
         torch.testing.assert_close(other(x[images]), wanted[images])
 
 
+class MultiHead(Laid):
+    def __init__(self, d=32, h=4):
+        super().__init__(d, h)
+        self.attention = nn.MultiheadAttention(d, h, batch_first=True)
+
+    def attend(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
 @pytest.mark.parametrize("part", [slice(1), slice(0, 2)])
-def test_attention_to_some_images_is_refused(part):
+@pytest.mark.parametrize("kind", ["product", "softmax", "nn.MultiheadAttention"])
+def test_attention_to_some_images_is_refused(kind, part):
     """Stochastic depth that leaves out images, as DINOv2's own."""
-    model, x = PlainModel(Laid), torch.randn(4, 16, 8)
+    model, x = PlainModel(MultiHead if "nn." in kind else Laid), torch.randn(4, 16, 8)
     for block in model.stages:
-        block.fused = True
+        block.fused = kind == "product"
     vit.patch(model, keep_ratio=0.5)
     for block in model.stages:
         block.images = part

@@ -70,6 +70,12 @@ class Tap(TorchFunctionMode):
         at, self.fitting = len(self.fitting), (*self.fitting, fits)
         return fits and (at >= len(self.own) or self.own[at])
 
+    def _part(self, images: int) -> RuntimeError:
+        return RuntimeError(
+            f"patched block: its attention ran on {images} of {self.batch} images, so that nothing is known of the"
+            " others' tokens; turn off a stochastic depth that leaves out images"
+        )
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func not in WATCHED:
             if func is Tensor.unflatten:  # dynamo cannot trace the method once a mode has seen it
@@ -100,10 +106,7 @@ class Tap(TorchFunctionMode):
             index = None if index is None else index[:, start : self.offset]
         images = q.shape[1 if self.heads_first else 0] if q.dim() == 4 else q.shape[0] % self.batch or self.batch
         if images != self.batch:
-            raise RuntimeError(
-                f"patched block: its attention ran on {images} of {self.batch} images, so that nothing is known of"
-                " the others' tokens; turn off a stochastic depth that leaves out images"
-            )
+            raise self._part(images)
         shape, folded = q.shape, q.dim() == 3 or self.heads_first
         if folded:
             given.update({name: self._images(given[name]) for name in ("query", "key", "value")})
@@ -159,9 +162,12 @@ class Tap(TorchFunctionMode):
         x: Any = args[0] if args else kwargs.pop("input" if "input" in kwargs else "self", None)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         square = isinstance(x, Tensor) and x.dim() >= 3 and x.shape[-1] == x.shape[-2] == self.length
-        images = x.shape[1 if self.heads_first and x.dim() == 4 else 0] if square else 0
-        if not self._is_own(square and dim in (-1, x.dim() - 1) and not images % max(self.batch, 1)):
+        square = square and dim in (-1, x.dim() - 1)
+        images = x.shape[1 if self.heads_first and x.dim() == 4 else 0] % max(self.batch, 1) if square else 0
+        if not self._is_own(square and (not images or len(self.fitting) < len(self.own))):
             return func(x, *args[1:], **kwargs)
+        if images:
+            raise self._part(images)
         self.seen += 1
         if self.bias is not None:
             x = self._as_given(self._images(x) + self.bias.to(x.dtype), x.shape)
@@ -174,6 +180,8 @@ class Tap(TorchFunctionMode):
         query, key = given["query"], given["key"]  # (T, B, E), or (T, E)
         if not self._is_own(query.shape[0] == key.shape[0] == self.length):
             return func(**given)
+        if query.dim() == 3 and query.shape[1] != self.batch:
+            raise self._part(query.shape[1])
         self.seen += 1
         heads = given["num_heads"]
         mask = given.get("attn_mask")
