@@ -104,7 +104,9 @@ class Tap(TorchFunctionMode):
             self.offset += n
             bias = None if bias is None else bias[..., start : self.offset]
             index = None if index is None else index[:, start : self.offset]
-        images = q.shape[1 if self.heads_first else 0] if q.dim() == 4 else q.shape[0] % self.batch or self.batch
+        images = (
+            q.shape[1 if self.heads_first else 0] if q.dim() == 4 else q.shape[0] % max(self.batch, 1) or self.batch
+        )
         if images != self.batch:
             raise self._part(images)
         shape, folded = q.shape, q.dim() == 3 or self.heads_first
@@ -136,7 +138,7 @@ class Tap(TorchFunctionMode):
             self.found = k, significance, q, k, given.get("scale"), mask
             if n < self.length:
                 self.found = self._piece(*self.found)
-        return self._as_given(out, (*shape[:-1], -1)) if folded else out
+        return self._as_given(out, (*shape[:-1], out.shape[-1])) if folded else out
 
     def _piece(self, keys: Tensor, score, *seen) -> tuple | None:
         """What was found once the last of the sequences packed into one was seen."""
@@ -148,11 +150,12 @@ class Tap(TorchFunctionMode):
 
     def _images(self, x: Tensor) -> Tensor:
         """(B, H, T, .) of queries, keys or probabilities."""
+        heads = -1 if self.batch else 1  # of no image they could not be told
         if self.heads_first:
-            return (x.unflatten(0, (-1, self.batch)) if x.dim() == 3 else x).transpose(0, 1)
-        if x.dim() == 4 and x.shape[0] == self.batch:  # where there is no image, a reshape could not tell the heads
+            return (x.unflatten(0, (heads, self.batch)) if x.dim() == 3 else x).transpose(0, 1)
+        if x.dim() == 4 and x.shape[0] == self.batch:
             return x
-        return x.reshape(self.batch, -1, *x.shape[-2:])
+        return x.reshape(self.batch, heads, *x.shape[-2:])
 
     def _as_given(self, x: Tensor, shape) -> Tensor:
         """Back from :meth:`_images`."""
