@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_what_loaders_give(images, find):
         (3, TypeError, "must be a tensor.*got int"),
         ([3], ValueError, "must be what ViTForImageClassification runs on, got AttributeError"),
         (torch.zeros(0, 3, 56, 56), ValueError, "must be what ViTForImageClassification runs on"),
-        (torch.full((1, 3, 56, 56), torch.nan), ValueError, r"must hold no NaN, got 9408 in .*\(1, 3, 56, 56\)"),
+        (torch.full((1, 3, 56, 56), torch.nan), ValueError, r"must give a finite feature.* from 9408 NaN in the batch"),
         (torch.full((1, 3, 56, 56), torch.inf), ValueError, r"must give a finite feature"),
     ],
     ids=lambda value: None if isinstance(value, torch.Tensor) else str(value)[:20],
@@ -198,6 +199,40 @@ def test_a_bad_batch_is_named(images, find, bad, error, message):
         with pytest.raises(error, match=rf"^{search.__name__}: batches\[{at}\] {message}"):
             search(model, batches, **find)
         assert not patched_blocks(model)
+
+
+@pytest.mark.parametrize(
+    "find", [{"budget": 0.9, "counts": COUNTS}, {"penalty": 1e-2, "steps": 2}], ids=["search", "learn"]
+)
+def test_a_batch_is_what_the_model_takes(images, find):
+    """NaN that the model puts numbers for, and objects of a class of its own."""
+
+    class Filling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build()
+
+        def forward(self, box):
+            return self.model(box.images.nan_to_num())
+
+    class Table(Filling):
+        def forward(self, images):
+            return self.model(images.nan_to_num())
+
+    search = search_schedule if "budget" in find else learn_schedule
+    found = []
+    for missing in (torch.nan, 0):
+        images[0, :, :9] = missing
+        found += [search(Filling(), [SimpleNamespace(images=images)], **find), search(Table(), [images], **find)]
+    assert all(schedule == found[0] for schedule in found)
+
+
+def test_a_loss_that_is_no_number_is_named(images):
+    model = build()
+    with pytest.raises(ValueError, match=r"^learn_schedule: batches\[1\] must give a finite loss, got nan"):
+        batches = [images, images * torch.nan]
+        learn_schedule(model, batches, penalty=1e-2, steps=2, loss=lambda out, batch: out.logits.square().mean())
+    assert not patched_blocks(model)
 
 
 @pytest.mark.parametrize(

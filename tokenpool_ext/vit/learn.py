@@ -111,8 +111,8 @@ def learn_schedule(
 
     Raises:
         TypeError: as ``patch``; blocks that show no attention product.
-        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens, or with NaN, or that
-            the model does not run on; a negative penalty.
+        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens, or that the model does
+            not run on or makes NaN of; a negative penalty.
     """
     steps = check_int(NAME, "steps", steps, 1)
     for name, value in (("penalty", penalty), ("lr", lr)):
@@ -130,12 +130,15 @@ def learn_schedule(
         with trial.quiet(model):
             pools: dict[int, Any] = patched_blocks(model)
             optimizer: Any = None
-            for batch, (args, kwargs), reference in islice(cycle(zip(batches, calls, whole)), steps):
+            each = zip(range(len(batches)), batches, calls, whole)
+            for at, batch, (args, kwargs), reference in islice(cycle(each), steps):
                 with torch.enable_grad():
                     output = model(*args, **kwargs)
                     retentions = [module.retention for module in pools.values()]
                     optimizer = optimizer or torch.optim.Adam(retentions, lr=lr)
                     lost = own(output, reference) if loss is None else loss(output, batch)
+                    if not lost.isfinite().all():
+                        raise ValueError(f"{NAME}: batches[{at}] must give a finite loss, got {lost.item()}")
                     drawn: Any = sum((i + 1) * module.retention.sum() for i, module in pools.items())
                     gradients = torch.autograd.grad(lost + penalty * drawn, retentions)
                 for retention, gradient in zip(retentions, gradients):

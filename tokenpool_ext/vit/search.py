@@ -81,8 +81,8 @@ def search_schedule(
 
     Raises:
         TypeError: as ``patch``; a pooling that has no number of tokens; a feature that is no floating tensor.
-        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens, or with NaN, or that
-            the model does not run on; a budget out of range or that pooling these blocks to these counts cannot come
+        ValueError: as ``patch``; a patched model; no batches, or of different numbers of tokens, or that the model does
+            not run on or makes NaN of; a budget out of range or that pooling these blocks to these counts cannot come
             down to (the least is named).
     """
     budget = check_ratio(NAME, "budget", budget)
@@ -99,20 +99,14 @@ def search_schedule(
 
 
 def check_batches(name: str, given: Calibration) -> None:
-    """Whether each batch is something, and no NaN is in it."""
+    """Whether each batch is something; whether it is what the model takes, the model tells."""
     for i, (batch, call) in enumerate(zip(given.batches, given.calls)):
         leaves = tree_leaves(call)
-        if not isinstance(batch, (Tensor, tuple, list, Mapping)) or all(leaf is None for leaf in leaves):
+        if all(leaf is None or isinstance(leaf, str) for leaf in leaves) or isinstance(batch, (int, float)):
             raise TypeError(
                 f"{name}: batches[{i}] must be a tensor, a tuple or list, or a mapping of keywords, that holds what the"
                 f" model takes, got {type(batch).__name__}{'' if leaves else ', empty'}"
             )
-        for t in leaves:
-            if isinstance(t, Tensor) and t.is_floating_point() and t.isnan().any():
-                raise ValueError(
-                    f"{name}: batches[{i}] must hold no NaN, got {int(t.isnan().sum())} in a tensor of shape"
-                    f" {tuple(t.shape)}"
-                )
 
 
 def features_of(name: str, model: nn.Module, given: Calibration, feature: Callable[[Any], Any]) -> list[Tensor]:
@@ -129,9 +123,11 @@ def features_of(name: str, model: nn.Module, given: Calibration, feature: Callab
                 ) from error
             found.append(compared(name, output, feature))
             if not found[-1].numel() or not found[-1].isfinite().all():
+                numbers = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
                 raise ValueError(
                     f"{name}: batches[{i}] must give a finite feature that is not empty, got shape"
-                    f" {tuple(found[-1].shape)} with {int((~found[-1].isfinite()).sum())} NaN or infinite"
+                    f" {tuple(found[-1].shape)} with {int((~found[-1].isfinite()).sum())} NaN or infinite, from"
+                    f" {sum(int(t.isnan().sum()) for t in numbers)} NaN in the batch"
                 )
     return found
 
