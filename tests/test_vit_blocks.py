@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -341,3 +342,106 @@ def test_groups_of_blocks_of_one_width_are_one_list(blocks):
     torch.testing.assert_close(model(x), whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="hierarchical"):
         vit.patch(InGroups((32, 64, 32)))
+
+
+@torch.no_grad()
+def test_lists_of_blocks_for_two_inputs_are_not_one_list():
+    class TwoTowers(InGroups):
+        def forward(self, x, y):
+            for one, other in zip(*self.groups[:2]):
+                x, y = one(x), other(y)
+            return x, y
+
+    pair = torch.randn(2, 2, 10, 32).unbind()
+    for blocks in (None, "groups"):
+        with pytest.raises(TypeError, match=r"groups were not seen to run one after another.*blocks='groups.0'"):
+            vit.patch(TwoTowers((32, 32)), num_tokens={1: 5}, blocks=blocks, example=pair)
+    vit.patch(model := TwoTowers((32, 32)), num_tokens={1: 5}, blocks="groups.0", num_prefix_tokens=0, example=pair)
+    assert [len(torch.unique(out[0], dim=0)) for out in model(*pair)] == [5, 10]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_mask_hides_in_the_example_is_pooled_elsewhere(whole):
+    """A mask's token and padding are the same for two inputs, but stand for a part of the next."""
+
+    class Masked(Model):
+        def forward(self, x, mask):
+            x = torch.where(mask[:, :, None] != 0, self.stem(x), 0)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            for block in self.stages:
+                x = block(x)
+            return x
+
+    mask = torch.ones(2, 16, dtype=torch.long if whole else torch.bool)
+    mask[:, [3, 4, 14, 15]] = 0
+    vit.patch(model := Masked(PlainBlock).eval(), num_tokens={1: 8}, example=(images(), mask))
+    plan = vit.patching.patches(model)[0][1].plan
+    assert (plan.prefix, plan.suffix, plan.protect) == (1, 0, ())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts, protect", [((0, 0, 1), [-1]), ((2, 0, 0), [0, 1]), ((1, 0, 2), [0, -2, -1, 5])])
+def test_protected_tokens_that_are_seen_count_once(counts, protect):
+    model, image = TokensAnywhere(*counts).eval(), torch.randn(1, 3, 32, 32)
+    vit.patch(model, num_tokens={1: 8}, protect=protect, outside="short")
+    seen = []
+    model.layers[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    model(image)
+    assert seen == [sum(counts) + 8 + (5 in protect)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["object", "array", "nothing"])
+def test_an_example_that_holds_no_tensor(kind):
+    x = images()
+
+    class Boxed(Model):
+        def forward(self, box=None):
+            return super().forward(x if box is None else torch.as_tensor(getattr(box, "tensor", box)))
+
+    example = {"object": SimpleNamespace(tensor=x), "array": x.numpy(), "nothing": ()}[kind]
+    model = Boxed(PlainBlock).eval()
+    vit.patch(model, num_tokens={1: 8}, example=example)
+    model(*example) if kind == "nothing" else model(example)
+    assert vit.patching.patches(model)[0][1].plan.prefix == 1
+
+
+@torch.no_grad()
+def test_a_table_of_words_of_one_s_own_class():
+    class Table(nn.Embedding):
+        pass
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = Table(50, 32)
+            self.layers = nn.ModuleList(PlainBlock() for _ in range(3))
+
+        def forward(self, words):
+            x = self.words(words)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    vit.patch(model := Text().eval(), num_tokens={1: 4}, example=torch.arange(8)[None])
+    assert vit.patching.patches(model)[0][1].plan.prefix == 1
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("example", [None, images()], ids=["made up", "given"])
+def test_what_was_compiled_in_place_is_not_compiled_to_be_tried(each, example):
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compiled: list = []
+    torch.compiler.reset()
+    model = Model(PlainBlock).eval()
+    for module in model.stages if each else [model]:
+        module.compile(backend=backend, fullgraph=True)
+    vit.patch(model, num_tokens={1: 8}, example=example)
+    assert not compiled
+    with torch.no_grad():
+        model(images())
+    assert compiled

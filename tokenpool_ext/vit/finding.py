@@ -210,8 +210,11 @@ def count_prefix(blocks: BlockList) -> tuple[int, int]:
 
 def is_text(owner: nn.Module) -> bool:
     """Whether it has a table of words; I-BERT's is no ``nn.Embedding``."""
-    tables = (n for n, m in owner.named_modules() if "Embed" in type(m).__name__ and hasattr(m, "weight"))
-    return any(re.search(r"word|tok", name) for name in tables)
+
+    def is_table(m: nn.Module) -> bool:
+        return isinstance(m, nn.Embedding) or ("Embed" in type(m).__name__ and hasattr(m, "weight"))
+
+    return any(is_table(m) and re.search(r"word|tok", name) for name, m in owner.named_modules())
 
 
 def is_mixed(blocks: BlockList) -> bool:

@@ -237,6 +237,7 @@ def prepare(
     check_choice("patch", "cluster_on", asked.cluster_on, ("tokens", "keys", None))
     if asked.track_size is not None:
         check_bool("patch", "track_size", asked.track_size)
+    check_lists(asked, found)
     prefix, suffix, inner, length = trial.protected_tokens(found, asked.example)
     if finding.is_mixed(found) and asked.num_prefix_tokens is None and asked.protect is None:
         raise ValueError(
@@ -247,7 +248,8 @@ def prepare(
     if asked.num_prefix_tokens is not None:
         prefix = check_int("patch", "num_prefix_tokens", asked.num_prefix_tokens, 0)
     if asked.protect is not None:
-        inner, length = protected_indices(asked.protect), 0
+        ends = {*range(prefix), *range(-suffix, 0)}  # which are counted
+        inner, length = tuple(i for i in protected_indices(asked.protect) if i not in ends), 0
     plan = Plan(
         depth=depth,
         first=min(counts),
@@ -279,6 +281,20 @@ def prepare(
         )
     plan.track_size = plan.form.attends if asked.track_size is None else asked.track_size
     return found, plan, parts, modules
+
+
+def check_lists(asked: SimpleNamespace, found: finding.BlockList) -> None:
+    """Lists of blocks in a list are one after another, not each for an input of its own."""
+    around = asked.model.get_submodule(found.path)
+    lists = [m for m in around.children() if isinstance(m, finding.LISTS)] if isinstance(around, finding.LISTS) else []
+    if len(lists) < 2 or found.blocks != [block for inner in lists for block in inner.children()]:
+        return
+    if not trial.run_in_turn(found, lists, asked.example):
+        raise TypeError(
+            f"patch: the {len(lists)} lists of {found.block_name} in {found.path} were not seen to run one after"
+            f" another, each on what the one before hands out; name one with blocks='{found.path}.0', or give inputs of"
+            " the model with example=..."
+        )
 
 
 def make_pooling(make: Callable[..., nn.Module], value: int | float, plan: Plan, block: nn.Module) -> nn.Module:

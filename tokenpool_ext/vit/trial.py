@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,6 +124,18 @@ class Stop(Exception):
     """Ends a trial forward once everything was seen."""
 
 
+@contextlib.contextmanager
+def eager(module: nn.Module) -> Iterator[None]:
+    """Nothing that ``Module.compile`` compiled is called."""
+    compiled = [m for m in module.modules() if "_compiled_call_impl" in m.__dict__]
+    kept = [m.__dict__.pop("_compiled_call_impl") for m in compiled]
+    try:
+        yield
+    finally:
+        for m, call in zip(compiled, kept):
+            m.__dict__["_compiled_call_impl"] = call
+
+
 def entering(blocks: list[nn.Module], owner: nn.Module, call: Any) -> tuple[dict[nn.Module, Any], Exception | None]:
     """({block: (args, kwargs)}, the error) of a forward of ``owner``, which ends when the blocks were called."""
     seen: dict[nn.Module, Any] = {}
@@ -132,7 +145,7 @@ def entering(blocks: list[nn.Module], owner: nn.Module, call: Any) -> tuple[dict
         if len(seen) == len(blocks):
             raise Stop
 
-    with quiet(owner), contextlib.ExitStack() as hooks:
+    with quiet(owner), eager(owner), contextlib.ExitStack() as hooks:
         for block in blocks:
             hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
         try:
@@ -155,6 +168,39 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
         yield from finding.examples(owner)
     except Exception:  # a config that is not what it seems
         return
+
+
+def run_in_turn(blocks: finding.BlockList, lists: Sequence[nn.Module], example: Any) -> bool:
+    """Whether what the last block of each list hands out is seen to enter the first of the next."""
+    turns = [list(group.children()) for group in lists]
+    for owner in reversed(blocks.owners):
+        for call in inputs_of(owner) if example is None else [as_call(example)]:
+            came: list[bool] = []
+
+            def spoil(module: nn.Module, args: tuple, out: Any) -> Any:
+                return tree_map(spoilt, out)
+
+            def look(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+                at, x = inputs.find_tokens(args, kwargs)
+                came.append(bool(x.isnan().any()))
+                if len(came) == len(turns) - 1:
+                    raise Stop
+                return inputs.put(args, kwargs, at, torch.zeros_like(x))
+
+            with quiet(owner), eager(owner), contextlib.ExitStack() as hooks:
+                for before, after in pairwise(turns):
+                    hooks.enter_context(before[-1].register_forward_hook(spoil))
+                    hooks.enter_context(after[0].register_forward_pre_hook(look, with_kwargs=True))
+                with contextlib.suppress(Exception):
+                    owner(*call[0], **call[1])
+            if len(came) == len(turns) - 1:
+                return all(came)
+    return False
+
+
+def spoilt(value: Any) -> Any:
+    is_number = isinstance(value, Tensor) and value.is_floating_point()
+    return torch.full_like(value, torch.nan) if is_number else value
 
 
 def protected_tokens(blocks: finding.BlockList, example: Any) -> tuple[int, int, tuple[int, ...], int]:
@@ -194,13 +240,19 @@ def same_tokens(blocks: finding.BlockList, example: Any) -> list[bool]:
                 with contextlib.suppress(TypeError):
                     tokens += [inputs.find_tokens(*seen[block])[1]] if seen else []
             if len(tokens) == 2 and tokens[0].shape == tokens[1].shape and tokens[0].dim() == 3:
-                batch = next(len(t) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim())
-                images = 1 if tokens[0].shape[0] != batch == tokens[0].shape[1] else 0
+                first, second, _ = tokens[0].shape
+                batch = next((len(t) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim()), first)
+                images = 1 if first != batch == second else 0
                 same: list[bool] = (tokens[0] == tokens[1]).all(dim=2).all(dim=images).tolist()
                 return same
     return []
 
 
 def changed(value: Any) -> Any:
-    """Another image, sound or table of features."""
-    return value + noise(*value.shape, like=value) if isinstance(value, Tensor) and value.is_floating_point() else value
+    """Another image, sound or table of features; a mask that hides what it did not, and not what it did."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return value + noise(*value.shape, like=value)
+    is_mask = not value.is_complex() and value.numel() > 0 and value.min() == 0 and value.max() == 1
+    return (value == 0).to(value) if is_mask else value
