@@ -237,7 +237,7 @@ def prepare(
     check_choice("patch", "cluster_on", asked.cluster_on, ("tokens", "keys", None))
     if asked.track_size is not None:
         check_bool("patch", "track_size", asked.track_size)
-    check_lists(asked, found)
+    trial.check_lists(asked.model, found, asked.example)
     prefix, suffix, inner, length = trial.protected_tokens(found, asked.example)
     if finding.is_mixed(found) and asked.num_prefix_tokens is None and asked.protect is None:
         raise ValueError(
@@ -281,20 +281,6 @@ def prepare(
         )
     plan.track_size = plan.form.attends if asked.track_size is None else asked.track_size
     return found, plan, parts, modules
-
-
-def check_lists(asked: SimpleNamespace, found: finding.BlockList) -> None:
-    """Lists of blocks in a list are one after another, not each for an input of its own."""
-    around = asked.model.get_submodule(found.path)
-    lists = [m for m in around.children() if isinstance(m, finding.LISTS)] if isinstance(around, finding.LISTS) else []
-    if len(lists) < 2 or found.blocks != [block for inner in lists for block in inner.children()]:
-        return
-    if not trial.run_in_turn(found, lists, asked.example):
-        raise TypeError(
-            f"patch: the {len(lists)} lists of {found.block_name} in {found.path} were not seen to run one after"
-            f" another, each on what the one before hands out; name one with blocks='{found.path}.0', or give inputs of"
-            " the model with example=..."
-        )
 
 
 def make_pooling(make: Callable[..., nn.Module], value: int | float, plan: Plan, block: nn.Module) -> nn.Module:

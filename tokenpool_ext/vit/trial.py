@@ -170,6 +170,20 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
         return
 
 
+def check_lists(model: nn.Module, blocks: finding.BlockList, example: Any) -> None:
+    """Lists of blocks in a list are one after another, not each for an input of its own."""
+    around = model.get_submodule(blocks.path)
+    lists = [m for m in around.children() if isinstance(m, finding.LISTS)] if isinstance(around, finding.LISTS) else []
+    if len(lists) < 2 or blocks.blocks != [block for inner in lists for block in inner.children()]:
+        return
+    if not run_in_turn(blocks, lists, example):
+        raise TypeError(
+            f"patch: the {len(lists)} lists of {blocks.block_name} in {blocks.path} were not seen to run one after"
+            f" another, each on what the one before hands out; name one with blocks='{blocks.path}.0', or give inputs"
+            " of the model with example=..."
+        )
+
+
 def run_in_turn(blocks: finding.BlockList, lists: Sequence[nn.Module], example: Any) -> bool:
     """Whether what the last block of each list hands out is seen to enter the first of the next."""
     turns = [list(group.children()) for group in lists]
