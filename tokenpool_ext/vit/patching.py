@@ -105,10 +105,9 @@ def patch(
             first pooling on (ToMe's proportional attention), as a key-only bias ``(B, 1, 1, N)`` that fused attention
             accepts. Default: wherever an attention product is seen.
         num_prefix_tokens: tokens in front that are never pooled. Default: those that enter the first block the same
-            whatever the input (class, register tokens); of texts the first. A forward with no more tokens than that
-            raises ``ValueError``.
-        protect: indices of other tokens that are never pooled; negative ones count from the end. Those seen at the end
-            of the sequence (detection tokens, a class token) are never pooled either.
+            whatever the input (class, register tokens); of texts the first.
+        protect: indices of other tokens that are never pooled; negative ones count from the end. Such tokens that are
+            seen at the end (a class token, detection tokens) are not pooled either.
         positions: (n, P) coordinates of the tokens that may be pooled, for ``position_weight``. Default: row and
             column in a square image.
         blocks: the block list, as a dotted path or as modules, for a model with several.
@@ -302,8 +301,7 @@ def patches(model: nn.Module) -> list[tuple[nn.Module, Place]]:
 def patched_blocks(model: nn.Module) -> dict[int, nn.Module]:
     """The pooling module of every pooling block by block index; empty when the model is not patched.
 
-    Their ``num_tokens`` or ``keep_ratio`` may be changed between forwards:
-    ``patched_blocks(model)[3].keep_ratio = 0.5``.
+    Their counts may be changed between forwards: ``patched_blocks(model)[3].keep_ratio = 0.5``.
     """
     return {place.index: block.get_submodule(SUBMODULE) for block, place in patches(model) if hasattr(block, SUBMODULE)}
 
