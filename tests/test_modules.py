@@ -534,3 +534,15 @@ def test_negative_sizes_are_refused_by_the_layer(name, tokens):
             layer(x, scores, sizes=sizes)
     sizes[1, P + 2], sizes[1, 0] = 1, -2
     layer(x, scores, sizes=sizes)  # of the prefix they count nothing
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [TokenPooling, ScorePruning, ImportanceSampling, RandomSelection, GridPooling, BipartiteMatching],
+    ids=lambda layer: layer.__name__,
+)
+@pytest.mark.parametrize("ratio", [1e-9, 0.3, 0.5, 0.9])
+def test_one_token_is_kept_as_it_is(layer, ratio):
+    x = torch.randn(2, 2, 4)
+    out, sizes = layer(keep_ratio=ratio)(x, torch.rand(2, 2), sizes=torch.tensor([[1.0, 3.0]] * 2))
+    assert torch.equal(out, x) and sizes.tolist() == [[1, 3]] * 2

@@ -361,7 +361,7 @@ def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
 
 def all_kept_up_to(numerator: int, denominator: int) -> float:
     """The largest n of which a ratio keeps all."""
-    return (denominator - 1) // (2 * (denominator - numerator)) if numerator < denominator else math.inf
+    return max(1, (denominator - 1) // (2 * (denominator - numerator))) if numerator < denominator else math.inf
 
 
 def _nearest(n: Any, numerator: int, denominator: int) -> Any:
