@@ -362,11 +362,14 @@ def test_lists_of_blocks_for_two_inputs_are_not_one_list():
 
 @torch.no_grad()
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_a_mask_hides_in_the_example_is_pooled_elsewhere(whole):
+@pytest.mark.parametrize("lengths", [False, True])
+def test_what_a_mask_hides_in_the_example_is_pooled_elsewhere(whole, lengths):
     """A mask's token and padding are the same for two inputs, but stand for a part of the next."""
 
     class Masked(Model):
         def forward(self, x, mask):
+            if lengths:  # as in wav2vec 2
+                mask = torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True)
             x = torch.where(mask[:, :, None] != 0, self.stem(x), 0)
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
             for block in self.stages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -247,26 +248,34 @@ def same_tokens(blocks: finding.BlockList, example: Any) -> list[bool]:
             continue
         for call in inputs_of(owner) if example is None else [as_call(example)]:
             tokens = []
-            for given in (call, tree_map(changed, call)):
+            masked = any(map(is_mask, tree_leaves(call)))
+            variants = [partial(changed, fill=fill) for fill in ((0, 1) if masked else (0,))]
+            for given in (call, *(tree_map(variant, call) for variant in variants)):
                 with quiet(owner):
                     reseed(owner)
                     seen, _ = entering([block], owner, given)
                 with contextlib.suppress(TypeError):
                     tokens += [inputs.find_tokens(*seen[block])[1]] if seen else []
-            if len(tokens) == 2 and tokens[0].shape == tokens[1].shape and tokens[0].dim() == 3:
+            alike = len(tokens) == 1 + len(variants) and all(t.shape == tokens[0].shape for t in tokens)
+            if alike and tokens[0].dim() == 3:
                 first, second, _ = tokens[0].shape
                 batch = next((len(t) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim()), first)
                 images = 1 if first != batch == second else 0
-                same: list[bool] = (tokens[0] == tokens[1]).all(dim=2).all(dim=images).tolist()
+                equal = torch.stack([tokens[0] == other for other in tokens[1:]]).all(dim=0)
+                same: list[bool] = equal.all(dim=2).all(dim=images).tolist()
                 return same
     return []
 
 
-def changed(value: Any) -> Any:
-    """Another image, sound or table of features; a mask that hides what it did not, and not what it did."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_floating_point():
-        return value + noise(*value.shape, like=value)
-    is_mask = not value.is_complex() and value.numel() > 0 and value.min() == 0 and value.max() == 1
-    return (value == 0).to(value) if is_mask else value
+def changed(value: Any, fill: int) -> Any:
+    """Another image, sound or table of features; of a mask, one of ``fill`` alone."""
+    if is_mask(value):
+        return torch.full_like(value, fill)
+    return value + noise(*value.shape, like=value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def is_mask(value: Any) -> bool:
+    """Whether it hides some: booleans, or integers, of both kinds."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or not value.numel():
+        return False
+    return bool(value.min() == 0 and value.max() == 1)
