@@ -448,3 +448,35 @@ def test_what_was_compiled_in_place_is_not_compiled_to_be_tried(each, example):
     with torch.no_grad():
         model(images())
     assert compiled
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(32), inner
+
+    def forward(self, x):
+        return x + self.inner(self.norm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@torch.no_grad()
+def test_a_sequential_that_is_named_is_a_block():
+    model = nn.Sequential(*(nn.Sequential(Residual(Attention()), Residual(nn.Linear(32, 32))) for _ in range(4))).eval()
+    x = torch.randn(2, 8, 32).repeat_interleave(2, 1)
+    whole = model(x)
+    vit.patch(model, num_tokens={1: 8}, blocks=list(model), num_prefix_tokens=0)
+    torch.testing.assert_close(model(x), whole)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(x), whole)
+    assert list(vit.patched_blocks(model)) == [1] and vit.patching.patches(model)[0][1].plan.depth == 4
+    groups = nn.Sequential(*(nn.Sequential(PlainBlock(), PlainBlock()) for _ in range(2)))
+    assert "(4 x PlainBlock)" in tp.supported(groups).reason

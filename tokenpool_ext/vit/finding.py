@@ -61,7 +61,7 @@ def find_blocks(model: nn.Module, blocks: Any = None, caller: str = "patch") -> 
         )
     stages = hierarchy(found)
     if stages and is_one_list(model, stages):
-        return given_blocks(model, parent_of(stages[0].path), caller)
+        return given_blocks(model, [block for stage in stages for block in stage.blocks], caller)
     if stages:
         raise TypeError(
             f"{caller}: {name} is hierarchical: its {stages[0].block_name} stand in {len(stages)} stages"
@@ -87,7 +87,7 @@ def given_blocks(model: nn.Module, blocks: Any, caller: str) -> BlockList:
         except AttributeError:
             raise ValueError(f"{caller}: blocks={blocks!r} is no module of {type(model).__name__}") from None
     members = list(listed) if isinstance(listed, Iterable) else []
-    if members and all(isinstance(m, LISTS) for m in members):  # of lists
+    if members and all(isinstance(m, nn.ModuleList) for m in members):  # of lists
         members = [block for inner in members for block in inner]
     inside = {module: name for name, module in model.named_modules()}
     if not members or not all(isinstance(m, nn.Module) and m in inside for m in members):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,8 +85,15 @@ def pooled_class(base: type) -> type:
     if base not in _CLASSES:
         body: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
         body |= {"_tokenpool_base": base, "_tokenpool_parameters": parameter_names(base)}
+        if issubclass(base, nn.Sequential):
+            body["__iter__"] = _own_modules
         _CLASSES[base] = type(base.__name__, (PooledBlock, base), body)
     return _CLASSES[base]
+
+
+def _own_modules(block: nn.Sequential) -> Iterator[nn.Module]:
+    """What it runs one after another; the pooling is none of it."""
+    return (module for name, module in block._modules.items() if name != SUBMODULE and module is not None)
 
 
 def _blank(base: type) -> nn.Module:

@@ -173,8 +173,8 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
 
 def check_lists(model: nn.Module, blocks: finding.BlockList, example: Any) -> None:
     """Lists of blocks in a list are one after another, not each for an input of its own."""
-    around = model.get_submodule(blocks.path)
-    lists = [m for m in around.children() if isinstance(m, finding.LISTS)] if isinstance(around, finding.LISTS) else []
+    around = model.get_submodule(blocks.path)  # a Sequential runs them so
+    lists = [m for m in around if isinstance(m, finding.LISTS)] if isinstance(around, nn.ModuleList) else []
     if len(lists) < 2 or blocks.blocks != [block for inner in lists for block in inner.children()]:
         return
     if not run_in_turn(blocks, lists, example):
