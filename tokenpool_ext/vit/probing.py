@@ -25,7 +25,7 @@ from . import finding, halves, inputs, pooled
 from .inputs import Form
 from .reducing import Plan
 from .tap import Tap
-from .trial import apart, as_call, entering, inputs_of, noise, pooled_free, quiet, wide
+from .trial import apart, as_call, entering, inputs_of, noise, pooled_free, quiet, trials, wide
 
 HARMLESS = re.compile(r"mask|output_|return_|causal|drop|kwargs|args|cache|layer_idx|need_weights|layer_head")
 CACHE = re.compile("past|cache")
@@ -105,14 +105,10 @@ def calls_of(blocks: finding.BlockList, touched: list[int], plan: Plan, example:
 def captured(blocks: finding.BlockList, touched: list[int], example: Any) -> dict[int, tuple[tuple, dict]]:
     """What the touched blocks get in a forward of the model on the example, or on inputs that it seems to take."""
     model: Any = blocks.owners[-1] if blocks.owners else None
-    if example is not None:
-        trials = [(model, as_call(example))]
-    else:
-        trials = [(owner, call) for owner in reversed(blocks.owners) for call in inputs_of(owner)]
     kinds: dict[Any, int] = {}
     first = {i: kinds.setdefault(kind(blocks.blocks[i]), i) for i in touched}  # of its kind, which stands for it
     reasons: list[str] = []
-    for owner, call in trials:
+    for owner, call in trials(blocks, example):
         seen, error = entering([blocks.blocks[i] for i in kinds.values()], owner, call)
         if error is None and len(seen) == len(kinds):
             return {i: seen[blocks.blocks[first[i]]] for i in touched}

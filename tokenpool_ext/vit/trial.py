@@ -147,6 +147,7 @@ def entering(blocks: list[nn.Module], owner: nn.Module, call: Any) -> tuple[dict
             raise Stop
 
     with quiet(owner), eager(owner), contextlib.ExitStack() as hooks:
+        reseed(owner)
         for block in blocks:
             hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
         try:
@@ -171,6 +172,19 @@ def inputs_of(owner: nn.Module) -> Iterator[tuple[tuple, dict]]:
         return
 
 
+def trials(blocks: finding.BlockList, example: Any) -> Iterator[tuple[nn.Module, tuple[tuple, dict]]]:
+    """(module, call): the model on the example, or each module around the blocks on inputs it seems to take.
+
+    Not torch.compile's wrapper, which would compile for this; the module in it is one of them.
+    """
+    owners = [m for m in reversed(blocks.owners) if "_orig_mod" not in m._modules]
+    if example is not None:
+        yield from ((owner, as_call(example)) for owner in owners[:1])
+        return
+    for owner in owners:
+        yield from ((owner, call) for call in inputs_of(owner))
+
+
 def check_lists(model: nn.Module, blocks: finding.BlockList, example: Any) -> None:
     """Lists of blocks in a list are one after another, not each for an input of its own."""
     around = model.get_submodule(blocks.path)  # a Sequential runs them so
@@ -188,28 +202,27 @@ def check_lists(model: nn.Module, blocks: finding.BlockList, example: Any) -> No
 def run_in_turn(blocks: finding.BlockList, lists: Sequence[nn.Module], example: Any) -> bool:
     """Whether what the last block of each list hands out is seen to enter the first of the next."""
     turns = [list(group.children()) for group in lists]
-    for owner in reversed(blocks.owners):
-        for call in inputs_of(owner) if example is None else [as_call(example)]:
-            came: list[bool] = []
+    for owner, call in trials(blocks, example):
+        came: list[bool] = []
 
-            def spoil(module: nn.Module, args: tuple, out: Any) -> Any:
-                return tree_map(spoilt, out)
+        def spoil(module: nn.Module, args: tuple, out: Any) -> Any:
+            return tree_map(spoilt, out)
 
-            def look(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-                at, x = inputs.find_tokens(args, kwargs)
-                came.append(bool(x.isnan().any()))
-                if len(came) == len(turns) - 1:
-                    raise Stop
-                return inputs.put(args, kwargs, at, torch.zeros_like(x))
-
-            with quiet(owner), eager(owner), contextlib.ExitStack() as hooks:
-                for before, after in pairwise(turns):
-                    hooks.enter_context(before[-1].register_forward_hook(spoil))
-                    hooks.enter_context(after[0].register_forward_pre_hook(look, with_kwargs=True))
-                with contextlib.suppress(Exception):
-                    owner(*call[0], **call[1])
+        def look(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            at, x = inputs.find_tokens(args, kwargs)
+            came.append(bool(x.isnan().any()))
             if len(came) == len(turns) - 1:
-                return all(came)
+                raise Stop
+            return inputs.put(args, kwargs, at, torch.zeros_like(x))
+
+        with quiet(owner), eager(owner), contextlib.ExitStack() as hooks:
+            for before, after in pairwise(turns):
+                hooks.enter_context(before[-1].register_forward_hook(spoil))
+                hooks.enter_context(after[0].register_forward_pre_hook(look, with_kwargs=True))
+            with contextlib.suppress(Exception):
+                owner(*call[0], **call[1])
+        if len(came) == len(turns) - 1:
+            return all(came)
     return False
 
 
@@ -243,27 +256,24 @@ def same_tokens(blocks: finding.BlockList, example: Any) -> list[bool]:
     block = blocks.blocks[0]
     if any(map(finding.is_text, blocks.owners[:2])) or any(p.is_meta for p in block.parameters()):
         return []
-    for owner in reversed(blocks.owners):
-        if finding.is_text(owner) or "_orig_mod" in owner._modules:  # nor is anything compiled for this
+    for owner, call in trials(blocks, example):
+        if finding.is_text(owner):
             continue
-        for call in inputs_of(owner) if example is None else [as_call(example)]:
-            tokens = []
-            masked = any(map(is_mask, tree_leaves(call)))
-            variants = [partial(changed, fill=fill) for fill in ((0, 1) if masked else (0,))]
-            for given in (call, *(tree_map(variant, call) for variant in variants)):
-                with quiet(owner):
-                    reseed(owner)
-                    seen, _ = entering([block], owner, given)
-                with contextlib.suppress(TypeError):
-                    tokens += [inputs.find_tokens(*seen[block])[1]] if seen else []
-            alike = len(tokens) == 1 + len(variants) and all(t.shape == tokens[0].shape for t in tokens)
-            if alike and tokens[0].dim() == 3:
-                first, second, _ = tokens[0].shape
-                batch = next((len(t) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim()), first)
-                images = 1 if first != batch == second else 0
-                equal = torch.stack([tokens[0] == other for other in tokens[1:]]).all(dim=0)
-                same: list[bool] = equal.all(dim=2).all(dim=images).tolist()
-                return same
+        tokens = []
+        masked = any(map(is_mask, tree_leaves(call)))
+        variants = [partial(changed, fill=fill) for fill in ((0, 1) if masked else (0,))]
+        for given in (call, *(tree_map(variant, call) for variant in variants)):
+            seen, _ = entering([block], owner, given)
+            with contextlib.suppress(TypeError):
+                tokens += [inputs.find_tokens(*seen[block])[1]] if seen else []
+        alike = len(tokens) == 1 + len(variants) and all(t.shape == tokens[0].shape for t in tokens)
+        if alike and tokens[0].dim() == 3:
+            first, second, _ = tokens[0].shape
+            batch = next((len(t) for t in tree_leaves(call) if isinstance(t, Tensor) and t.dim()), first)
+            images = 1 if first != batch == second else 0
+            equal = torch.stack([tokens[0] == other for other in tokens[1:]]).all(dim=0)
+            same: list[bool] = equal.all(dim=2).all(dim=images).tolist()
+            return same
     return []
 
 
