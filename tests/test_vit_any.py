@@ -20,7 +20,7 @@ from torch import nn
 
 import tokenpool_ext as tp
 from tokenpool_ext import vit
-from tokenpool_ext.vit import finding, inputs, patched_blocks, patching, record
+from tokenpool_ext.vit import finding, inputs, patched_blocks, patching, probing, record
 from tokenpool_ext.vit.pooled import _THREAD
 from tokenpool_ext.vit.tap import Tap
 
@@ -498,7 +498,9 @@ def test_a_pooled_block_costs_few_calls():
 @torch.no_grad()
 def test_schedules():
     model, x = plain()
-    assert patched_blocks(vit.patch(model))[1].keep_ratio == patching.DEFAULT_RATIO, "patch(model) alone does something"
+    assert patched_blocks(vit.patch(model))[1].keep_ratio == vit.schedule.DEFAULT_RATIO, (
+        "patch(model) alone does something"
+    )
     assert not torch.equal(model(x), vit.unpatch(model)(x))
     vit.patch(model, r=3)
     with record(model) as r:
@@ -615,8 +617,23 @@ def test_a_budget_is_kept(budget):
     assert budget - 0.1 < share <= budget + 0.01
     with pytest.raises(ValueError, match="exactly one"):
         vit.patch(model, budget=0.5, r=2)
+    before, again = vit.patched_blocks(model), model(*args, **kwargs).last_hidden_state
     with pytest.raises(ValueError, match="budget must be at least"):
         vit.patch(model, budget=0.1)
+    assert vit.patched_blocks(model) == before, "what is refused leaves the earlier patch"
+    assert torch.equal(model(*args, **kwargs).last_hidden_state, again)
+    model(*args, **kwargs)
+    assert not _THREAD.runs
+
+
+@torch.no_grad()
+def test_blocks_are_proven_once_for_a_budget(monkeypatch):
+    model, *_ = make("transformers ViT")
+    calls = []
+    prove = probing.prove
+    monkeypatch.setattr(probing, "prove", lambda *args: calls.append(1) or prove(*args))
+    vit.patch(model, budget=0.9)
+    assert len(calls) == 1
 
 
 def test_bench_model_compares_at_equal_cost():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..baselines import BipartiteMatching, GridPooling, ImportanceSampling, RandomSelection, ScorePruning
-from ..checks import check_bool, check_choice, check_int, check_positions, check_ratio
+from ..checks import check_bool, check_choice, check_int, check_positions
 from ..modules import TokenPooling
 from ..reduction import TokenReduction
 from . import finding, pooled, probing, trial
@@ -32,7 +32,6 @@ POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "bipartite": BipartiteMatching,
 }
 RESERVED = ("num_tokens", "keep_ratio", "num_prefix_tokens", "return_clusters", "algorithm")
-DEFAULT_RATIO = 0.7
 
 
 def patch(
@@ -130,35 +129,46 @@ def patch(
             lists of blocks.
     """
     asked = SimpleNamespace(**locals())
-    if budget is not None:
-        asked.keep_ratio, asked.budget = ratio_for(asked), None
-    return install(asked)
-
-
-def install(asked: SimpleNamespace) -> nn.Module:
-    """Everything is checked before anything is changed."""
-    model: nn.Module = asked.model
-    found, plan, parts, modules = prepare(asked)
+    found, plan, parts, modules = prepare(asked)  # everything is checked before anything is changed
+    put_back = pooled.patch_of(model)
     unpatch(model)
+    if budget is not None:
+        try:
+            modules = within(asked, found, plan, parts, modules)
+        except Exception:
+            put_back()
+            raise
+    install(found, plan, parts, modules)
+    return model
+
+
+def install(found: finding.BlockList, plan: Plan, parts: Mapping[int, Any], modules: Mapping[int, nn.Module]) -> None:
     for i, part in parts.items():
         pooled.install(found.blocks[i], Place(plan, i, part), modules.get(i))
     for owner in found.owners:
         if "_orig_mod" not in owner._modules:  # not torch.compile's wrapper
             pooled.surround(owner, plan)
-    return model
 
 
-def ratio_for(asked: SimpleNamespace) -> float:
-    """The largest ratio kept, in steps of 1/128, at which a forward takes at most ``budget`` of the unpooled MACs."""
+def within(
+    asked: SimpleNamespace,
+    found: finding.BlockList,
+    plan: Plan,
+    parts: Mapping[int, Any],
+    modules: Mapping[int, nn.Module],
+) -> dict[int, nn.Module]:
+    """``modules`` at the largest ratio kept, in steps of 1/128, at which a forward takes the budget's MACs at most."""
     from ..cost import cost
 
-    found, *_ = prepare(asked)
-    unpatch(asked.model)
+    make = pooling_factory(asked.pooling, asked.pooling_options)
     args, kwargs = probing.inputs_for(found, asked.example)
     whole = cost(asked.model, *args, **kwargs).total
 
+    def keeping(steps: int) -> dict[int, nn.Module]:
+        return {i: make_pooling(make, steps / 128, plan, found.blocks[i]) for i in modules}
+
     def share(steps: int) -> float:
-        install(SimpleNamespace(**{**vars(asked), "keep_ratio": steps / 128, "budget": None}))
+        install(found, plan, parts, keeping(steps))
         try:
             return cost(asked.model, *args, **kwargs).total / whole
         finally:
@@ -170,7 +180,7 @@ def ratio_for(asked: SimpleNamespace) -> float:
             f"patch: budget must be at least {share(1):.3f} for this model where these blocks pool, got"
             f" {asked.budget:g}; pool in earlier blocks with layers=..."
         )
-    return steps / 128
+    return keeping(steps)
 
 
 class Support(NamedTuple):
@@ -230,7 +240,7 @@ def prepare(
     """
     found = finding.find_blocks(asked.model, asked.blocks)
     depth = len(found.blocks)
-    counts = make_schedule(depth, asked)
+    counts = schedules.asked_for(depth, asked)
     check_choice("patch", "position", asked.position, ("block", "attention"))
     check_choice("patch", "outside", asked.outside, ("full", "short", None))
     check_choice("patch", "cluster_on", asked.cluster_on, ("tokens", "keys", None))
@@ -313,42 +323,6 @@ def protected_indices(protect: Iterable[int] | int) -> tuple[int, ...]:
         raise TypeError(
             f"patch: protect must be indices of tokens that are never pooled, like range(1, 5) or [-1], got {protect!r}"
         ) from None
-
-
-def make_schedule(depth: int, asked: SimpleNamespace) -> schedules.Schedule:
-    names = ("num_tokens", "keep_ratio", "r", "budget")
-    given = [f"{name}={value!r}" for name in names if (value := getattr(asked, name)) is not None]
-    if len(given) > 1:
-        raise ValueError(f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {', '.join(given)}")
-    if asked.budget is not None:
-        check_ratio("patch", "budget", asked.budget)
-    num_tokens, layers = asked.num_tokens, asked.layers
-    if layers is not None:
-        if num_tokens is not None:
-            raise ValueError("patch: layers goes with keep_ratio; with num_tokens write {block: count}")
-        layers = schedules.block_indices(layers)
-        if not layers:
-            raise ValueError("patch: layers must name at least one block, got none")
-    if asked.r is not None:
-        r = check_int("patch", "r", asked.r, 1)
-        return schedules.normalise(depth, dict.fromkeys(range(depth) if layers is None else layers, -r))
-    if num_tokens is None:
-        return schedules.constant(depth, DEFAULT_RATIO if asked.keep_ratio is None else asked.keep_ratio, layers)
-    if hasattr(num_tokens, "items"):
-        return schedules.normalise(depth, num_tokens)
-    if (
-        isinstance(num_tokens, (str, bytes))
-        or not isinstance(num_tokens, Iterable)
-        or not getattr(num_tokens, "ndim", 1)
-    ):
-        raise TypeError(
-            f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a single"
-            " block write {block: count}"
-        )
-    num_tokens = list(num_tokens)
-    if len(num_tokens) != depth:
-        raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
-    return schedules.explicit(num_tokens)
 
 
 def pooling_factory(pooling: Any, options: dict[str, Any]) -> Callable[..., nn.Module]:

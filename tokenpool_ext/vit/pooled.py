@@ -110,6 +110,22 @@ def install(block: nn.Module, place: Place, pooling: nn.Module | None) -> None:
     _rebind(block)
 
 
+def patch_of(model: nn.Module) -> Callable[[], None]:
+    """What puts the patch of a model back after it was removed."""
+    modules = [m for m in model.modules() if PLACE in m.__dict__]
+    blocks = [(m, m.__dict__[PLACE], m._modules.get(SUBMODULE)) for m in modules]
+    hooks = [(m, getattr(hook, "__self__", None)) for m in model.modules() for hook in m._forward_hooks.values()]
+    owners = [(m, around.plan) for m, around in hooks if isinstance(around, Around)]
+
+    def back() -> None:
+        for block in blocks:
+            install(*block)
+        for owner in owners:
+            surround(*owner)
+
+    return back
+
+
 def remove(block: nn.Module) -> None:
     for hooks in (block._forward_pre_hooks, block._forward_hooks):
         for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Around)]:

@@ -13,10 +13,11 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
-from ..checks import check_int
+from ..checks import check_int, check_ratio
 from ..reduction import as_fraction, kept_by_count, kept_by_ratio
 
 Schedule = dict[int, int | float]
+DEFAULT_RATIO = 0.7
 
 __all__ = ["Schedule", "constant", "default_layers", "explicit", "geometric", "normalise", "tokens_after"]
 
@@ -56,6 +57,43 @@ def explicit(counts: Sequence[int]) -> Schedule:
     entries = [_entry(layer, count) for layer, count in enumerate(counts)]
     schedule = {layer: count for layer, count in enumerate(entries) if layer == 0 or count != entries[layer - 1]}
     return normalise(len(entries), schedule)
+
+
+def asked_for(depth: int, asked: Any) -> Schedule:
+    """The schedule that the arguments of ``patch`` ask for."""
+    names = ("num_tokens", "keep_ratio", "r", "budget")
+    given = [f"{name}={value!r}" for name in names if (value := getattr(asked, name)) is not None]
+    if len(given) > 1:
+        raise ValueError(f"patch: give exactly one of num_tokens, keep_ratio, r and budget, got {', '.join(given)}")
+    if asked.budget is not None:
+        check_ratio("patch", "budget", asked.budget)
+    num_tokens, layers = asked.num_tokens, asked.layers
+    if layers is not None:
+        if num_tokens is not None:
+            raise ValueError("patch: layers goes with keep_ratio; with num_tokens write {block: count}")
+        layers = block_indices(layers)
+        if not layers:
+            raise ValueError("patch: layers must name at least one block, got none")
+    if asked.r is not None:
+        r = check_int("patch", "r", asked.r, 1)
+        return normalise(depth, dict.fromkeys(range(depth) if layers is None else layers, -r))
+    if num_tokens is None:
+        return constant(depth, DEFAULT_RATIO if asked.keep_ratio is None else asked.keep_ratio, layers)
+    if hasattr(num_tokens, "items"):
+        return normalise(depth, num_tokens)
+    if (
+        isinstance(num_tokens, (str, bytes))
+        or not isinstance(num_tokens, Iterable)
+        or not getattr(num_tokens, "ndim", 1)
+    ):
+        raise TypeError(
+            f"patch: num_tokens must be {{block: count}} or one count per block, got {num_tokens!r}; for a single"
+            " block write {block: count}"
+        )
+    num_tokens = list(num_tokens)
+    if len(num_tokens) != depth:
+        raise ValueError(f"patch: num_tokens must have one count per block, {depth}, got {len(num_tokens)}")
+    return explicit(num_tokens)
 
 
 def normalise(depth: int, schedule: Mapping[int, int | float]) -> Schedule:

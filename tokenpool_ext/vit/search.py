@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -89,11 +89,12 @@ def search_schedule(
     check_choice(NAME, "target", target, ("macs", "latency"))
     given = calibration(NAME, model, batches, layers, options)
     check_batches(NAME, given)
-    features_of(NAME, model, given, feature or feature_of)  # what does not run is named before patch tries it
     try:
+        whole = features_of(NAME, model, given, feature or feature_of)
         patch(model, keep_ratio=1.0, layers=given.places, **{"example": given.batches[0], **options})
         with trial.quiet(model):
-            return _Search(model, given, feature or feature_of, options.get("init")).run(budget, target, counts)
+            search = _Search(model, given, whole, feature or feature_of, options.get("init"))
+            return search.run(budget, target, counts)
     finally:
         unpatch(model)
 
@@ -114,6 +115,7 @@ def features_of(name: str, model: nn.Module, given: Calibration, feature: Callab
     found = []
     with trial.quiet(model):
         for i, (args, kwargs) in enumerate(given.calls):
+            trial.reseed(model)
             try:
                 output = model(*args, **kwargs)
             except Exception as error:
@@ -138,38 +140,35 @@ class _Search:
     L blocks; the last entry of a list of costs, L + 1 long, is what is outside the blocks.
     """
 
-    def __init__(self, model: nn.Module, given: Calibration, feature: Callable[[Any], Any], init: Any) -> None:
-        self.model, self.feature = model, feature
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Calibration,
+        whole: list[Tensor],
+        feature: Callable[[Any], Any],
+        init: Any,
+    ) -> None:
+        self.model, self.whole, self.feature = model, whole, feature
         self.blocks, self.places, _, self.calls = given
         self.pools: dict[int, Any] = patched_blocks(model)
         for module in self.pools.values():
             if not isinstance(module, TokenReduction):
                 raise TypeError(f"{NAME}: pooling must make a TokenReduction, got {type(module).__name__}")
-        self.whole, lengths = [], set()
-        for call in self.calls:
-            with self.length() as seen:
-                self.whole.append(self.output(call))
-            lengths |= seen
+        lengths = sorted({self.length(call) for call in self.calls})
         if len(lengths) > 1:
-            raise ValueError(f"{NAME}: batches must have one number of tokens, got {sorted(lengths)}")
-        self.n = lengths.pop()
+            raise ValueError(f"{NAME}: batches must have one number of tokens, got {lengths}")
+        self.n = lengths[0]
         self.least = -(-self.n // 2) if init == "bipartite" else 1  # tokens that may be left
 
-    @contextmanager
-    def length(self) -> Iterator[set[int]]:
-        """The numbers of tokens that may be pooled of the forwards inside."""
-        plan = patches(self.model)[0][1].plan
-        seen: set[int] = set()
-
-        def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            at, tokens = find_tokens(args, kwargs)
-            n = batch_first(tokens, plan.form.layout).shape[1]
-            if plan.form.layout == "packed" and packed_ends(named(block, args, kwargs, at), n):
-                raise ValueError(f"{NAME}: batches must hold one sequence where the model takes them packed")
-            seen.add(n - plan.num_protected)
-
-        with self.blocks[self.places[0]].register_forward_pre_hook(note, with_kwargs=True):
-            yield seen
+    def length(self, call: tuple[Any, ...]) -> int:
+        """How many tokens of a batch may be pooled."""
+        plan, block = patches(self.model)[0][1].plan, self.blocks[self.places[0]]
+        args, kwargs = trial.entering([block], self.model, call)[0][block]
+        at, tokens = find_tokens(args, kwargs)
+        n = batch_first(tokens, plan.form.layout).shape[1]
+        if plan.form.layout == "packed" and packed_ends(named(block, args, kwargs, at), n):
+            raise ValueError(f"{NAME}: batches must hold one sequence where the model takes them packed")
+        return n - plan.num_protected
 
     def keep(self, counts: Mapping[int, int]) -> None:
         for i, module in self.pools.items():
