@@ -164,6 +164,35 @@ def test_a_cache_is_refused_by_name():
     assert "Cached is not supported: it keeps keys and values of every token for those to come (a cache)" in reason
 
 
+class Branch(PlainBlock):
+    def forward(self, x):
+        return super().forward(self.n1(x)) - self.n1(x)
+
+
+class Listed(Branch):
+    def forward(self, x):
+        return [super().forward(x), x.mean()]
+
+
+@pytest.mark.parametrize("block", [Branch, Listed])
+@pytest.mark.parametrize("weight", [1.0, 1e-4])
+def test_a_residual_sum_outside_the_block_is_refused_by_name(block, weight):
+    """Pooling what a branch gives would pool no token: the sum holds them all."""
+
+    class Summing(Model):
+        def forward(self, x):
+            x = self.tokens(x)
+            for module in self.stages:
+                y = module(x)
+                x = x + weight * (y if isinstance(y, Tensor) else y[0])
+            return self.head(x.mean(1))
+
+    model = Summing(block)
+    for options in ({}, {"blocks": "stages"}, {"blocks": list(model.stages)[1:]}):
+        reason = tp.supported(model, example=images(), **options).reason
+        assert f"{block.__name__} is not supported: its residual sum is outside of it" in reason
+
+
 def test_the_layout_is_told_of_a_block_that_hardly_changes_its_tokens():
     class Second(Scaled):
         def forward(self, x):

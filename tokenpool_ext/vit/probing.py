@@ -25,7 +25,7 @@ from . import finding, halves, inputs, pooled
 from .inputs import Form
 from .reducing import Plan
 from .tap import Tap
-from .trial import apart, as_call, entering, inputs_of, noise, pooled_free, quiet, trials, wide
+from .trial import apart, as_call, entering, inputs_of, noise, pooled_free, quiet, sums_outside, trials, wide
 
 HARMLESS = re.compile(r"mask|output_|return_|causal|drop|kwargs|args|cache|layer_idx|need_weights|layer_head")
 CACHE = re.compile("past|cache")
@@ -66,6 +66,8 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
         axes = {k: (*sorted({*before.axes.get(k, ()), *form.axes.get(k, ())}),) for k in {**before.axes, **form.axes}}
         products = form.products if form.products == before.products else ()
         plan.form = form._replace(attends=before.attends and form.attends, axes=axes, products=products)
+    if sums_outside(blocks, example):
+        raise unsupported(first, "its residual sum is outside of it (x + block(x)), where no token is pooled")
     return parts
 
 

@@ -137,8 +137,13 @@ def eager(module: nn.Module) -> Iterator[None]:
             m.__dict__["_compiled_call_impl"] = call
 
 
-def entering(blocks: list[nn.Module], owner: nn.Module, call: Any) -> tuple[dict[nn.Module, Any], Exception | None]:
-    """({block: (args, kwargs)}, the error) of a forward of ``owner``, which ends when the blocks were called."""
+def entering(
+    blocks: list[nn.Module], owner: nn.Module, call: Any, hook: Any = None
+) -> tuple[dict[nn.Module, Any], Exception | None]:
+    """({block: (args, kwargs)}, the error) of a forward of ``owner``, which ends when the blocks were called.
+
+    ``hook`` may change what the first of them gives.
+    """
     seen: dict[nn.Module, Any] = {}
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -150,6 +155,8 @@ def entering(blocks: list[nn.Module], owner: nn.Module, call: Any) -> tuple[dict
         reseed(owner)
         for block in blocks:
             hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
+        if hook is not None:
+            hooks.enter_context(blocks[0].register_forward_hook(hook))
         try:
             owner(*call[0], **call[1])
         except Stop:
@@ -226,9 +233,20 @@ def run_in_turn(blocks: finding.BlockList, lists: Sequence[nn.Module], example: 
     return False
 
 
-def spoilt(value: Any) -> Any:
+def spoilt(value: Any, by: float = torch.nan) -> Any:
     is_number = isinstance(value, Tensor) and value.is_floating_point()
-    return torch.full_like(value, torch.nan) if is_number else value
+    return torch.full_like(value, by) if is_number else value
+
+
+def sums_outside(blocks: finding.BlockList, example: Any) -> bool:
+    """Whether the second block is seen to get what the first got where that gives zeros: ``x + block(x)``."""
+    two = blocks.blocks[:2]
+    for owner, call in trials(blocks, example) if len({*two}) == 2 else ():
+        seen, _ = entering(two, owner, call, lambda module, args, out: tree_map(partial(spoilt, by=0.0), out))
+        if len(seen) == 2:
+            (_, before), (_, after) = (inputs.find_tokens(*seen[block]) for block in two)
+            return before.shape == after.shape and torch.allclose(before, after)
+    return False
 
 
 def protected_tokens(blocks: finding.BlockList, example: Any) -> tuple[int, int, tuple[int, ...], int]:
