@@ -24,6 +24,18 @@ class Attention(nn.Module):
         return self.out(y), tp.attention_received(q, k)  # the attention matrix is never made
 
 
+class Block(nn.Module):
+    """One module of a pair whose sums stand in the model's own loop (as in vit_pytorch), so that ``patch`` takes it."""
+
+    def __init__(self, attention, mlp):
+        super().__init__()
+        self.attention, self.mlp = attention, mlp
+
+    def forward(self, x):
+        x = self.attention(x)[0] + x
+        return self.mlp(x) + x
+
+
 def main():
     torch.manual_seed(0)
     attention = Attention(64, 4)
@@ -43,6 +55,14 @@ def main():
     positions = torch.stack(torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij"), -1).view(1, 196, 2)
     where = tp.pool(positions.expand(2, -1, -1), clusters.assignment, 49)  # pool anything else with the same clusters
     print("dense", tuple(dense.shape), "mean positions of the clusters", tuple(where.shape))
+
+    # Or all of that in one line, where blocks stand in a list; for vit_pytorch, with its attention in Block:
+    # vit.transformer = nn.Sequential(nn.Sequential(*(Block(*p) for p in vit.transformer.layers)), vit.transformer.norm)
+    pairs = [(Attention(64, 4), nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU())) for _ in range(4)]
+    model = nn.Sequential(nn.Sequential(*(Block(*pair) for pair in pairs)), nn.LayerNorm(64))
+    print(tp.supported(model, num_prefix_tokens=0))
+    tp.patch(model, keep_ratio=0.5, num_prefix_tokens=0)
+    print("patched", tuple(model(x).shape))  # as many outside, fewer from block to block inside
 
 
 if __name__ == "__main__":
