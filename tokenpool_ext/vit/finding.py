@@ -56,8 +56,9 @@ def find_blocks(model: nn.Module, blocks: Any = None, caller: str = "patch") -> 
     if not found:
         raise TypeError(
             f"{caller}: no list of transformer blocks in {name}: two or more modules of one class, each a whole block"
-            " with attention and residual sums, in a ModuleList or Sequential; name them with blocks='path.to.list', or"
-            " put tokenpool_ext.TokenPooling between the layers yourself"
+            " with attention and residual sums, in a ModuleList or Sequential; name them with blocks='path.to.list',"
+            " make one module of parts that are summed in the model's own loop, or put tokenpool_ext.TokenPooling"
+            " between the layers yourself"
         )
     stages = hierarchy(found)
     if stages and is_one_list(model, stages):
