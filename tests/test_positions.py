@@ -7,6 +7,7 @@ import torch
 
 import tokenpool_ext as tp
 from tokenpool_ext.positions import grid_positions, with_positions
+from tokenpool_ext.ragged import stacked
 
 
 def spread(x):
@@ -54,6 +55,19 @@ def test_tokens_without_features_and_places_without_coordinates(features, coordi
     assert tp.compress(x, 4, positions=positions, position_weight=1.0).tokens.shape == (2, 4, features)
     layer = tp.TokenPooling(4, num_prefix_tokens=0, position_weight=1.0)
     assert layer(x, positions=positions).shape == (2, 4, features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_image_has_the_same_bits_alone_and_padded(dtype):
+    """Sums over padded rows were split otherwise: the last bits of the spread, and so of the coordinates, differed."""
+    torch.manual_seed(0)
+    for features in (3, 48, 384):
+        images = [torch.randn(n, features).add(2).to(dtype) for n in (555, 180, 67, 301)]
+        places = [20 * torch.rand(len(x), 2) for x in images]
+        mask = torch.arange(555) < torch.tensor([len(x) for x in images])[:, None]
+        padded = with_positions(stacked(images), stacked(places), 0.7, mask)
+        for out, x, p in zip(padded, images, places):
+            assert torch.equal(out[: len(x)], with_positions(x[None], p[None], 0.7)[0])
 
 
 def test_padding_has_no_part_in_the_spreads():

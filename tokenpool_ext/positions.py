@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .functional import pool
 from .ops import accumulate_dtype
 
 HEAVIEST = 2.0**60  # a weight beside which features are rounding in every dtype
@@ -40,14 +41,15 @@ def with_positions(features: Tensor, positions: Tensor, weight: float, mask: Ten
 
 
 def _in_spreads(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """x (B, N, E) less the mean of the real tokens, in spreads, zeros elsewhere; and the spread (B, 1, 1)."""
-    count = real.sum(1, keepdim=True).clamp(min=1)
-    first = real.byte().argmax(1, keepdim=True)
-    x = torch.where(real, x - x.gather(1, first.expand(-1, -1, x.shape[2])), 0)  # equal rows become exact zeros
-    x = torch.where(real, x - (x / count).sum(1, keepdim=True), 0)
+    """x (B, N, E) less the mean of the real tokens, in spreads, zeros elsewhere; and the spread (B, 1, 1).
+
+    `pool` makes the means: equal rows become exact zeros, and no sum depends on how far an image is padded.
+    """
+    labels = real[:, :, 0].long() - 1
+    x = torch.where(real, x - pool(x, labels, 1), 0)
     largest = x.abs().amax((1, 2), keepdim=True) if x.shape[2] else x.new_zeros(x.shape[0], 1, 1)
     x = torch.where(largest > 0, x / largest, 0)  # so that no square overflows or vanishes
-    root = (x.square().sum((1, 2), keepdim=True) / count).sqrt()
+    root = pool(x.square().sum(2, keepdim=True), labels, 1).sqrt()
     return torch.where(root > 0, x / root, 0), largest * root
 
 
