@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 # Files of each process, chosen for equal times, with the least number of cases that must pass in each of them.
 PARTS = (
-    {"test_clustering": 115, "test_properties": 7, "test_init": 9, "test_defaults": 2},
+    {"test_clustering": 115, "test_properties": 7, "test_init": 9, "test_defaults": 1},
     {
         "test_triton_cases": 160,
         "test_autograd": 30,
