@@ -242,6 +242,9 @@ def test_drop_placeholders_refuses_what_is_no_integer(argument, value):
         drop_placeholders(**{**good, argument: value})
 
 
+SECOND_BELOW_0 = [torch.ones(8), torch.tensor([1.0, 1, 1, 1, 1, -2, 1, -3])]
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
@@ -275,6 +278,17 @@ def test_drop_placeholders_refuses_what_is_no_integer(argument, value):
         (lambda: tp.select(tokens(4, 3), 2, scores=-tokens(4).abs()), ValueError, "select: scores must be >= 0"),
         (lambda: tp.compress(tokens(4, 3), 2, scores=tokens(4) + 0j), TypeError, "scores of image 0 must be real"),
         (lambda: tp.compress(tokens(4, 3), 2, positions=tokens(4, 2) + 0j), TypeError, "positions of image 0 must be"),
+        (
+            lambda: tp.compress([tokens(8, 3)] * 2, 4, grid=[(2, 2, 2), (2, 4)], temporal_window=1),
+            ValueError,
+            r"got \(2, 4\) of image 1",
+        ),
+        (
+            lambda: tp.select([tokens(8, 3)] * 2, 4, grid=(2, 2, 2), temporal_window=1, scores=SECOND_BELOW_0),
+            ValueError,
+            "scores must be >= 0, got -2 at image 1, token 5",
+        ),
+        (lambda: tp.select([tokens(4, 3)] * 2, [1, 0]), ValueError, "num_tokens of image 1 must be from 1"),
         (
             lambda: tp.compress([tokens(4, 3)] * 2, 2, positions=[tokens(4, 2), tokens(4, 3)]),
             ValueError,

@@ -223,8 +223,9 @@ def check_negative(name: str, argument: str, weights: Tensor, x3: Tensor, mask: 
         return weights
     negative = values.of_real(weights.detach() < 0, mask)
     if values.visible(negative) and negative.any():
-        least = float(weights.detach()[negative].amin())
-        raise ValueError(f"{name}: {argument} must be >= 0, got {least:g}; clamp them with .clamp(min=0)")
+        image, token = negative.nonzero()[0].tolist()
+        got = f"{weights.detach()[image, token].item():g} at image {image}, token {token}"
+        raise ValueError(f"{name}: {argument} must be >= 0, got {got}; clamp them with .clamp(min=0)")
     return weights
 
 

@@ -113,8 +113,11 @@ class Images:
                 )
         if window is not None:
             check_int(self.name, "temporal_window", window, 1)
-            if any(len(sides) != 3 for sides in grids):
-                raise ValueError(f"{self.name}: temporal_window needs grid=(T, H, W), got {grids[0]}")
+            for i, sides in enumerate(grids):
+                if len(sides) != 3:
+                    raise ValueError(
+                        f"{self.name}: temporal_window needs grid=(T, H, W), got {tuple(sides)} of image {i}"
+                    )
         return [tuple(int(side) for side in sides) for sides in grids]
 
     def _mask(self, mask: Tensor) -> None:
@@ -145,7 +148,7 @@ class Images:
         if len(counts) != len(self.tokens):
             raise ValueError(f"{self.name}: num_tokens must be an int or {len(self.tokens)}, got {len(counts)}")
         for i, (k, x) in enumerate(zip(counts, self.tokens)):
-            check_int(self.name, "num_tokens", k, 1)
+            check_int(self.name, f"num_tokens of image {i}" if isinstance(given, list) else "num_tokens", k, 1)
             if k > len(x):
                 raise ValueError(
                     f"{self.name}: num_tokens must be from 1 to the tokens of image {i}, {len(x)}, got {k}"
@@ -209,8 +212,8 @@ class Segments:
         self.x = self.split(images.tokens)
         weights = None
         if images.scores is not None:
-            weights = self.split([s[:, None] for s in images.scores])[..., 0]
-            weights = check_negative(images.name, "scores", weights, self.x, None)  # padded with zeros
+            scores = check_negative(images.name, "scores", stacked(images.scores), self.x, None)  # a row an image
+            weights = self.split([s[:n, None] for s, n in zip(scores, images.lengths)])[..., 0]
         self.weights = weights
         device = self.x.device
         same = len(set(self.lengths)) == 1
