@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ BATCH_ELEMENTS = 1 << 19  # of the padded tokens of one call of kmeans: 2 MB in 
 COUNTS = ("pool_factor", "num_tokens", "max_error", "distance_threshold")  # what says K; one at a time
 
 
+@dataclass(repr=False, eq=False)
 class TokenPooler:
     """Replaces the tokens of every document by the means of K clusters of them, for MaxSim retrieval.
 
@@ -61,30 +62,19 @@ class TokenPooler:
     torch.vmap max_error and distance_threshold are refused: their counts depend on the tokens.
     """
 
-    def __init__(
-        self,
-        pool_factor: float | None = None,
-        *,
-        num_tokens: int | None = None,
-        max_tokens: int | None = None,
-        max_error: float | None = None,
-        distance_threshold: float | None = None,
-        protected_tokens: int = 0,
-        normalize: bool = True,
-        num_iters: int = 5,
-        refine: int | None = None,
-        backend: str | None = None,
-    ) -> None:
-        self.pool_factor = pool_factor
-        self.num_tokens = num_tokens
-        self.max_tokens = max_tokens
-        self.max_error = max_error
-        self.distance_threshold = distance_threshold
-        self.protected_tokens = protected_tokens
-        self.normalize = normalize
-        self.num_iters = num_iters
-        self.refine = refine
-        self.backend = backend
+    pool_factor: float | None = None
+    _: KW_ONLY
+    num_tokens: int | None = None
+    max_tokens: int | None = None
+    max_error: float | None = None
+    distance_threshold: float | None = None
+    protected_tokens: int = 0
+    normalize: bool = True
+    num_iters: int = 5
+    refine: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
         self._check()
 
     def _check(self) -> None:
@@ -287,8 +277,7 @@ class TokenPooler:
         return ((distance <= self.distance_threshold) | ~mask).all(1)
 
     def __repr__(self) -> str:
-        names = list(inspect.signature(TokenPooler).parameters.values())
-        options = [f"{p.name}={value!r}" for p in names if (value := getattr(self, p.name)) != p.default]
+        options = [f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
         return f"TokenPooler({', '.join(options)})"
 
 
