@@ -137,7 +137,7 @@ class TokenReduction(nn.Module):
         """k >= n; of a ratio as a bound on n alone, which torch.export can decide for any n."""
         if self.keep_ratio is None or type(self).tokens_kept is not TokenReduction.tokens_kept:
             return k >= n
-        return n <= all_kept_up_to(*as_fraction(self.keep_ratio))
+        return n <= as_fraction(self.keep_ratio)[2]
 
     def _counts(self, mask: Tensor, k: int) -> Tensor | None:
         """(B,) tokens kept of each image, by its own real tokens; None: K of all, or as many as there are."""
@@ -149,7 +149,7 @@ class TokenReduction(nn.Module):
         elif self.num_tokens is not None:
             kept = kept_by_count(real, self.num_tokens)
         else:
-            kept = _nearest(real, *as_fraction(self.keep_ratio))
+            kept = _nearest(real, *as_fraction(self.keep_ratio)[:2])
         return kept.clamp(1, k)
 
     def _weights(self, scores: Tensor | None, sizes: Tensor | None) -> Tensor | None:
@@ -334,11 +334,14 @@ def cached(function: Function) -> Function:
 
 
 @cached
-def as_fraction(ratio: float) -> tuple[int, int]:
-    """A ratio as numerator and denominator, to a ten-thousandth of it: 0.7 is 7/10."""
+def as_fraction(ratio: float) -> tuple[int, int, float]:
+    """A ratio as numerator and denominator, to a ten-thousandth of it (0.7 is 7/10), and the largest n of which it
+    keeps all."""
     exact = Fraction(ratio)
     fraction = exact.limit_denominator(10000 * min(exact.denominator // exact.numerator + 1, 2**31))
-    return max(fraction.numerator, 1), fraction.denominator if fraction.numerator else 2**31
+    numerator, denominator = max(fraction.numerator, 1), fraction.denominator if fraction.numerator else 2**31
+    lost = denominator - numerator
+    return numerator, denominator, max(1, (denominator - 1) // (2 * lost)) if lost else math.inf
 
 
 def kept_by_count(n: Count, count: int) -> Count:
@@ -348,20 +351,15 @@ def kept_by_count(n: Count, count: int) -> Count:
     return cast(Count, at_most(n, count) if count > 0 else n - at_most(n // 2, -count))
 
 
-def kept_by_ratio(n: int, numerator: int, denominator: int) -> int:
-    """Tokens kept of n: the nearest integer, halves down, at least 1 (0 of 0).
+def kept_by_ratio(n: int, numerator: int, denominator: int, all_up_to: float) -> int:
+    """Tokens kept of n, by `as_fraction`: the nearest integer, halves down, at least 1 (0 of 0).
 
     In integers, so that one compiled graph serves every n. 196 tokens at 1/2 three times: 98, 49, 24.
     """
-    if n <= all_kept_up_to(numerator, denominator):
+    if n <= all_up_to:
         return n
     nearest: int = _nearest(n, numerator, denominator)
     return nearest if n > denominator // (2 * numerator) else 1
-
-
-def all_kept_up_to(numerator: int, denominator: int) -> float:
-    """The largest n of which a ratio keeps all."""
-    return max(1, (denominator - 1) // (2 * (denominator - numerator))) if numerator < denominator else math.inf
 
 
 def _nearest(n: Any, numerator: int, denominator: int) -> Any:
