@@ -60,8 +60,8 @@ def measure(n: int, d: int, k: int, rounds: int) -> list[dict]:
         {
             "shape": [n, d, k],
             "provider": name,
-            "seconds": timing.spread(taken),
-            "ours_is_faster_by": timing.spread([t / o for t, o in zip(taken, ours)]),
+            "seconds": timing.percentiles(taken),
+            "ours_is_faster_by": timing.percentiles([t / o for t, o in zip(taken, ours)]),
             "wrong_of_2000": wrong[name],
         }
         for name, taken in samples.items()

@@ -58,7 +58,7 @@ def measure(device: str, rounds: int = ROUNDS, count: int = CALLS) -> dict:
         for name, call in timed.items():
             wait()
             samples[name].append(clock.seconds(call, count) * 1e6)
-    return {name: timing.spread(values[1:]) for name, values in samples.items()}  # the first round warms up
+    return {name: timing.percentiles(values[1:]) for name, values in samples.items()}  # the first round warms up
 
 
 def main(argv=None) -> int:

@@ -76,9 +76,9 @@ def main(argv=None) -> int:
         for _ in range(args.rounds + 1):
             for name, call in calls.items():
                 samples[name].append(clock.seconds(call, 1))
-    seconds = {name: timing.spread(values[1:]) for name, values in samples.items()}
-    for name, spread in seconds.items():
-        print(f"{name:26s} {spread['p50'] * 1e3:8.1f} ms")
+    seconds = {name: timing.percentiles(values[1:]) for name, values in samples.items()}
+    for name, found in seconds.items():
+        print(f"{name:26s} {found['p50'] * 1e3:8.1f} ms")
     print(f"largest difference {apart}, nodes {nodes}, onnxruntime {onnxruntime.__version__}")
     if args.json:
         record = {"schema": 1, **machine.stamp("bench.onnx_runtime", "cpu"), "onnxruntime": onnxruntime.__version__}

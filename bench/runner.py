@@ -297,7 +297,7 @@ def finish(records: dict, per_image: dict, errors: dict, inner: dict, clock: str
             record.update(status="failed", reason=f"while timing: {type(error).__name__}: {error}")
             continue
         record.update(
-            ms_per_image=timing.spread(times),
+            ms_per_image=timing.percentiles(times),
             repeats=len(times),
             calls_per_sample=inner[name],
             clock=clock,
@@ -308,4 +308,4 @@ def finish(records: dict, per_image: dict, errors: dict, inner: dict, clock: str
         if us and record["status"] == "ok":
             ratios = timing.paired_ratios(per_image[name], per_image[us])
             if ratios:
-                record["time_over_ours"] = timing.spread(ratios)
+                record["time_over_ours"] = timing.percentiles(ratios)

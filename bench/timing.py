@@ -23,7 +23,7 @@ def percentile(values, q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def spread(values) -> dict:
+def percentiles(values) -> dict:
     return {f"p{q}": percentile(values, q) for q in (20, 50, 80)}
 
 

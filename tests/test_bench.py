@@ -120,7 +120,7 @@ def test_percentile_interpolates(q, expected):
 
 
 def test_percentile_of_one_value_and_of_none():
-    assert timing.spread([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
+    assert timing.percentiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
     with pytest.raises(ValueError):
         timing.percentile([], 50)
 

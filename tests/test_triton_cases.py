@@ -158,7 +158,7 @@ def test_farthest_start(name, path, dtype, monkeypatch):
     options = dict(K=8, weights=weights, mask=mask, counts=torch.tensor([8, 6], device=DEVICE))
     none = torch.empty(2, 0, dtype=torch.int64, device=DEVICE)
     got = run(name, x, none, 1, **options)
-    picks = reference.spread(x, 8, weights, mask, None, False)
+    picks = reference.seeds(x, 8, weights, mask, None, False)
     same(got, run(name, x, picks, 1, **options))
     agrees(got, run(name, x, none, 1, where=reference, **options), dtype)
 
@@ -167,7 +167,7 @@ def test_farthest_start_across_tiles(monkeypatch):
     """More tokens than one tile on either path: both pick the same, with ties between tiles."""
     x = torch.randint(-3, 4, (1, 270, 2), generator=torch.Generator().manual_seed(2)).float().to(DEVICE)
     none = torch.empty(1, 0, dtype=torch.int64, device=DEVICE)
-    picks = reference.spread(x, 3, None, None, None, False)
+    picks = reference.seeds(x, 3, None, None, None, False)
     for path in PATHS:
         monkeypatch.setenv(heuristics.PATH_VARIABLE, path)
         monkeypatch.setattr(

@@ -26,7 +26,7 @@ from .ops import accumulate_dtype, is_farthest
 PATIENCE = 100  # iterations after which labels that change must pay
 
 
-def spread(
+def seeds(
     x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None, generator: torch.Generator | None, sample: bool
 ) -> Tensor:
     """K tokens one by one, the first by weight, then by w_i * (squared distance to the nearest chosen so far).
@@ -60,9 +60,9 @@ def spread(
     return torch.cat(chosen, 1)
 
 
-def spread_farthest(x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+def farthest_seeds(x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None) -> Tensor:
     """The farthest-first start: (B, K) token indices."""
-    return spread(x, k, weights, mask, None, sample=False)
+    return seeds(x, k, weights, mask, None, sample=False)
 
 
 @torch.library.custom_op(
@@ -70,12 +70,12 @@ def spread_farthest(x: Tensor, k: int, weights: Tensor | None, mask: Tensor | No
     mutates_args=(),
     schema="(Tensor x, SymInt k, Tensor? weights, Tensor? mask) -> Tensor",
 )
-def farthest_recorded(x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+def farthest_as_one_op(x: Tensor, k: int, weights: Tensor | None, mask: Tensor | None) -> Tensor:
     """The farthest-first start as one op where ops are recorded: unrolled, it would be compiled anew for every K."""
-    return spread_farthest(x, k, weights, mask)
+    return farthest_seeds(x, k, weights, mask)
 
 
-@farthest_recorded.register_fake
+@farthest_as_one_op.register_fake
 def _(x, k, weights, mask):
     return x.new_empty(x.shape[0], k, dtype=torch.int64)
 
@@ -124,7 +124,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
         x = x.new_zeros(b, n, 1)
         init = init if init.dtype == torch.int64 else init.new_zeros(b, k, 1)
     if is_farthest(init):
-        found = farthest_recorded if torch.compiler.is_compiling() else spread_farthest
+        found = farthest_as_one_op if torch.compiler.is_compiling() else farthest_seeds
         init = found(x.detach(), k, None if weights is None else weights.detach(), mask)
     p = steps.prepare(x, weights, mask, counts, k)
 

@@ -19,7 +19,7 @@ from . import loader, values
 from .backends import no_autocast
 from .matching import match
 from .ops import accumulate_dtype, falling, farthest_start
-from .reference import pool, spread
+from .reference import pool, seeds
 
 STRATEGIES = ("topk", "strided", "random", "kmeans++", "farthest", "bipartite")
 
@@ -95,7 +95,7 @@ def initial(
     if name == "random":
         return _random(x, num_clusters, weights, mask, generator)
     if name in ("kmeans++", "farthest"):
-        return spread(x, num_clusters, weights, mask, generator, sample=name == "kmeans++")
+        return seeds(x, num_clusters, weights, mask, generator, sample=name == "kmeans++")
     labels, targets = match(x, num_clusters, mask, counts)
     return targets if as_indices else pool(x.to(accumulate_dtype(x.dtype)), labels, weights, num_clusters)[0]
 
