@@ -16,8 +16,8 @@ import torch
 
 import tokenpool_ext as tp
 from bench import machine
+from tokenpool_ext import loader
 
-PATHS = ("resident", "spread", "gram", "streaming")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALGORITHMS = ("kmeans", "kmedoids")
 
@@ -84,7 +84,9 @@ def targets() -> list[Target]:
     present = tp.backends()
     if Place.device == "cpu":
         return [Target("cpu"), Target("cpu", "gram"), Target("cpu", "direct")]
-    found = [Target("cuda"), *(Target("cuda", path) for path in PATHS)] if present.get("cuda") == "ok" else []
+    found = []
+    if present.get("cuda") == "ok":
+        found += [Target("cuda"), *(Target("cuda", path) for path in loader.extension.cuda_paths)]
     if present.get("triton") == "ok":
         found += [Target("triton"), Target("triton", "gram"), Target("triton", "direct")]
     return [target for target in found if Place.backend in (None, target.backend)]
