@@ -1,6 +1,6 @@
 """python -m bench.profile_cpu [N D K [PATH]]: where a clustering's time goes on one core (needs g++ and AVX2).
 
-PATH: 0 gram, 1 direct, 2 streamed; without it the planner's choice. The copy of the kernels is the one that a call
+PATH: 0 gram, 1 direct, 2 grouped; without it the planner's choice. The copy of the kernels is the one that a call
 takes:
 TOKENPOOL_EXT_CPU_ISA=avx2 asks for that one.
 """

@@ -11,6 +11,8 @@
 #include "planner_cuda.h"
 #include "values.h"
 
+static_assert(int(tokenpool::DType::BFloat16) == int(tokenpool::cuda::DType::kBFloat16), "one number for a dtype");
+
 namespace {
 // Functions of Python's stable ABI, in the order in which native.py hands them over: this library is linked with none.
 struct Python {
@@ -67,7 +69,7 @@ int tokenpool_cpu_isa(char* text, int text_bytes) {
 }
 
 // Is one of the float32 or float64 numbers at this address below 0?
-int tokenpool_any_negative(uintptr_t values, int64_t count, int bytes) {
+bool tokenpool_any_negative(uintptr_t values, int64_t count, int bytes) {
   return bytes == 8 ? tokenpool::any_negative<double>(values, count) : tokenpool::any_negative<float>(values, count);
 }
 
@@ -102,7 +104,7 @@ void tokenpool_paths(int of_cuda, char* text, int text_bytes) {
   write(text, text_bytes, all);
 }
 
-// problem: tokens, clusters, features, iterations, acc_bytes, centers_given, farthest, medoids
+// problem: tokens, clusters, features, iterations, acc_bytes, centers_given, farthest, medoids, force_path
 // plan:    path, flops, workspace_bytes, gram_ns, direct_ns
 // text:    the reason
 void tokenpool_plan_cpu(const int64_t* problem, double* plan, char* text, int text_bytes) {
@@ -115,9 +117,10 @@ void tokenpool_plan_cpu(const int64_t* problem, double* plan, char* text, int te
   p.centers_given = problem[5] != 0;
   p.farthest = problem[6] != 0;
   p.medoids = problem[7] != 0;
+  p.force_path = static_cast<int>(problem[8]);
   const tokenpool::CpuPlan found = tokenpool::plan_cpu(p);
   using tokenpool::CpuPath;
-  plan[0] = int(found.gram ? CpuPath::kGram : found.center_group == 1 ? CpuPath::kDirect : CpuPath::kStreamed);
+  plan[0] = int(found.gram ? CpuPath::kGram : found.center_group == 1 ? CpuPath::kDirect : CpuPath::kGrouped);
   plan[1] = found.flops;
   plan[2] = found.workspace_bytes;
   plan[3] = found.gram_ns;

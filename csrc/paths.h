@@ -4,8 +4,8 @@
 
 namespace tokenpool {
 
-enum class CpuPath : int { kGram, kDirect, kStreamed };  // streamed: direct, several centers to a bound
-constexpr const char* kCpuPaths[] = {"gram", "direct", "streamed"};
+enum class CpuPath : int { kGram, kDirect, kGrouped };  // grouped: direct, several centers to a bound
+constexpr const char* kCpuPaths[] = {"gram", "direct", "grouped"};
 
 namespace cuda {
 enum class CudaPath : int { kResident, kGram, kStreaming, kSpread };

@@ -37,7 +37,7 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   const double gram_product = 0.5 * n * n * d;
   const double first_product = p.centers_given ? n * k * d : 0;  // of the gram path: the start has no Gram rows
   const double passes = std::min(double(p.iterations), kPasses);
-  const int64_t group = center_group(p.tokens, p.clusters, p.acc_bytes);
+  const int64_t group = center_group(p.tokens, p.clusters, p.acc_bytes, p.force_path);
   const bool starts_once = !p.centers_given && p.acc_bytes == 4 && group == 1 && p.clusters >= kStartsOnce;
   const double direct_product = (starts_once ? n - k / 2 : n) * k * d;
 
@@ -48,7 +48,8 @@ CpuPlan plan_cpu(const CpuProblem& p) {
   plan.direct_ns = width * (direct_product * direct_multiply_add + (passes + 1) * n * d * kDirectToken +
                             n * k * kCompare + (passes - 1) * (n * kVisit + (p.medoids ? k * d * kMedoidCenter : 0)) +
                             (p.farthest ? n * k * d * kFarthest : 0));
-  plan.gram = gram_bytes(p) <= kMaximumGramBytes && plan.gram_ns <= plan.direct_ns;
+  plan.gram = p.force_path >= 0 ? p.force_path == int(CpuPath::kGram)
+                                : gram_bytes(p) <= kMaximumGramBytes && plan.gram_ns <= plan.direct_ns;
   plan.flops = 2 * (plan.gram ? gram_product + first_product + passes * n * n
                               : direct_product + passes * n * d + (p.farthest ? n * k * d : 0));
   plan.center_group = plan.gram ? 1 : group;

@@ -223,7 +223,7 @@ void attention(DType t, int64_t n, int64_t d) {
 int main() {
   for (DType t : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16}) {
     for (int64_t n : {20, 197}) {
-      for (CpuPath path : {CpuPath::kGram, CpuPath::kDirect, CpuPath::kStreamed})
+      for (CpuPath path : {CpuPath::kGram, CpuPath::kDirect, CpuPath::kGrouped})
         for (bool medoids : {false, true}) clustering(t, n, 37, n / 3, path, medoids);
       assigning(t, n, 37, 50);
       pooling(t, n, 37, 9);

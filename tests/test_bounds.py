@@ -9,7 +9,7 @@ from helpers import assert_identical
 import tokenpool_ext as tp
 
 pytestmark = pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
-PATHS = ["gram", "direct", "streamed"]
+PATHS = ["gram", "direct", "grouped"]
 
 
 @pytest.fixture(params=["best", "baseline"], autouse=True)
@@ -242,7 +242,7 @@ def test_of_two_identical_medoids_the_lower_is_chosen(monkeypatch, path, dtype):
 def test_a_bound_for_many_centers(monkeypatch):
     """So many tokens and centers that several share a bound without being told to."""
     monkeypatch.delenv("TOKENPOOL_EXT_CPU_PATH", raising=False)
-    assert tp.explain(1, 20000, 1300, 8, dtype=torch.float32, device="cpu").path == "streamed"
+    assert tp.explain(1, 20000, 1300, 8, dtype=torch.float32, device="cpu").path == "grouped"
     x = normal(1, 20000, 8, torch.Generator().manual_seed(2)).float()
     before = tp.kmeans(x, 1300, num_iters=5, backend="cpu").centers
     found = tp.kmeans(x, 1300, num_iters=6, backend="cpu")

@@ -40,7 +40,7 @@ def test_other_processors_compile_too(tmp_path):
     )
 
 
-@pytest.mark.parametrize("path", ["gram", "direct", "streamed"])
+@pytest.mark.parametrize("path", ["gram", "direct", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_clustering(isa, dtype, path, monkeypatch):
     monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", path)

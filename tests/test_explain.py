@@ -90,8 +90,27 @@ def test_a_forced_cuda_path_is_told(monkeypatch):
 @pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
 def test_a_cpu_path_that_there_is_not(monkeypatch):
     monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", "fast")
-    with pytest.raises(ValueError, match="streamed"):
+    with pytest.raises(ValueError, match="grouped"):
         tp.explain(**VIT)
+
+
+@pytest.mark.skipif(tp.backends()["cpu"] != "ok", reason=f"no cpu backend: {tp.backends()['cpu']}")
+def test_a_forced_cpu_path_is_told(monkeypatch):
+    """With its own flops and memory, not those of the path that would be chosen."""
+    monkeypatch.delenv("TOKENPOOL_EXT_CPU_PATH", raising=False)
+    gram = tp.explain(4, 196, 98, 192, init="topk")
+    direct = tp.explain(4, 196, 10, 192, init="topk")
+    assert (gram.path, direct.path) == ("gram", "direct")
+    for path, clusters, free in (("gram", 98, gram), ("direct", 10, direct)):
+        monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", path)
+        told = tp.explain(4, 196, clusters, 192, init="topk")
+        assert (told.path, told.flops, told.workspace_bytes) == (path, free.flops, free.workspace_bytes)
+    monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", "direct")
+    forced = tp.explain(4, 196, 98, 192, init="topk")
+    assert forced.path == "direct" and "TOKENPOOL_EXT_CPU_PATH forces it" in forced.reason
+    assert forced.flops != gram.flops and forced.workspace_bytes < gram.workspace_bytes
+    monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", "grouped")
+    assert tp.explain(4, 196, 98, 192, init="topk").path == "grouped"
 
 
 def test_the_override_is_followed(monkeypatch):

@@ -202,13 +202,13 @@ def test_sharing_bounds_changes_no_bit(monkeypatch, algorithm, dtype, n, d, k):
     starts = [None, "farthest"] + ([torch.randn(3, k, d, generator=generator)] if algorithm == "kmeans" else [])
     for init in starts:
         got = {}
-        for path in ("direct", "streamed"):
+        for path in ("direct", "grouped"):
             monkeypatch.setenv("TOKENPOOL_EXT_CPU_PATH", path)
             got[path] = getattr(tp, algorithm)(x, k, weights=w, init=init, backend="cpu")
-        assert_identical([t for t in got["direct"] if t is not None], [t for t in got["streamed"] if t is not None])
+        assert_identical([t for t in got["direct"] if t is not None], [t for t in got["grouped"] if t is not None])
 
 
-@pytest.mark.parametrize("path", ["gram", "direct", "streamed"])
+@pytest.mark.parametrize("path", ["gram", "direct", "grouped"])
 def test_an_unknown_path_is_named(monkeypatch, path):
     if tp.backends()["cpu"] != "ok":
         pytest.skip("no cpu backend")

@@ -114,14 +114,8 @@ def explain(
     if name == "cpu":
         if loader.extension is None:
             raise RuntimeError(f"explain: plans for the CPU need the compiled extension: {loader.ops_reason}")
-        plan = loader.extension.plan_cpu(N, K, D, num_iters, acc.itemsize, given, farthest, medoids)
         forced = _forced("TOKENPOOL_EXT_CPU_PATH", loader.extension.cpu_paths)
-        if forced and forced != plan["path"]:
-            plan = {
-                **plan,
-                "path": forced,
-                "reason": f"TOKENPOOL_EXT_CPU_PATH forces it (flops are the other path's); {plan['reason']}",
-            }
+        plan = loader.extension.plan_cpu((N, K, D, num_iters, acc.itemsize, given, farthest, medoids, forced))
         threads = torch.get_num_threads()
         return Plan(
             path=plan["path"],
@@ -129,7 +123,9 @@ def explain(
             workspace_bytes=plan["workspace_bytes"] * min(threads, B),
             threads=threads,
             launches=None,
-            reason=plan["reason"] + ("; one image a thread" if B >= threads else "; all threads inside each image"),
+            reason=("TOKENPOOL_EXT_CPU_PATH forces it; " if forced >= 0 else "")
+            + plan["reason"]
+            + ("; one image a thread" if B >= threads else "; all threads inside each image"),
             **common,
         )
     if name == "reference":
@@ -193,8 +189,7 @@ def _plan_cuda(
     paths = loader.extension.cuda_paths
     forced = _forced("TOKENPOOL_EXT_CUDA_PATH", paths)
     found = loader.extension.plan_cuda(
-        (B, N, D, K, num_iters, code, medoids, given, major, minor, multiprocessors, 0)
-        + (paths.index(forced) if forced else -1, farthest, False)
+        (B, N, D, K, num_iters, code, medoids, given, major, minor, multiprocessors, 0, forced, farthest, False)
     )
     return Plan(
         problem=f"{_problem(B, N, K, D, num_iters, dtype, medoids)} on a GPU of compute capability {major}.{minor}",
@@ -205,16 +200,18 @@ def _plan_cuda(
         workspace_bytes=found["workspace_bytes"],
         threads=None,
         launches=found["launches"],
-        reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == found["path"] else "") + found["reason"],
+        reason=("TOKENPOOL_EXT_CUDA_PATH forces it; " if forced == paths.index(found["path"]) else "")
+        + found["reason"],
         refusals=refusals,
     )
 
 
-def _forced(variable: str, paths: list[str]) -> str | None:
-    path = os.environ.get(variable) or None
+def _forced(variable: str, paths: list[str]) -> int:
+    """The index of the path that this environment variable asks for, or -1."""
+    path = os.environ.get(variable)
     if path and path not in paths:
         raise ValueError(f"explain: {variable} must be one of {', '.join(paths)}, got {path}")
-    return path
+    return paths.index(path) if path else -1
 
 
 def _problem(B: int, N: int, K: int, D: int, num_iters: int, dtype: torch.dtype, medoids: bool) -> str:

@@ -4,7 +4,7 @@ values in memory, signals. The library is built without Python, so one serves ev
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
 
 _TEXT_BYTES = 512
 _PYTHON = [  # in the order of csrc/introspection.cpp
@@ -24,7 +24,8 @@ class Native:
             found.restype, found.argtypes = result, arguments
             return found
 
-        self._any_negative = function("any_negative", c_int, c_void_p, c_int64, c_int)
+        # (values, count, bytes a value): is one of the float32 or float64 numbers below 0?
+        self.any_negative = function("any_negative", c_bool, c_void_p, c_int64, c_int)
         self._extremes = function("extremes", None, c_void_p, c_int64, c_void_p)
         self._fill_largest = function("fill_largest", c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64)
         self._cpu_isa = function("cpu_isa", c_int, c_char_p, c_int)
@@ -61,10 +62,6 @@ class Native:
             raise RuntimeError(text.value.decode())
         return {"compiler": self._compiler().decode(), "torch_target": "2.11", "cpu_isa": text.value.decode()}
 
-    def any_negative(self, values: int, count: int, itemsize: int) -> bool:
-        """Is one of the float32 or float64 numbers at this address below 0?"""
-        return bool(self._any_negative(values, count, itemsize))
-
     def extremes(self, values: int, count: int) -> tuple[int, int]:
         """The least and the largest of the int64 at this address."""
         found = (c_int64 * 2)()
@@ -76,11 +73,13 @@ class Native:
         if not self._fill_largest(indices, scores, images, tokens, clusters):
             raise MemoryError(f"no memory for {tokens} tokens")
 
-    def plan_cpu(self, tokens, clusters, features, iterations, acc_bytes, centers_given, farthest, medoids) -> dict:
+    def plan_cpu(
+        self,
+        problem: tuple[int, ...],  # the 9 numbers of csrc/introspection.cpp
+    ) -> dict:
         """How the CPU backend would compute one image, and why."""
-        problem = (c_int64 * 8)(tokens, clusters, features, iterations, acc_bytes, centers_given, farthest, medoids)
         plan, text = (ctypes.c_double * 5)(), ctypes.create_string_buffer(_TEXT_BYTES)
-        self._plan_cpu(problem, plan, text, _TEXT_BYTES)
+        self._plan_cpu((c_int64 * 9)(*problem), plan, text, _TEXT_BYTES)
         found = dict(zip(("path", "flops", "workspace_bytes", "gram_ns", "direct_ns"), plan))
         return {**found, "path": self.cpu_paths[int(plan[0])], "reason": text.value.decode()}
 

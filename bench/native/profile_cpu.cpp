@@ -59,11 +59,11 @@ struct Profile {
     const double least = best(whole);
     begin();
     Measure<float> measure(tokens);
-    const bool streamed = a.path == int(CpuPath::kStreamed) || center_group(tokens.n, centers.k, sizeof(float)) > 1;
+    const bool grouped = center_group(tokens.n, centers.k, sizeof(float), a.path) > 1;
     std::printf("  whole call       %8.1f us  %.2f x floor, %s path\n", least, least / floor,
-                clustering.on_gram() ? "gram"
-                : streamed           ? "streamed"
-                                     : "direct");
+                kCpuPaths[int(clustering.on_gram() ? CpuPath::kGram
+                              : grouped            ? CpuPath::kGrouped
+                                                   : CpuPath::kDirect)]);
     std::printf("  mean, scale      %8.1f\n", best([&] { measure.run(); }));
     if (clustering.on_gram())
       gram_phases();
@@ -145,7 +145,7 @@ int main(int argc, char** argv) {
   a.x = x.data();
   a.x_token_stride = D;
   a.init_index = start.data();
-  a.path = argc > 4 ? std::atoi(argv[4]) : -1;  // 0: gram, 1: direct, 2: streamed
+  a.path = argc > 4 ? std::atoi(argv[4]) : -1;  // 0: gram, 1: direct, 2: grouped
   a.threads = 1;
   a.centers = centers.data();
   a.assignment = assignment.data();

@@ -11,7 +11,7 @@
 
 namespace tokenpool {
 
-enum class DType : int { Float32 = 0, Float64 = 1, BFloat16 = 2, Float16 = 3 };
+enum class DType : int { Float32, Float16, BFloat16, Float64 };  // numbers: those of cuda/sizes.h, which lacks the last
 
 // Runs body(begin, end, context) over [0, count) on torch's thread pool.
 using Body = void (*)(int64_t begin, int64_t end, void* context);

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "groups.h"
+#include "members.h"
 #include "nearest.h"
 
 namespace tokenpool {

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "groups.h"
+#include "members.h"
 
 namespace tokenpool {
 namespace TP_ISA {

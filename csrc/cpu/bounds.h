@@ -24,8 +24,7 @@ struct Bounds {
     Arena& arena = tokens_.arena;
     const ClusterArgs& a = tokens_.a;
     k = centers;
-    group_size = center_group(tokens_.n, k, sizeof(C));
-    if (a.path == int(CpuPath::kStreamed)) group_size = std::max<int64_t>(group_size, 4);
+    group_size = center_group(tokens_.n, k, sizeof(C), a.path);
     groups = (k + group_size - 1) / group_size;
     group_of = arena.take<int32_t>(k);
     for (int64_t j = 0; j < k; ++j) group_of[j] = int32_t(j / group_size);

@@ -35,7 +35,7 @@ class Clustering {
     assigned_.take(tokens_.arena, tokens_.padded, a.clusters);
     if (k > 0) {
       Measure<In>(tokens_).run();
-      on_gram_ = a.path >= 0 ? a.path == int(CpuPath::kGram) : plan();
+      on_gram_ = plan();
       start(next);
       iterate(next);
     }
@@ -55,6 +55,7 @@ class Clustering {
     problem.centers_given = a.init_centers != nullptr;
     problem.medoids = a.medoids;
     problem.farthest = !a.init_centers && !a.init_index;
+    problem.force_path = a.path;
     return plan_cpu(problem).gram;
   }
 

@@ -6,7 +6,7 @@
 // nearer than a token's own: one that was at distance d and has moved by m since is at least d - m away (triangle
 // inequality; Elkan, "Using the triangle inequality to accelerate k-means", ICML 2003). Of a ViT's tokens and centers,
 // a pair in a hundred is left. There is a bound for every token and center or, where those need too much memory, for
-// every token and group of consecutive centers (path "streamed"; Ding et al., "Yinyang k-means", ICML 2015). Where
+// every token and group of consecutive centers (path "grouped"; Ding et al., "Yinyang k-means", ICML 2015). Where
 // bounds leave much of a panel open, products tighten them; what is open then is computed from differences, ties going
 // to the lowest center. The result is that of comparing with all centers: bounds leave room for rounding (slack,
 // kExact), and what is not a number rules nothing out.
@@ -14,7 +14,7 @@
 // That lets products be rough: where float32 is computed with, tokens and centers are rounded to 16 bits, each panel
 // and each center in a unit of its own. Rounding moves a token by at most an error that is known, so what the products
 // say of the rounded ones bounds the distances of the true ones; a token whose nearest center that leaves open is
-// settled by differences.
+// decided by differences.
 //
 // Writes Tokens::norm, Centers, and label and best of the assignment; where starting tokens are brought to the front,
 // also the order of the tokens.
@@ -77,7 +77,7 @@ class DirectPath {
             if constexpr (kRounds<C>)
               if (starts_) {
                 products_.nearest_of_starts(starts_, s, &ahead);
-                for (int64_t p = 0; p < starts_; ++p) settle(p, assigned_.label, false, s);
+                for (int64_t p = 0; p < starts_; ++p) decide(p, assigned_.label, false, s);
               }
             for (int64_t p = begin + starts_; p < end; p += together) {  // on one thread where there are starts
               s.ask_all(bounds_.groups);
@@ -98,7 +98,7 @@ class DirectPath {
                 continue;
               }
               if constexpr (kRounds<C>) products_.template nearest_of_all<int32_t>(p, panels, s, fetched);
-              for (int64_t q = 0; q < panels; ++q) settle(p + q, assigned_.label, false, s);
+              for (int64_t q = 0; q < panels; ++q) decide(p + q, assigned_.label, false, s);
             }
           });
   }
@@ -110,7 +110,7 @@ class DirectPath {
       Scratch<In> s = products_.scratch();
       for (int64_t p = begin; p < end; ++p) {
         std::memcpy(assigned_.label + p * P, own + p * P, P * sizeof(I));
-        settle(p, own, true, s);
+        decide(p, own, true, s);
       }
     });
   }
@@ -193,7 +193,7 @@ class DirectPath {
 
   // A panel's tokens against those centers that bounds do not rule out. known: best holds distances, not upper
   // bounds of them (as it does after rounded products, when bounds are as tight as such products make them).
-  void settle(int64_t p, const I* own, bool known, Scratch<In>& s) {
+  void decide(int64_t p, const I* own, bool known, Scratch<In>& s) {
     const auto panel = bounds_.take_up(p, own);
     int64_t count = s.ask_all(bounds_.groups), pairs = 0;
     bounds_.find(p, panel, s.group, s.tokens, count, pairs);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "convert.h"
-#include "groups.h"
+#include "members.h"
 
 namespace tokenpool {
 namespace TP_ISA {

@@ -8,7 +8,7 @@
 
 #include "convert.h"
 #include "gemm.h"
-#include "groups.h"
+#include "members.h"
 
 namespace tokenpool {
 namespace TP_ISA {
