@@ -239,7 +239,7 @@ def check_finite_tokens(name: str, x3: Tensor, weights: Tensor | None, mask: Ten
         if mask is not None:
             bad &= mask
         if bad.any():
-            image, token = (int(i) for i in bad.nonzero()[0])
+            image, token = bad.nonzero()[0].tolist()
             found = value.detach()[image, token].flatten()
             raise ValueError(
                 f"{name}: {argument} must be finite, got {found[~found.isfinite()][0].item():g} at image {image}, "
@@ -283,8 +283,7 @@ def check_init(
 ) -> str | Tensor:
     """The name of a strategy, (B, K) int64 token indices, or (B, K, D) centers in acc."""
     b, n, d = x3.shape
-    if init is None:
-        init = "farthest"
+    init = "farthest" if init is None else init
     if isinstance(init, str):
         if init not in STRATEGIES:
             raise ValueError(
