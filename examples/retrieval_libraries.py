@@ -29,13 +29,10 @@ def with_colpali_engine():
     return [len(x) for x in KMeansTokenPooler().pool_embeddings(pages, pool_factor=3)]
 
 
-def with_pylate():
-    from tokenpool_ext.retrieval.pylate import use_kmeans
+def with_pylate():  # of a pylate.models.ColBERT: use_kmeans(model).encode(documents, is_query=False, pool_factor=3)
+    from tokenpool_ext.retrieval.pylate import pool_embeddings_kmeans
 
-    def encode(model, documents):  # model: pylate.models.ColBERT
-        return use_kmeans(model).encode(documents, is_query=False, pool_factor=3)
-
-    return encode
+    return [len(x) for x in pool_embeddings_kmeans(None, pages, pool_factor=3)]  # what it then calls
 
 
 if __name__ == "__main__":

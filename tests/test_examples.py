@@ -17,6 +17,7 @@ NEEDS = {
     "segmentation_features": ("transformers", []),
     "point_sets": (None, ["--sets", "200"]),
     "fine_tune": (None, []),
+    "retrieval_libraries": (None, []),
 }
 # One process for all, which imports torch and transformers once; no module of the tests is on its path.
 RUN_ALL = """
