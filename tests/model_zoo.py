@@ -626,7 +626,7 @@ def attempt(build: Callable) -> tuple[str, str]:
         return "wrong", "not finite"
     if all(torch.equal(a, b) for a, b in zip(ours, plain)):
         return "wrong", "nothing changed"
-    plan = tp.vit.patching.patches(model)[0][1].plan
+    setup = tp.vit.patching.patches(model)[0][1].setup
     tp.patch(model, keep_ratio=1.0)
     if not all(torch.equal(a, b) for a, b in zip(run(), plain)):
         return "wrong", "keeping all tokens changes the output"
@@ -634,7 +634,7 @@ def attempt(build: Callable) -> tuple[str, str]:
     if not all(torch.equal(a, b) for a, b in zip(run(), plain)):
         return "wrong", "unpatch does not give the old output"
     path = tp.vit.finding.find_blocks(model).name
-    return "works", f"{path}; prefix {plan.prefix}; {plan.position}; sizes {plan.track_size}"
+    return "works", f"{path}; prefix {setup.prefix}; {setup.position}; sizes {setup.track_size}"
 
 
 def versions() -> str:

@@ -1,7 +1,8 @@
-"""Every header of csrc parses alone, with what it includes itself: for editors, and for whoever reads one first."""
+"""Every header of csrc parses alone: for editors, and for whoever reads one first. No file of the product is long."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -64,3 +65,15 @@ def test_header_parses_alone(header, tmp_path, precompiled):
     first = precompiled if opens_with_libraries(header) else []
     done = subprocess.run([COMPILER, *FLAGS, *first, str(unit)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_file_is_over_400_lines_and_no_class_over_250():
+    folders = ("csrc", "tokenpool_ext", "bench", "examples")
+    files = [
+        p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".h", ".cuh", ".cu", ".cpp")
+    ]
+    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 400}
+    for path in (p for p in files if p.suffix == ".py"):
+        classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+        long |= {f"{path.name}:{c.name}": n for c in classes if (n := (c.end_lineno or 0) - c.lineno + 1) > 250}
+    assert len(files) > 100 and not long

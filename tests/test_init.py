@@ -286,11 +286,24 @@ def kinds_of_images(n: int, generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 def test_bipartite_is_never_worse_than_the_layer(backend, N, K, weighted, dtype):
-    """Contract 5, against our own BipartiteMatching; losses from float64 and the centers that were returned."""
+    """Contract 5, against our own BipartiteMatching."""
     generator = torch.Generator().manual_seed(N * K)
     x = kinds_of_images(N, generator)[:: 16 if backend.interpreted else 1].to(dtype).to(backend.device)
     w = torch.rand(len(x), N, generator=generator).to(backend.device) + 0.01
-    sizes = w if weighted else torch.ones_like(w)
+    assert_never_worse_than_the_layer(backend, x, w if weighted else None, K)
+
+
+def test_bipartite_is_never_worse_than_the_layer_on_photos(backend):
+    """Patches of 16 x 16 pixels; 16 parts of a photo, as images of 64 tokens."""
+    photo = torch.from_numpy(pytest.importorskip("skimage.data").astronaut() / 255).float()
+    x = photo.view(4, 8, 16, 4, 8, 16, 3).permute(0, 3, 1, 4, 2, 5, 6).reshape(16, 64, 768).to(backend.device)
+    for kept in (32,) if backend.interpreted else (32, 48, 60):
+        assert_never_worse_than_the_layer(backend, x[:1] if backend.interpreted else x, None, kept)
+
+
+def assert_never_worse_than_the_layer(backend, x, w, K):
+    """Losses from float64 and the centers that were returned."""
+    sizes = x.new_ones(x.shape[:2], dtype=torch.float32) if w is None else w
 
     def loss(centers):
         apart = torch.cdist(x.double(), centers.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -298,11 +311,9 @@ def test_bipartite_is_never_worse_than_the_layer(backend, N, K, weighted, dtype)
 
     matched = tp.BipartiteMatching(K, num_prefix_tokens=0, backend=backend.name)(x, sizes=sizes)[0]
     scale = (sizes.double() * x.double().square().sum(2)).sum(1)
-    unit = torch.finfo(dtype).eps
+    unit = torch.finfo(x.dtype).eps
     for iters in (1, 5):
-        found = tp.kmeans(
-            x, K, weights=w if weighted else None, init="bipartite", num_iters=iters, backend=backend.name
-        )
+        found = tp.kmeans(x, K, weights=w, init="bipartite", num_iters=iters, backend=backend.name)
         excess = loss(found.centers) - loss(matched)
         assert (excess <= 4 * unit * unit * scale + 1e-5 * loss(matched)).all(), (iters, excess.max())
 

@@ -340,8 +340,8 @@ def test_causal_text_sees_nothing_of_what_comes_after():
 def test_detection_tokens_and_protected_tokens_are_not_pooled():
     model, args, kwargs = make("transformers YolosForObjectDetection")
     vit.patch(model, keep_ratio=0.5)
-    plan = patching.patches(model)[0][1].plan
-    assert (plan.prefix, plan.suffix) == (1, 100)
+    setup = patching.patches(model)[0][1].setup
+    assert (setup.prefix, setup.suffix) == (1, 100)
     with record(model) as r:
         model(**kwargs)
     assert r.assignment.shape == (2, 16)

@@ -199,7 +199,7 @@ def test_the_layout_is_told_of_a_block_that_hardly_changes_its_tokens():
             return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
     vit.patch(model := Model(Second), num_tokens={1: 8})
-    assert vit.patching.patches(model)[0][1].plan.form.layout == "tokens first"
+    assert vit.patching.patches(model)[0][1].setup.form.layout == "tokens first"
 
 
 class Rotary(PlainBlock):
@@ -328,8 +328,8 @@ def test_tokens_that_stand_for_no_part_of_the_input_are_not_pooled(counts, name,
     model, image = TokensAnywhere(*counts, name).eval(), torch.randn(2, 3, 32, 32)
     own = sum(counts)
     vit.patch(model, num_tokens={1: 2}, example=image if given else None)
-    plan = vit.patching.patches(model)[0][1].plan
-    assert (plan.prefix, plan.suffix, plan.protect) == (prefix, suffix, others)
+    setup = vit.patching.patches(model)[0][1].setup
+    assert (setup.prefix, setup.suffix, setup.protect) == (prefix, suffix, others)
     with vit.record(model) as r:
         out = model(image)
     assert r.assignment.shape == (2, 16) and len(torch.unique(out[0], dim=0)) == own + 2  # each its own, and 2 clusters
@@ -343,8 +343,8 @@ def test_tokens_that_stand_for_no_part_of_the_input_are_not_pooled(counts, name,
 def test_a_user_s_number_of_prefix_tokens_holds():
     model = TokensAnywhere(2, 0, 1).eval()
     vit.patch(model, num_prefix_tokens=0)
-    plan = vit.patching.patches(model)[0][1].plan
-    assert (plan.prefix, plan.suffix) == (0, 1)
+    setup = vit.patching.patches(model)[0][1].setup
+    assert (setup.prefix, setup.suffix) == (0, 1)
 
 
 class InGroups(nn.Module):
@@ -408,8 +408,8 @@ def test_what_a_mask_hides_in_the_example_is_pooled_elsewhere(whole, lengths):
     mask = torch.ones(2, 16, dtype=torch.long if whole else torch.bool)
     mask[:, [3, 4, 14, 15]] = 0
     vit.patch(model := Masked(PlainBlock).eval(), num_tokens={1: 8}, example=(images(), mask))
-    plan = vit.patching.patches(model)[0][1].plan
-    assert (plan.prefix, plan.suffix, plan.protect) == (1, 0, ())
+    setup = vit.patching.patches(model)[0][1].setup
+    assert (setup.prefix, setup.suffix, setup.protect) == (1, 0, ())
 
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def test_an_example_that_holds_no_tensor(kind):
     model = Boxed(PlainBlock).eval()
     vit.patch(model, num_tokens={1: 8}, example=example)
     model(*example) if kind == "nothing" else model(example)
-    assert vit.patching.patches(model)[0][1].plan.prefix == 1
+    assert vit.patching.patches(model)[0][1].setup.prefix == 1
 
 
 @torch.no_grad()
@@ -457,7 +457,7 @@ def test_a_table_of_words_of_one_s_own_class():
             return x
 
     vit.patch(model := Text().eval(), num_tokens={1: 4}, example=torch.arange(8)[None])
-    assert vit.patching.patches(model)[0][1].plan.prefix == 1
+    assert vit.patching.patches(model)[0][1].setup.prefix == 1
 
 
 @pytest.mark.parametrize("each", [False, True])
@@ -506,6 +506,6 @@ def test_a_sequential_that_is_named_is_a_block():
     torch.testing.assert_close(model(x), whole)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     torch.testing.assert_close(compiled(x), whole)
-    assert list(vit.patched_blocks(model)) == [1] and vit.patching.patches(model)[0][1].plan.depth == 4
+    assert list(vit.patched_blocks(model)) == [1] and vit.patching.patches(model)[0][1].setup.depth == 4
     groups = nn.Sequential(*(nn.Sequential(PlainBlock(), PlainBlock()) for _ in range(2)))
     assert "(4 x PlainBlock)" in tp.supported(groups).reason

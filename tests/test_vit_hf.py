@@ -413,7 +413,7 @@ def test_blocks_that_compute_something_else_are_refused():
         other.__class__ = Twice
     with pytest.raises(ValueError, match="Twice cannot pool between attention and MLP: its forward computes something"):
         patch(model, num_tokens={1: 6}, position="attention")
-    assert patching.patches(patch(model, num_tokens={1: 6}))[0][1].plan.position == "block"
+    assert patching.patches(patch(model, num_tokens={1: 6}))[0][1].setup.position == "block"
     other = build("vit")
     finding.find_blocks(other).blocks[0].forward = lambda x: x
     with pytest.raises(ValueError, match="something else"):

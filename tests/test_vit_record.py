@@ -60,10 +60,10 @@ def test_every_pooling(pooling, track_size):
         kept = labels[labels >= 0]
         assert set(kept.tolist()) == set(range(4))
         assert (kept.numel() == 16) == (pooling in ("kmeans", "kmedoids", "grid", "bipartite"))
-    spread = tp.unpool(tokens[:, 5:], r.assignment)
+    dense = tp.unpool(tokens[:, 5:], r.assignment)
     for image in range(2):
         for i, label in enumerate(r.assignment[image].tolist()):
-            assert torch.equal(spread[image, i], tokens[image, 5 + label] if label >= 0 else torch.zeros(32))
+            assert torch.equal(dense[image, i], tokens[image, 5 + label] if label >= 0 else torch.zeros(32))
 
 
 @torch.no_grad()

@@ -243,9 +243,9 @@ def test_record(family, pooling, images):
         tokens = model.forward_features(images)
     assert torch.equal(tokens, expected) and r.num_prefix_tokens == prefix and r.assignment.shape == (2, 16)
     assert all(set(labels.tolist()) - {-1} == set(range(5)) for labels in r.assignment)
-    spread = unpool(tokens[:, prefix:], r.assignment)
+    dense = unpool(tokens[:, prefix:], r.assignment)
     dropped = r.assignment < 0
-    assert bool(dropped.any()) == (pooling == "score") and not spread[dropped].any()
+    assert bool(dropped.any()) == (pooling == "score") and not dense[dropped].any()
 
 
 class Wrapped(nn.Module):

@@ -149,7 +149,7 @@ class TokenReduction(nn.Module):
         elif self.num_tokens is not None:
             kept = kept_by_count(real, self.num_tokens)
         else:
-            kept = _nearest(real, *as_fraction(self.keep_ratio)[:2])
+            kept = kept_by_ratio(real, *as_fraction(self.keep_ratio))
         return kept.clamp(1, k)
 
     def _weights(self, scores: Tensor | None, sizes: Tensor | None) -> Tensor | None:
@@ -351,16 +351,14 @@ def kept_by_count(n: Count, count: int) -> Count:
     return cast(Count, at_most(n, count) if count > 0 else n - at_most(n // 2, -count))
 
 
-def kept_by_ratio(n: int, numerator: int, denominator: int, all_up_to: float) -> int:
-    """Tokens kept of n, by `as_fraction`: the nearest integer, halves down, at least 1 (0 of 0).
+def kept_by_ratio(n: Count, numerator: int, denominator: int, all_up_to: float) -> Count:
+    """Tokens kept of n, by `as_fraction`: the nearest integer, halves down, of an int at least 1 (0 of 0).
 
     In integers, so that one compiled graph serves every n. 196 tokens at 1/2 three times: 98, 49, 24.
     """
-    if n <= all_up_to:
-        return n
-    nearest: int = _nearest(n, numerator, denominator)
-    return nearest if n > denominator // (2 * numerator) else 1
-
-
-def _nearest(n: Any, numerator: int, denominator: int) -> Any:
+    if not isinstance(n, Tensor):
+        if n <= all_up_to:
+            return n
+        if n <= denominator // (2 * numerator):
+            return 1
     return (2 * numerator * n + denominator - 1) // (2 * denominator)

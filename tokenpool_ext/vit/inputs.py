@@ -152,12 +152,12 @@ def valid_tokens(sides: list, b: int, n: int, index: Tensor | None, form: Form) 
     return None
 
 
-def follow_all(sides: list, plan, args: tuple, kwargs: dict, n: int, index: Tensor):
+def follow_all(sides: list, setup, args: tuple, kwargs: dict, n: int, index: Tensor):
     """The arguments, those of N tokens cut to ``index`` (B, K); and pairs of each cut and what it was cut from."""
     back: list[tuple[Any, Any]] = []
     cut_args, cut_kwargs = list(args), dict(kwargs)
     for place, name, value in sides:
-        cut = follow(value, name, plan, n, index, back)  # not compared: dynamo of torch 2.11 cannot compare tuples
+        cut = follow(value, name, setup, n, index, back)  # not compared: dynamo of torch 2.11 cannot compare tuples
         if isinstance(place, int):
             cut_args[place] = cut
         else:
@@ -165,11 +165,11 @@ def follow_all(sides: list, plan, args: tuple, kwargs: dict, n: int, index: Tens
     return tuple(cut_args), cut_kwargs, back
 
 
-def follow(value: Any, name: str, plan, n: int, index: Tensor, back: list) -> Any:
+def follow(value: Any, name: str, setup, n: int, index: Tensor, back: list) -> Any:
     if isinstance(value, dict):
-        return {key: follow(v, name, plan, n, index, back) for key, v in value.items()}
+        return {key: follow(v, name, setup, n, index, back) for key, v in value.items()}
     if isinstance(value, (tuple, list)):
-        parts = [follow(v, name, plan, n, index, back) for v in value]
+        parts = [follow(v, name, setup, n, index, back) for v in value]
         return value if all(a is b for a, b in zip(parts, value)) else alike(value, parts)
     if not isinstance(value, Tensor):
         if type(value).__name__ == "BlockMask":
@@ -179,10 +179,10 @@ def follow(value: Any, name: str, plan, n: int, index: Tensor, back: list) -> An
         cut = (index[0][:, None] < value[None, :]).sum(0).to(value.dtype)
         back.append((cut, value))
         return cut
-    cut = follow_tensor(value, name, plan.form, n, index)
-    p = plan.prefix
-    if cut is value and p and not plan.suffix:  # a table of the patch tokens alone
-        cut = follow_tensor(value, name, plan.form, n - p, index[:, p:] - p)
+    cut = follow_tensor(value, name, setup.form, n, index)
+    p = setup.prefix
+    if cut is value and p and not setup.suffix:  # a table of the patch tokens alone
+        cut = follow_tensor(value, name, setup.form, n - p, index[:, p:] - p)
     if cut is not value:
         back.append((cut, value))
     return cut

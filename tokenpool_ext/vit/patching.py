@@ -20,7 +20,7 @@ from ..reduction import TokenReduction
 from . import finding, pooled, probing, trial
 from . import schedule as schedules
 from .pooled import PLACE, SUBMODULE, Place, PooledBlock
-from .reducing import Plan
+from .reducing import Setup
 
 POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "kmeans": partial(TokenPooling, algorithm="kmeans"),
@@ -129,31 +129,31 @@ def patch(
             lists of blocks.
     """
     asked = SimpleNamespace(**locals())
-    found, plan, parts, modules = prepare(asked)  # everything is checked before anything is changed
+    found, setup, parts, modules = prepare(asked)  # everything is checked before anything is changed
     put_back = pooled.patch_of(model)
     unpatch(model)
     if budget is not None:
         try:
-            modules = within(asked, found, plan, parts, modules)
+            modules = within(asked, found, setup, parts, modules)
         except Exception:
             put_back()
             raise
-    install(found, plan, parts, modules)
+    install(found, setup, parts, modules)
     return model
 
 
-def install(found: finding.BlockList, plan: Plan, parts: Mapping[int, Any], modules: Mapping[int, nn.Module]) -> None:
+def install(found: finding.BlockList, setup: Setup, parts: Mapping[int, Any], modules: Mapping[int, nn.Module]) -> None:
     for i, part in parts.items():
-        pooled.install(found.blocks[i], Place(plan, i, part), modules.get(i))
+        pooled.install(found.blocks[i], Place(setup, i, part), modules.get(i))
     for owner in found.owners:
         if "_orig_mod" not in owner._modules:  # not torch.compile's wrapper
-            pooled.surround(owner, plan)
+            pooled.surround(owner, setup)
 
 
 def within(
     asked: SimpleNamespace,
     found: finding.BlockList,
-    plan: Plan,
+    setup: Setup,
     parts: Mapping[int, Any],
     modules: Mapping[int, nn.Module],
 ) -> dict[int, nn.Module]:
@@ -165,10 +165,10 @@ def within(
     whole = cost(asked.model, *args, **kwargs).total
 
     def keeping(steps: int) -> dict[int, nn.Module]:
-        return {i: make_pooling(make, steps / 128, plan, found.blocks[i]) for i in modules}
+        return {i: make_pooling(make, steps / 128, setup, found.blocks[i]) for i in modules}
 
     def share(steps: int) -> float:
-        install(found, plan, parts, keeping(steps))
+        install(found, setup, parts, keeping(steps))
         try:
             return cost(asked.model, *args, **kwargs).total / whole
         finally:
@@ -211,11 +211,11 @@ def supported(model: nn.Module | None = None, **arguments: Any) -> Support | lis
         listed = (Path(__file__).parent / "supported.txt").read_text().splitlines()
         return [line for line in listed if line and not line.startswith("#")]
     try:
-        found, plan, *_ = prepare(SimpleNamespace(**bound.arguments))
+        found, setup, *_ = prepare(SimpleNamespace(**bound.arguments))
     except (TypeError, ValueError) as error:
         return Support(False, str(error))
-    scores = "scores and sizes" if plan.form.attends else "no scores: its attention product is not seen"
-    return Support(True, f"{found.name}; {scores}", plan.prefix)
+    scores = "scores and sizes" if setup.form.attends else "no scores: its attention product is not seen"
+    return Support(True, f"{found.name}; {scores}", setup.prefix)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -232,8 +232,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 def prepare(
     asked: SimpleNamespace,
-) -> tuple[finding.BlockList, Plan, dict[int, Any], dict[int, nn.Module]]:
-    """(blocks, plan, parts of the touched blocks, pooling modules) for the arguments of ``patch``; changes nothing.
+) -> tuple[finding.BlockList, Setup, dict[int, Any], dict[int, nn.Module]]:
+    """(blocks, setup, parts of the touched blocks, pooling modules) for the arguments of ``patch``; changes nothing.
 
     Raises:
         TypeError, ValueError: see ``patch``.
@@ -259,7 +259,7 @@ def prepare(
     if asked.protect is not None:
         ends = {*range(prefix), *range(-suffix, 0)}  # which are counted
         inner, length = tuple(i for i in protected_indices(asked.protect) if i not in ends), 0
-    plan = Plan(
+    setup = Setup(
         depth=depth,
         first=min(counts),
         prefix=prefix,
@@ -272,7 +272,7 @@ def prepare(
         positions=check_positions("patch", asked.positions),
     )
     make = pooling_factory(asked.pooling, asked.pooling_options)
-    touched = list(range(plan.first, depth))
+    touched = list(range(setup.first, depth))
     seen: dict[nn.Module, int] = {}
     for i in touched:
         check_untouched(found.blocks[i], i)
@@ -281,20 +281,20 @@ def prepare(
                 f"patch: blocks {seen[found.blocks[i]]} and {i} of {found.path or 'blocks'} are one module, which has"
                 " one place in a schedule; give it once with blocks=[...]: it then pools in each of its calls"
             )
-    modules = {i: make_pooling(make, value, plan, found.blocks[i]) for i, value in counts.items()}
-    parts = probing.probe(found, touched, plan, asked.example)
-    if asked.track_size and not plan.form.attends:
+    modules = {i: make_pooling(make, value, setup, found.blocks[i]) for i, value in counts.items()}
+    parts = probing.probe(found, touched, setup, asked.example)
+    if asked.track_size and not setup.form.attends:
         raise ValueError(
             f"patch: track_size=True adds to the logits of an attention product, but none is seen in"
             f" {found.block_name}; use track_size=False"
         )
-    plan.track_size = plan.form.attends if asked.track_size is None else asked.track_size
-    return found, plan, parts, modules
+    setup.track_size = setup.form.attends if asked.track_size is None else asked.track_size
+    return found, setup, parts, modules
 
 
-def make_pooling(make: Callable[..., nn.Module], value: int | float, plan: Plan, block: nn.Module) -> nn.Module:
+def make_pooling(make: Callable[..., nn.Module], value: int | float, setup: Setup, block: nn.Module) -> nn.Module:
     amount = {"num_tokens": value} if isinstance(value, int) else {"keep_ratio": value}
-    module = make(**amount, num_prefix_tokens=plan.num_protected)
+    module = make(**amount, num_prefix_tokens=setup.num_protected)
     if not isinstance(module, nn.Module):
         raise TypeError(f"patch: pooling must make an nn.Module, got {type(module).__name__}")
     if isinstance(module, TokenReduction):

@@ -42,7 +42,7 @@ from .inputs import (
     valid_tokens,
 )
 from .recording import graph_task
-from .reducing import Plan, Reducer, State
+from .reducing import Reducer, Setup, State
 from .tap import Tap
 
 SUBMODULE = "tokenpool"
@@ -52,9 +52,9 @@ TAG = "_tokenpool_state"
 
 @dataclass
 class Place:
-    """Where a block stands in its plan."""
+    """Where a block stands in its setup."""
 
-    plan: Plan
+    setup: Setup
     index: int
     parts: halves.Parts | None = None  # for position="attention"
 
@@ -115,7 +115,7 @@ def patch_of(model: nn.Module) -> Callable[[], None]:
     modules = [m for m in model.modules() if PLACE in m.__dict__]
     blocks = [(m, m.__dict__[PLACE], m._modules.get(SUBMODULE)) for m in modules]
     hooks = [(m, getattr(hook, "__self__", None)) for m in model.modules() for hook in m._forward_hooks.values()]
-    owners = [(m, around.plan) for m, around in hooks if isinstance(around, Around)]
+    owners = [(m, around.setup) for m, around in hooks if isinstance(around, Around)]
 
     def back() -> None:
         for block in blocks:
@@ -162,8 +162,8 @@ def _rebind(block: nn.Module) -> None:
 class Run:
     """One call of a module around the blocks, or what one backward computes again: what its blocks did last."""
 
-    def __init__(self, plan: Plan, task: int, begun: bool) -> None:
-        self.plan, self.task, self.begun = plan, task, begun
+    def __init__(self, setup: Setup, task: int, begun: bool) -> None:
+        self.setup, self.task, self.begun = setup, task, begun
         self.index = -1
         self.state: State | None = None
         self.sure = True
@@ -183,13 +183,13 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
-def under_way(plan: Plan) -> Run | None:
-    """The run that a block of the plan is called in; None where a block is called by itself."""
+def under_way(setup: Setup) -> Run | None:
+    """The run that a block of the setup is called in; None where a block is called by itself."""
     task = graph_task()
     for run in reversed(_THREAD.runs):
-        if run.plan is plan and run.task == task:
+        if run.setup is setup and run.task == task:
             return run
-    return None if task == -1 else _begin(Run(plan, task, False))
+    return None if task == -1 else _begin(Run(setup, task, False))
 
 
 def _begin(run: Run) -> Run:
@@ -200,42 +200,42 @@ def _begin(run: Run) -> Run:
 class Around:
     """The hooks of a module around the blocks: no state outlives its call, whichever way it ends."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
 
     def begin(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            _begin(Run(self.plan, graph_task(), True))
+            _begin(Run(self.setup, graph_task(), True))
 
     def end(self, module: nn.Module, args: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():
             runs = _THREAD.runs
-            at = max((i for i, run in enumerate(runs) if run.plan is self.plan and run.begun), default=len(runs))
+            at = max((i for i, run in enumerate(runs) if run.setup is self.setup and run.begun), default=len(runs))
             _THREAD.runs = runs[:at]
 
 
-def surround(module: nn.Module, plan: Plan) -> None:
-    around = Around(plan)
+def surround(module: nn.Module, setup: Setup) -> None:
+    around = Around(setup)
     module.register_forward_pre_hook(around.begin)
     module.register_forward_hook(around.end, always_call=True)
 
 
 def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: dict) -> Any:
     """The forward of a patched block."""
-    plan, index, form = place.plan, place.index, place.plan.form
+    setup, index, form = place.setup, place.index, place.setup.form
     layout = form.layout
     at, given = find_tokens(args, kwargs)
     pooling = block._modules.get(SUBMODULE)
     check(block, place, given, pooling)
     plain = layout == "batch first"
     x = given if plain else batch_first(given, layout)
-    begun = None if torch.compiler.is_compiling() else under_way(plan)
-    state = recall(plan, index, x, given, begun)
-    records = () if pooling is None else recording.active(plan)
+    begun = None if torch.compiler.is_compiling() else under_way(setup)
+    state = recall(setup, index, x, given, begun)
+    records = () if pooling is None else recording.active(setup)
     for record in records:
         record.enter(index, x)
     if isinstance(pooling, TokenReduction):
-        free = (x if state is None else state.index).shape[1] - plan.num_protected
+        free = (x if state is None else state.index).shape[1] - setup.num_protected
         pooling = pooling if pooling.tokens_kept(free) < free else None
     if state is None and pooling is None:
         return forward(*args, **kwargs)
@@ -244,21 +244,21 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     back: list[tuple[Any, Any]] = []
     if state is not None:
         n, bias, left = state.labels.shape[1], state.bias, state.index
-        if plan.outside == "full":
+        if setup.outside == "full":
             short = take(x, left)
         if sides:
-            args, kwargs, back = follow_all(sides, plan, args, kwargs, n, left)
+            args, kwargs, back = follow_all(sides, setup, args, kwargs, n, left)
     scored = pooling is not None and form.attends and getattr(pooling, "needs_scores", True)
-    noted = scored or (pooling is not None and plan.cluster_on == "keys")
+    noted = scored or (pooling is not None and setup.cluster_on == "keys")
     packed = layout == "packed"
     tap = Tap(short.shape[0], short.shape[1], bias, left, n, noted, packed, form.heads_first, form.products)
     reducer = None
     if pooling is not None:
         valid = valid_tokens(sides, x.shape[0], n, left, form) if sides else None
         ends: list[int] = []
-        if packed or (sides and x.shape[0] == 1 and not plan.prefix):
+        if packed or (sides and x.shape[0] == 1 and not setup.prefix):
             ends = packed_ends(sides if state is None else named(block, args, kwargs, at), short.shape[1])
-        reducer = Reducer(plan, index, pooling, tap, valid, state, n, records, scored, ends)
+        reducer = Reducer(setup, index, pooling, tap, valid, state, n, records, scored, ends)
     if reducer is not None and place.parts is not None:
         tokens, extra = halves.run(block, place.parts, tap, reducer, short, args, kwargs, at)
         out = (tokens, *extra) if place.parts.returns_tuple else tokens
@@ -271,10 +271,10 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
         tokens = tokens if reducer is None else reducer(tokens)
     state = state if reducer is None else reducer.state
     assert state is not None
-    if plan.outside == "full":
-        tokens = spread(tokens, state, x if reducer is None or left is not None else reducer.before)
+    if setup.outside == "full":
+        tokens = unpooled(tokens, state, x if reducer is None or left is not None else reducer.before)
     tokens = tokens if plain else as_given(tokens, layout)
-    mark(tokens, Tag(plan, state, None))
+    mark(tokens, Tag(setup, state, None))
     if begun is not None:
         begun.state = state
     if isinstance(out, Tensor):
@@ -283,7 +283,7 @@ def run(block: nn.Module, place: Place, forward: Callable, args: tuple, kwargs: 
     return alike(out, [tokens, *rest])
 
 
-def spread(tokens: Tensor, state: State, last: Tensor) -> Tensor:
+def unpooled(tokens: Tensor, state: State, last: Tensor) -> Tensor:
     """(B, N, D): every original token as the one it is in; one that was dropped as in ``last`` (B, N, D)."""
     out = take(tokens, state.labels)
     return torch.where(state.labels[:, :, None] < 0, last, out) if state.drops else out
@@ -295,7 +295,7 @@ def spread(tokens: Tensor, state: State, last: Tensor) -> Tensor:
 class Tag(NamedTuple):
     """What tokens carry."""
 
-    plan: Plan
+    setup: Setup
     state: State | None
     run: Any  # the Run within which it holds; None: everywhere. Backward, which computes again, takes any
 
@@ -310,38 +310,38 @@ def mark(x: Tensor, tag: Tag) -> None:
         setattr(x.untyped_storage(), TAG, tag)
 
 
-def recall(plan: Plan, index: int, x: Tensor, given: Tensor, run: Run | None) -> State | None:
+def recall(setup: Setup, index: int, x: Tensor, given: Tensor, run: Run | None) -> State | None:
     """The state that came with ``x`` as ``given``; that of the run if something between blocks made a new tensor."""
     known = run is None or run.begun or run.index >= 0
     left = None if run is None else run.take(index)
-    if index == plan.first:
+    if index == setup.first:
         return None
     tag = getattr(given, TAG, None)
     if tag is None and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(given):
         tag = getattr(given.untyped_storage(), TAG, None)
-    if isinstance(tag, Tag) and tag.plan is plan:
+    if isinstance(tag, Tag) and tag.setup is setup:
         if tag.run is None or run is not None and (tag.run is run or run.task != -1):
-            return tag.state if tag.state is not None and _fits(x, tag.state, plan) else None  # None: a part of it
+            return tag.state if tag.state is not None and _fits(x, tag.state, setup) else None  # None: a part of it
     if not known:
         raise RuntimeError(
             f"block {index}: run again in backward, it got a copy of its tokens without what is known of them; a"
             " patched model cannot be checkpointed while saved tensors are copied, say to the CPU: unpatch(model)"
         )
-    if left is not None and not _fits(x, left, plan):
-        handed = (left.labels if plan.outside == "full" else left.index).shape[1]
+    if left is not None and not _fits(x, left, setup):
+        handed = (left.labels if setup.outside == "full" else left.index).shape[1]
         raise RuntimeError(
             f"block {index}: {tuple(x.shape)} tokens came, but the block before handed out {handed} tokens of"
             f" {left.labels.shape[0]} images; something between the blocks changes their number, which a patched model"
             " cannot follow: unpatch(model)"
         )
     if not torch.compiler.is_compiling():
-        mark(given, Tag(plan, left, run or False))
+        mark(given, Tag(setup, left, run or False))
     return left
 
 
-def _fits(x: Tensor, state: State, plan: Plan) -> bool:
+def _fits(x: Tensor, state: State, setup: Setup) -> bool:
     """Are there as many as the block before handed out?"""
-    handed = state.labels if plan.outside == "full" else state.index
+    handed = state.labels if setup.outside == "full" else state.index
     return x.shape[:2] == handed.shape
 
 
@@ -359,7 +359,7 @@ def check(block: nn.Module, place: Place, x: Tensor, pooling: nn.Module | None) 
         )
     if pooling is None:
         return
-    n, protected = x.shape[1 if place.plan.form.layout == "batch first" else 0], place.plan.num_protected
+    n, protected = x.shape[1 if place.setup.form.layout == "batch first" else 0], place.setup.num_protected
     if isinstance(pooling, TokenReduction) and not (pooling.num_prefix_tokens == protected and pooling.return_clusters):
         raise ValueError(
             f"{name(block, place)}: its pooling layer must keep num_prefix_tokens={protected} and return_clusters=True,"

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import finding, halves, inputs, pooled
 from .inputs import Form
-from .reducing import Plan
+from .reducing import Setup
 from .tap import Tap
 from .trial import apart, as_call, entering, inputs_of, noise, pooled_free, quiet, sums_outside, trials, wide
 
@@ -32,8 +32,8 @@ CACHE = re.compile("past|cache")
 KEEPS = "it keeps keys and values of every token for those to come (a cache), which pooled tokens are not"
 
 
-def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: Any) -> dict:
-    """Fill ``plan.form``; returns ``{block index: halves.Parts or None}``.
+def probe(blocks: finding.BlockList, touched: list[int], setup: Setup, example: Any) -> dict:
+    """Fill ``setup.form``; returns ``{block index: halves.Parts or None}``.
 
     Raises:
         TypeError, ValueError: a block is not supported; class and reason are named.
@@ -42,12 +42,12 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
     parts: dict[int, halves.Parts | None] = {}
     parameter = next(first.parameters(), None)
     if parameter is not None and parameter.device.type == "meta":
-        plan.form = Form()
-        return {i: halves.find(blocks.blocks[i]) if plan.position == "attention" else None for i in touched}
+        setup.form = Form()
+        return {i: halves.find(blocks.blocks[i]) if setup.position == "attention" else None for i in touched}
     if any(getattr(getattr(m, "config", 0), "_attn_implementation", 0) == "flex_attention" for m in blocks.owners):
         raise unsupported(first, inputs.FLEX)
     kinds: dict[Any, tuple[Form, halves.Parts | None]] = {}
-    calls = calls_of(blocks, touched, plan, example)
+    calls = calls_of(blocks, touched, setup, example)
     for i in touched:
         block = blocks.blocks[i]
         key = kind(block)
@@ -56,16 +56,16 @@ def probe(blocks: finding.BlockList, touched: list[int], plan: Plan, example: An
             refuse(block, args, kwargs)
             with quiet(block):
                 with wide(block, args, kwargs) as (a, kw):
-                    form = prove(block, a, kw, plan)
-                kinds[key] = form, split(block, args, kwargs, form) if plan.position == "attention" else None
+                    form = prove(block, a, kw, setup)
+                kinds[key] = form, split(block, args, kwargs, form) if setup.position == "attention" else None
         form, parts[i] = kinds[key]
-        before = form if plan.form is None else plan.form
+        before = form if setup.form is None else setup.form
         rest: dict[str, Any] = dict(attends=True, axes={}, products=())
         if form._replace(**rest) != before._replace(**rest):
             raise TypeError(f"patch: block {i} ({name(block)}) takes its tokens in another way than the blocks before")
         axes = {k: (*sorted({*before.axes.get(k, ()), *form.axes.get(k, ())}),) for k in {**before.axes, **form.axes}}
         products = form.products if form.products == before.products else ()
-        plan.form = form._replace(attends=before.attends and form.attends, axes=axes, products=products)
+        setup.form = form._replace(attends=before.attends and form.attends, axes=axes, products=products)
     if sums_outside(blocks, example):
         raise unsupported(first, "its residual sum is outside of it (x + block(x)), where no token is pooled")
     return parts
@@ -87,14 +87,16 @@ def kind(block: nn.Module) -> Any:
     return tuple(found)
 
 
-def calls_of(blocks: finding.BlockList, touched: list[int], plan: Plan, example: Any) -> dict[int, tuple[tuple, dict]]:
+def calls_of(
+    blocks: finding.BlockList, touched: list[int], setup: Setup, example: Any
+) -> dict[int, tuple[tuple, dict]]:
     """{block index: (args, kwargs)} with which the touched blocks are called: alone, or in a forward of the model."""
     first = blocks.blocks[touched[0]]
     text = any(finding.is_text(owner) for owner in blocks.owners[:2])  # whose order may come from outside
     sides = list(inspect.signature(inputs.base_class(type(first)).forward).parameters.values())[2:]
     width = finding.block_width(first)
     if example is None and not text and width and all(HARMLESS.search(p.name) for p in sides):  # tokens, masks
-        x = noise(2, plan.num_protected + 11, width, like=next(first.parameters()))
+        x = noise(2, setup.num_protected + 11, width, like=next(first.parameters()))
         needed = (p.name for p in sides if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
         missing = dict.fromkeys(needed)
         with quiet(first), contextlib.suppress(Exception):
@@ -152,7 +154,7 @@ def refuse(block: nn.Module, args: tuple, kwargs: dict) -> None:
         raise unsupported(block, KEEPS)
 
 
-def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
+def prove(block: nn.Module, args: tuple, kwargs: dict, setup: Setup) -> Form:
     """The form in which the block commutes with permutations of its tokens."""
     at, x = inputs.find_tokens(args, kwargs)
     own = pooled_free(block)
@@ -170,7 +172,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
     layout = layout_of(block, args, kwargs, at, x, y)
     tokens, result = inputs.batch_first(x, layout), inputs.batch_first(y, layout)
     b, n = tokens.shape[:2]
-    p = plan.prefix if 0 < plan.prefix < n else 0
+    p = setup.prefix if 0 < setup.prefix < n else 0
     sides = inputs.named(block, args, kwargs, at)
     flat = [(name, t) for _, name, v in sides for t in tree_leaves(v)]
     shared = frozenset(  # told by the shape, which the batch of a later forward may have by chance
@@ -193,7 +195,7 @@ def prove(block: nn.Module, args: tuple, kwargs: dict, plan: Plan) -> Form:
         k = index.shape[1]
         inner = None if form.square and k == n else index  # else biases made inside would be cut twice
         tap = Tap(b, k, None, inner, n, note=True, packed=layout == "packed", heads_first=form.heads_first)
-        a, kw, _ = inputs.follow_all(sides, replace(plan, prefix=p, form=form), args, kwargs, n, index)
+        a, kw, _ = inputs.follow_all(sides, replace(setup, prefix=p, form=form), args, kwargs, n, index)
         a, kw = inputs.put(a, kw, at, inputs.as_given(inputs.take(x, index), layout))
         with tap:
             return inputs.batch_first(first_of(own(*a, **kw)), layout), tap

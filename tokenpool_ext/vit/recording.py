@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..cost import counted
 from ..functional import Clusters
-from .reducing import Plan, through
+from .reducing import Setup, through
 
 __all__ = ["Record", "record", "tokens_per_layer"]
 
@@ -27,9 +27,9 @@ class Record:
         num_prefix_tokens: P, tokens in front that were never pooled.
     """
 
-    def __init__(self, plan: Plan, blocks: list[int]) -> None:
-        self.num_prefix_tokens: int = plan.num_protected
-        self._plan, self._blocks = plan, blocks
+    def __init__(self, setup: Setup, blocks: list[int]) -> None:
+        self.num_prefix_tokens: int = setup.num_protected
+        self._setup, self._blocks = setup, blocks
         self._layers: list[tuple[int, Clusters]] = []
         self._start: Tensor | None = None
 
@@ -95,7 +95,7 @@ _ACTIVE: ContextVar[tuple[Record, ...]] = ContextVar("tokenpool_ext.vit.record",
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Record]:
-    """Keep the assignments of a patched model's forward, so that its tokens can be spread over the patches again.
+    """Keep the assignments of a patched model's forward, so that its tokens can be unpooled again.
 
         >>> tokenpool_ext.patch(model, keep_ratio=0.5, outside="short")
         >>> with tokenpool_ext.vit.record(model) as r:
@@ -146,7 +146,7 @@ def tokens_per_layer(model: nn.Module, *inputs: Any, **keywords: Any) -> list[in
     with _filled(made), torch.compiler.set_stance("force_eager"):
         counted(model, inputs, keywords)
     left, counts, out = made.assignment.shape[1], dict(made.layers), []
-    for i in range(made._plan.depth):
+    for i in range(made._setup.depth):
         left = counts[i].medoids.shape[1] if i in counts else left
         out.append(left + made.num_prefix_tokens)
     return out
@@ -162,7 +162,7 @@ def _of(caller: str, model: nn.Module) -> Record:
         raise ValueError(
             f"{caller}: {type(model).__name__} is not patched, so there is nothing to tell; patch it first"
         )
-    return Record(patches(model)[0][1].plan, list(pools))
+    return Record(patches(model)[0][1].setup, list(pools))
 
 
 @contextmanager
@@ -178,9 +178,9 @@ def _filled(made: Record) -> Iterator[None]:
 graph_task = torch._C._current_graph_task_id
 
 
-def active(plan: Plan) -> tuple[Record, ...]:
+def active(setup: Setup) -> tuple[Record, ...]:
     """The records that want to know of this forward."""
     records = () if torch.compiler.is_compiling() else _ACTIVE.get()
     if not records or graph_task() != -1:
         return ()
-    return tuple(r for r in records if r._plan is plan)
+    return tuple(r for r in records if r._setup is setup)

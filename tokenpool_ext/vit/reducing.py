@@ -1,4 +1,4 @@
-"""Pooling the tokens of one block: what is pooled how (:class:`Plan`), and what is where after it (:class:`State`)."""
+"""Pooling the tokens of one block: what is pooled how (:class:`Setup`), and what is where after it (:class:`State`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class State(NamedTuple):
 
 
 @dataclass
-class Plan:
+class Setup:
     """What the blocks of one patched model share; it does not change between forwards."""
 
     depth: int
@@ -80,7 +80,7 @@ def through(labels: Tensor, on: Tensor) -> Tensor:
 class Reducer:
     """Pools the tokens of one call of a block and brings the state up to date."""
 
-    plan: Plan
+    setup: Setup
     index: int  # of the block
     pooling: nn.Module
     tap: Tap
@@ -94,19 +94,19 @@ class Reducer:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, T, D) to (B, K, D)."""
-        plan, state, pooling, valid, ends = self.plan, self.state, self.pooling, self.valid, self.ends
+        setup, state, pooling, valid, ends = self.setup, self.state, self.pooling, self.valid, self.ends
         self.before = tokens
         b, t, _ = tokens.shape
-        p = plan.num_protected
+        p = setup.num_protected
         scores = self.tap.scores(valid) if self.scored else None
-        features = self.tap.keys() if plan.cluster_on == "keys" else None
+        features = self.tap.keys() if setup.cluster_on == "keys" else None
         places = self.places(b, tokens.device) if getattr(pooling, "position_weight", 0) else None
         sizes = None if state is None else state.sizes
-        if plan.track_size and sizes is None:
+        if setup.track_size and sizes is None:
             sizes = torch.ones(b, t, device=tokens.device, dtype=torch.float32)
         given: list[Any] = [tokens, scores, features, places, valid, sizes]
         order: Tensor | None = None
-        if p > plan.prefix:  # bring the protected ones to the front
+        if p > setup.prefix:  # bring the protected ones to the front
             order = self.front(b, tokens.device)
             given = [None if v is None else take(v, order) for v in given]
         if ends and p:  # of those that may be pooled
@@ -118,7 +118,7 @@ class Reducer:
         tokens, *_, valid, _ = given
         labels, medoids = clusters.assignment, clusters.medoids
         covering = isinstance(pooling, COVERING)
-        if plan.outside == "full" and not covering:
+        if setup.outside == "full" and not covering:
             labels = shown(tokens[:, p:], pooled[:, p:], clusters, None if valid is None else valid[:, p:], ends)
         complete = covering and valid is None  # every token is in a cluster, every cluster has a token
         if p:
@@ -130,11 +130,11 @@ class Reducer:
             medoids = torch.where(medoids < 0, spare.int().argmax(dim=1, keepdim=True), medoids)
         if order is not None:
             medoids, labels = order.gather(1, medoids), labels.gather(1, order.argsort(dim=1))
-        drops = valid is not None or (plan.outside == "short" and not covering)
+        drops = valid is not None or (setup.outside == "short" and not covering)
         if state is not None:
             medoids, drops = state.index.gather(1, medoids), drops or state.drops
             labels = through(state.labels, labels) if drops else labels.gather(1, state.labels)
-        if plan.form.layout == "packed" or (plan.outside == "short" and order is not None):
+        if setup.form.layout == "packed" or (setup.outside == "short" and order is not None):
             by = medoids.argsort(dim=1)  # by what they stand for, so that a suffix is at the end again
             pooled, medoids, sizes = take(pooled, by), take(medoids, by), None if sizes is None else take(sizes, by)
             labels = through(labels, by.argsort(dim=1))
@@ -144,12 +144,12 @@ class Reducer:
 
     def places(self, b: int, device: torch.device) -> Tensor:
         """(B, T, P) coordinates of the tokens left; zeros of protected ones."""
-        plan, n = self.plan, self.n
-        free = n - plan.num_protected
-        given = grid_positions(free, device) if plan.positions is None else plan.positions.to(device)
+        setup, n = self.setup, self.n
+        free = n - setup.num_protected
+        given = grid_positions(free, device) if setup.positions is None else setup.positions.to(device)
         if len(given) != free:
             raise ValueError(f"patch: positions must be of the {free} tokens that may be pooled, got {len(given)}")
-        protected = set(plan.protected(n))
+        protected = set(setup.protected(n))
         places = given.new_zeros(n, given.shape[1])
         places[[i for i in range(n) if i not in protected]] = given
         return places.expand(b, -1, -1) if self.state is None else places[self.state.index]
@@ -157,7 +157,7 @@ class Reducer:
     def front(self, b: int, device: torch.device) -> Tensor:
         """(B, T) the order that has the protected tokens first."""
         free = torch.ones(self.n, dtype=torch.int32, device=device)
-        free[self.plan.protected(self.n)] = 0
+        free[self.setup.protected(self.n)] = 0
         left = free.expand(b, -1) if self.state is None else free[self.state.index]
         return left.argsort(dim=1, stable=True)
 

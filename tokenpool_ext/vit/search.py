@@ -162,13 +162,13 @@ class _Search:
 
     def length(self, call: tuple[Any, ...]) -> int:
         """How many tokens of a batch may be pooled."""
-        plan, block = patches(self.model)[0][1].plan, self.blocks[self.places[0]]
+        setup, block = patches(self.model)[0][1].setup, self.blocks[self.places[0]]
         args, kwargs = trial.entering([block], self.model, call)[0][block]
         at, tokens = find_tokens(args, kwargs)
-        n = batch_first(tokens, plan.form.layout).shape[1]
-        if plan.form.layout == "packed" and packed_ends(named(block, args, kwargs, at), n):
+        n = batch_first(tokens, setup.form.layout).shape[1]
+        if setup.form.layout == "packed" and packed_ends(named(block, args, kwargs, at), n):
             raise ValueError(f"{NAME}: batches must hold one sequence where the model takes them packed")
-        return n - plan.num_protected
+        return n - setup.num_protected
 
     def keep(self, counts: Mapping[int, int]) -> None:
         for i, module in self.pools.items():
