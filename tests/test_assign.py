@@ -38,8 +38,10 @@ def test_ties_go_to_the_lowest_index(backend, dtype):
     x = integer_tokens(3, 64, 5, dtype, backend.device, low=-1, high=2)
     centers = integer_tokens(3, 40, 5, dtype, backend.device, seed=1, low=-1, high=2)  # many equal and equally near
     assert_identical(labels(x, centers, backend).cpu(), expected(x, centers))
-    doubled = torch.cat([centers, centers], 1)
-    assert_identical(labels(x, doubled, backend), labels(x, centers, backend))
+    rounded = tokens(3, 64, 17, dtype, backend.device), tokens(3, 41, 17, dtype, backend.device, seed=1)
+    for y, given in ((x, centers), rounded):
+        doubled = torch.cat([given, given], 1)
+        assert_identical(labels(y, doubled, backend), labels(y, given, backend))
 
 
 @pytest.mark.one_path
@@ -50,6 +52,18 @@ def test_far_from_zero_and_one_center_far_from_all(backend, offset):
     x = tokens(2, 90, 24, offset=offset, groups=6, device=backend.device)
     centers = torch.cat([x[:, ::7] + 0.01, x[:, :1] * 1e5, x[:, :3]], 1)
     assert_identical(labels(x, centers, backend), expected(x, centers))
+
+
+@pytest.mark.one_path
+@pytest.mark.parametrize("far", [1e200, 1.7e308, float("inf"), float("nan")])
+def test_a_center_whose_square_overflows_hides_no_other(backend, far):
+    if backend.device != "cpu" or backend.name == "triton":
+        pytest.skip("no float64 there")
+    x, centers = tokens(2, 41, 9, torch.float64), tokens(2, 12, 9, torch.float64, seed=1)
+    want = expected(x, centers)
+    for place in (0, 5, 12):
+        beside = torch.cat([centers[:, :place], torch.full((2, 1, 9), far, dtype=torch.float64), centers[:, place:]], 1)
+        assert_identical(labels(x, beside, backend), want + (want >= place))
 
 
 @pytest.mark.one_path

@@ -11,6 +11,13 @@ import tokenpool_ext as tp
 CLUSTERINGS = ("kmeans", "kmedoids")
 
 
+@pytest.fixture
+def exact(backend):
+    if backend.name in ("cuda", "triton"):
+        pytest.skip("promised of the CPU and the reference")
+    return backend
+
+
 def run(algorithm, backend, x, k, **given):
     return getattr(tp, algorithm)(x, k, backend=backend.name, **given)
 
@@ -96,6 +103,34 @@ def test_centers_of_large_clusters(backend):
         assert chosen <= nearest + (2e-7) ** 2, "the member nearest to the mean, within the rounding of a mean"
 
 
+@pytest.mark.parametrize("n", [257, 10_007])
+def test_sums_of_one_sign_do_not_drift(exact, n):
+    """Equal numbers are rounded in the same direction each time they are added."""
+    x = torch.linspace(0.1, 0.9, 16).repeat(1, n, 1)
+    x[:, 0] = 0
+    label = torch.zeros(1, n, dtype=torch.int64)
+    mean = x.double().mean(1)
+    for got in (run("kmeans", exact, x, 1, num_iters=1).centers, tp.pool(x, label, 1, backend=exact.name)):
+        torch.testing.assert_close(got[:, 0].double(), mean, rtol=1e-6, atol=0)
+    centers = torch.zeros(1, 1, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(tp.unpool(centers, label, backend=exact.name), centers, x)
+    torch.testing.assert_close(grad[:, 0].double(), mean * n, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("queries, keys", [(4096, 16), (16, 4096)])
+def test_scores_of_many(exact, queries, keys):
+    """The same query, or the same key, again and again."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 1, 1, 4, generator=generator).expand(2, 3, queries, 4)
+    k = torch.randn(2, 3, keys, 4, generator=generator)
+    if keys > queries:
+        k[:, :, 1:] = k[:, :, 1:2]
+    want = (q.double() @ k.double().transpose(2, 3) / 2).softmax(3).mean((1, 2))
+    for lse in (None, (q.double() @ k.double().transpose(2, 3) / 2).logsumexp(3).float()):
+        got = tp.attention_received(q, k, lse=lse, backend=exact.name)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6 if lse is None else 3e-6, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------- weight zero
 
 
@@ -147,6 +182,28 @@ def test_far_groups_are_assigned_exactly(backend, shape, far):
     chosen = exact.gather(2, got.assignment.cpu()[:, :, None])[:, :, 0]
     # Tokens near `far` are themselves rounded to 2^-24 of it; differences of two of them are exact.
     assert (chosen <= exact.amin(2) * (1 + 1e-5) + far * 2.0**-22).all()
+
+
+@pytest.mark.parametrize("far", [1e3, 1e5])
+@pytest.mark.parametrize("kind", ["wide beside narrow", "every length", "halves"])
+def test_groups_of_different_width_are_assigned_exactly(exact, kind, far):
+    """Where some tokens are far apart, others near each other are told apart no less."""
+    n, d, k = 64, 16, 32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, n, d, generator=generator)
+    if kind == "wide beside narrow":
+        x[:, ::2] *= far / 10
+        x[:, ::2, 0] += far
+    elif kind == "every length":
+        x *= torch.logspace(0, torch.tensor(far).log10(), n)[:, None]
+    else:
+        x[:, ::2, 0] += far
+    start = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(16)])
+    apart = torch.cdist(x.double(), x.double().gather(1, start[:, :, None].expand(-1, -1, d)))
+    for init in (start, x.gather(1, start[:, :, None].expand(-1, -1, d))):
+        got = run("kmeans", exact, x, k, init=init, num_iters=1)
+        chosen = apart.gather(2, got.assignment[:, :, None])[:, :, 0]
+        assert (chosen <= apart.amin(2) * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize("long", [1e4, 1e5, 1e6])

@@ -47,6 +47,18 @@ def test_representative_ties_go_to_the_lowest_index(backend, dtype):
     assert_representatives(same, torch.full_like(x, 5.3), 3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_representative_ties_around_a_mean_that_is_rounded(backend, dtype):
+    """A third is no number of any dtype: of small integers ties go to the lowest index all the same."""
+    if backend.name in ("cuda", "triton"):
+        pytest.skip("promised of the CPU and the reference")
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(-4, 5, (2, 24, 1 + seed % 3), generator=generator).to(dtype)
+        w = torch.randint(0, 4, (2, 24), generator=generator).to(TOLERANCES[dtype].acc) if seed % 2 else None
+        assert_representatives(tp.kmeans(x, 4, weights=w, num_iters=1 + seed % 4, backend=backend.name), x, 4, w)
+
+
 def test_representatives_of_weightless_and_unequal_members(backend):
     x = torch.tensor([[[0.0], [2.0], [10.0], [13.0], [17.0], [30.0]]], device=backend.device)
     init = torch.tensor([[0, 3, 5]], device=backend.device)

@@ -177,7 +177,7 @@ def _cluster(x, weights, mask, counts, init, k, num_iters, sort, with_medoids):
         centers = _rounded(rows * p.token_unscale[:, None, None], rows, x.dtype)
     error = (p.tokens - steps.gather_rows(rows, assignment)).square().sum(-1)
     if not with_medoids:
-        medoids = steps.representatives(error, assignment, p)
+        medoids = steps.representatives(error, assignment, mass, p)
     inertia = torch.where(p.valid & (p.weights != 0), p.weights * error, 0).sum(1)
     exponent = 2 * steps.exponent_of(p.token_unscale) + steps.exponent_of(p.weight_unscale)
     limit = 100 if wide == torch.float32 else 800

@@ -103,7 +103,12 @@ def coarse(mean: Tensor, apart: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, centers: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Nearest center of every token, lowest index on a tie; and the squared distance to it. (B, N), (B, N)."""
+    """Nearest center of every token, lowest index on a tie; and the squared distance to it. (B, N), (B, N).
+
+    The sums of a library's product may differ for equal centers, so the first center within their rounding is compared
+    by differences.
+    """
+    room = 4 * x.shape[2] ** 0.5 * torch.finfo(x.dtype).eps
     center_norm = centers.square().sum(-1)[:, None, :]
     labels, distances = [], []
     # While ops are recorded a length that rests on K would be compiled anew for every K.
@@ -111,9 +116,13 @@ def nearest(x: Tensor, centers: Tensor, active: Tensor | None = None) -> tuple[T
     for piece in x.split(rows, dim=1):
         score = center_norm - 2 * piece @ centers.transpose(1, 2)  # ||x||^2 does not matter to the argmin
         usable = ~score.isnan() if active is None else active[:, None, :] & ~score.isnan()
-        label = torch.where(usable, score, torch.inf).argmin(-1)  # documented to return the first minimum
-        labels.append(label)
-        distances.append((piece - gather_rows(centers, label)).square().sum(-1))
+        score = torch.where(usable, score, torch.inf)
+        label = score.argmin(-1)  # documented to return the first minimum, as argmax the first maximum
+        low = score - room * (center_norm + piece.square().sum(-1, keepdim=True))
+        first = (low <= score.amin(-1, keepdim=True)).to(torch.uint8).argmax(-1)
+        distance, other = ((piece - gather_rows(centers, c)).square().sum(-1) for c in (label, first))
+        labels.append(torch.where(other <= distance, first, label))
+        distances.append(torch.minimum(other, distance))
     return torch.cat(labels, 1), torch.cat(distances, 1)
 
 
@@ -183,25 +192,30 @@ def means(rows: Tensor, assignment: Tensor, share: Tensor, k: int) -> Tensor:
 
 
 def medoids(assignment: Tensor, mass: Tensor, p: Problem) -> Tensor:
-    """Of each cluster, the member nearest to the mean, lowest index on a tie; -1 for a cluster with no member. (B, K).
+    """Of each cluster, the member of positive weight nearest to the mean, lowest index on a tie; -1 for a cluster with
+    no member; the lowest index in one without weight. (B, K)."""
+    cost = _to_mean(assignment, mass, p.weights, p)
+    cost = torch.where(p.weights > 0, cost, torch.inf)  # what weighs nothing moves nothing
+    cost = torch.where(mass.gather(1, assignment.clamp(min=0)) > 0, cost, 0)
+    return _least_member(cost, assignment, p)
 
-    This is the member with the least weighted sum of squared distances to the others, since
+
+def _to_mean(assignment: Tensor, mass: Tensor, weights: Tensor, p: Problem) -> Tensor:
+    """(B, N): the smaller, the nearer is a token to the mean of its cluster.
+
+    The weighted sum of squared distances to the others, since
     sum_l w_l ||x_l - x_i||^2 = W ||x_i - mean||^2 + const = W ||x_i||^2 - 2 x_i . sum_l w_l x_l + const, and of the
-    last no quotient is rounded: exact for small integers. The x are taken from the first member. With W = 0 all sums
-    are 0: the lowest index. Two members are at sums w_2 d and w_1 d, so the heavier one wins: decided on the weights,
-    for rounding would toss a coin on every tie.
+    last no quotient is rounded: exact for small integers. The x are taken from the first member. Two members are at
+    sums w_2 d and w_1 d, so the heavier one wins: decided on the weights, for rounding would toss a coin on every tie.
     """
     k, index = p.active.shape[1], assignment.clamp(min=0)
-    weighs = p.weights > 0
-    first = _least_member(torch.where(weighs, 0.0, 1.0).to(p.weights.dtype), assignment, p)
+    weighs = weights > 0
+    first = _least_member(torch.where(weighs, 0.0, 1.0).to(weights.dtype), assignment, p)
     apart = p.centered - gather_rows(gather_rows(p.centered, first), assignment)
-    total = sums(torch.where(weighs[:, :, None], p.weights[:, :, None] * apart, 0), assignment, k)
+    total = sums(torch.where(weighs[:, :, None], weights[:, :, None] * apart, 0), assignment, k)
     apart_mass = mass.gather(1, index)[:, :, None] * apart
     cost = (apart * (apart_mass - 2 * gather_rows(total, assignment))).sum(-1)
-    cost = torch.where(_count(assignment, p).gather(1, index) == 2, -p.weights, cost)
-    cost = torch.where(weighs, cost, torch.inf)  # what weighs nothing moves nothing
-    cost = torch.where(mass.gather(1, index) > 0, cost, 0)
-    return _least_member(cost, assignment, p)
+    return torch.where(_count(assignment, p).gather(1, index) == 2, -weights, cost)
 
 
 def _count(assignment: Tensor, p: Problem) -> Tensor:
@@ -211,18 +225,17 @@ def _count(assignment: Tensor, p: Problem) -> Tensor:
     )
 
 
-def representatives(error: Tensor, assignment: Tensor, p: Problem) -> Tensor:
-    """(B, K): of each cluster the member nearest to its mean, at the squared distances `error`, lowest index on a tie.
-
-    Two members that differ are as far apart from their mean as the other one is heavy: decided on the weights, for
-    rounding would break every tie.
-    """
+def representatives(error: Tensor, assignment: Tensor, mass: Tensor, p: Problem) -> Tensor:
+    """(B, K): of each cluster the member nearest to its mean, at the squared distances `error`, lowest index on a tie;
+    the plain mean where all members weigh nothing."""
     index = assignment.clamp(min=0)
     most = torch.zeros_like(p.active, dtype=error.dtype).scatter_reduce(
         1, index, torch.where(p.valid, error.nan_to_num(0.0), 0), "amax"
     )
-    pair = (_count(assignment, p) == 2) & (most > 0)
-    return _least_member(torch.where(pair.gather(1, index), -p.weights, error), assignment, p)
+    weightless = mass <= 0
+    weights = torch.where(weightless.gather(1, index), 1, p.weights)
+    cost = _to_mean(assignment, torch.where(weightless, _count(assignment, p), mass), weights, p)
+    return _least_member(torch.where(most.gather(1, index) > 0, cost, 0), assignment, p)
 
 
 def _least_member(cost: Tensor, assignment: Tensor, p: Problem) -> Tensor:

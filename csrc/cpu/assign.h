@@ -91,8 +91,7 @@ class Assigner {
 
   void prepare_centers() {
     const int64_t D = a.features, K = a.clusters;
-    largest_ = largest_magnitude(given_, K * D);
-    scale_ = safe_scale(largest_);
+    scale_ = safe_scale(largest_magnitude(given_, K * D));
     for (int64_t d = 0; d < D; ++d) shift_[d] = 0;
     const C most = std::numeric_limits<C>::max();
     for (int64_t j = 0; j < K; ++j) {
@@ -206,8 +205,12 @@ class Assigner {
   int64_t nearest_in_double(int64_t i, int64_t likely, C* scratch) const {
     const int64_t D = a.features, K = a.clusters;
     const C* x = as_acc(x_ + i * a.x_token_stride, scratch, D);
-    double scale = 1;
-    if (std::is_same<C, double>::value) scale = safe_scale<double>(std::max(largest_, largest_magnitude(x, D)));
+    double scale = 1;  // by how far that one is: whatever is farther may overflow
+    if (std::is_same<C, double>::value) {
+      double apart = 0;
+      for (int64_t d = 0; d < D; ++d) apart = std::max(apart, std::fabs(0.5 * x[d] - 0.5 * given_[likely * D + d]));
+      scale = safe_scale<double>(apart);
+    }
     const auto distance = [&](int64_t j, double limit) {
       return distance_in_double(x, given_ + j * D, D, scale, limit);
     };
@@ -234,9 +237,9 @@ class Assigner {
   const bool* mask_;
   int64_t* label_;
   const bool parallel_;
-  C largest_ = 0, scale_ = 1, slack_ = 0;  // scale: a power of two
-  Buffer<C> shift_, center_;               // [D] the mean center, scaled; [K][D] scaled, from there
-  Buffer<C> norm_, lowest_;                // [K] their squared lengths, and those less what rounding may have added
+  C scale_ = 1, slack_ = 0;   // scale: a power of two
+  Buffer<C> shift_, center_;  // [D] the mean center, scaled; [K][D] scaled, from there
+  Buffer<C> norm_, lowest_;   // [K] their squared lengths, and those less what rounding may have added
 };
 
 template <class In>

@@ -1,8 +1,9 @@
 // The attention every token receives: column sums of softmax(scale * q k^T), a few rows at a time.
 //
 // For each image and head: the keys are packed once; for kRows queries the logits of all keys are made in a row buffer,
-// turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Heads are
-// summed in order at the end. Where logits may overflow, a head's queries and keys are copied as doubles.
+// turned into probabilities and added to the head's column sum. The largest thing in memory is kRows x N. Many numbers
+// are added in blocks, and those in double; heads are summed in order at the end. Where logits may overflow, a head's
+// queries and keys are copied as doubles.
 #pragma once
 
 #include "gemm.h"
@@ -94,6 +95,7 @@ template <bool Late, class In>
 inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typename AccOf<In>::Type* received) {
   using C = typename AccOf<In>::Type;
   constexpr int L = kLanes<C>, P = kPanel<C>;
+  constexpr int64_t kBlock = 32;
   const int64_t d = a.width, padded = round_up(a.keys, P);
   const In* q = static_cast<const In*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1];
   const In* k = static_cast<const In*>(a.k) + b * a.k_strides[0] + h * a.k_strides[1];
@@ -101,8 +103,10 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
   const C scale = Late ? C(a.scale < 0 ? -1 : 1) : C(a.scale);
   const Vec<C> rest = splat(C(std::abs(a.scale)));
   Buffer<C> packed(padded * d), rows(kRows * d), zero(d), logits(kRows * padded), sum(padded);
+  Buffer<double> total(padded);
+  int64_t summed = 0;  // queries
 
-  for (int64_t i = 0; i < padded; ++i) sum[i] = 0;
+  for (int64_t i = 0; i < padded; ++i) sum[i] = 0, total[i] = 0;
   for (int64_t i = 0; i < d; ++i) zero[i] = 0;
   for (int64_t p = 0; p < padded; p += P) {
     const In* row[P];
@@ -141,19 +145,27 @@ inline void attention_head(const AttentionArgs& a, int64_t b, int64_t h, typenam
         continue;
       }
       const Vec<C> shift = splat(row_maximum(row, padded));
-      Vec<C> total = {};
-      for (int64_t i = 0; i < padded; i += L) {
-        const Vec<C> below = load(row + i) - shift;
-        const Vec<C> e = exp_lanes(Late ? below * rest : below);
-        store(row + i, e);
-        total += e;
+      double mass = 0;
+      for (int64_t i = 0; i < padded;) {
+        Vec<C> block = {};
+        for (const int64_t end = std::min(i + kBlock * L, padded); i < end; i += L) {
+          const Vec<C> below = load(row + i) - shift;
+          const Vec<C> e = exp_lanes(Late ? below * rest : below);
+          store(row + i, e);
+          block += e;
+        }
+        mass += double(lane_sum<C>(block));
       }
       for (int64_t i = a.keys; i < padded; ++i) row[i] = 0;
-      const Vec<C> share = splat(C(1) / lane_sum<C>(total));
+      const Vec<C> share = splat(C(1 / mass));
       for (int64_t i = 0; i < padded; i += L) store(sum + i, load(sum + i) + load(row + i) * share);
     }
+    summed += count;
+    if (summed < kBlock && first + count < a.queries) continue;
+    for (int64_t i = 0; i < padded; ++i) total[i] += double(sum[i]), sum[i] = 0;
+    summed = 0;
   }
-  std::copy(sum + 0, sum + a.keys, received);
+  for (int64_t i = 0; i < a.keys; ++i) received[i] = C(total[i]);
 }
 
 // Rows as doubles, times 2^-e where products of them might overflow; returns that e.
@@ -206,12 +218,12 @@ inline void attention_all(const AttentionArgs& a) {
     else
       attention_head<false, In>(a, b, h, partial + i * a.keys);
   });
-  const C factor = C(1) / C(std::max<int64_t>(a.heads * a.queries, 1));
+  const double factor = 1 / double(std::max<int64_t>(a.heads * a.queries, 1));
   for (int64_t b = 0; b < a.images; ++b)
     for (int64_t i = 0; i < a.keys; ++i) {
-      C sum = 0;
-      for (int64_t h = 0; h < a.heads; ++h) sum += partial[(b * a.heads + h) * a.keys + i];
-      static_cast<C*>(a.received)[b * a.keys + i] = sum * factor;
+      double sum = 0;
+      for (int64_t h = 0; h < a.heads; ++h) sum += double(partial[(b * a.heads + h) * a.keys + i]);
+      static_cast<C*>(a.received)[b * a.keys + i] = C(sum * factor);
     }
 }
 

@@ -172,41 +172,7 @@ class Clustering {
     }
     const C size =
         on_gram_ ? tokens_.norm[nearest] + C(2) * std::abs(mean[nearest]) : least + squared_norm(mean, a.features);
-    return second - least <= 16 * std::numeric_limits<C>::epsilon() * size ? least_sum_member(member, count) : nearest;
-  }
-
-  // The same in double, without a quotient, where the mean's rounding may have decided: of the y, members minus one of
-  // them, that of the least W ||y||^2 - 2 y . sum of w y. Exact for small integers.
-  int32_t least_sum_member(const int32_t* member, int64_t count) const {
-    const int64_t D = a.features;
-    const auto weight = [&](int64_t m) { return tokens_.weight ? double(tokens_.weight[member[m]]) : 1.0; };
-    int64_t first = 0;
-    while (!(weight(first) > 0)) ++first;
-    const In* const base = tokens_.row(member[first]);
-    const auto y = [&](const In* x, int64_t d) {
-      return (double(to_float(x[d])) - double(to_float(base[d]))) * double(tokens_.scale);
-    };
-    Buffer<double> sum(D);
-    for (int64_t d = 0; d < D; ++d) sum[d] = 0;
-    double total = 0, least = std::numeric_limits<double>::infinity();
-    for (int64_t m = first; m < count; ++m) {
-      if (!(weight(m) > 0)) continue;
-      const In* const x = tokens_.row(member[m]);
-      for (int64_t d = 0; d < D; ++d) sum[d] += weight(m) * y(x, d);
-      total += weight(m);
-    }
-    int32_t nearest = member[first];
-    for (int64_t m = first; m < count; ++m) {
-      if (!(weight(m) > 0)) continue;
-      const In* const x = tokens_.row(member[m]);
-      double cost = 0;
-      for (int64_t d = 0; d < D; ++d) cost += y(x, d) * (total * y(x, d) - 2 * sum[d]);
-      if (cost < least) {
-        least = cost;
-        nearest = member[m];
-      }
-    }
-    return nearest;
+    return second - least <= kTie<C> * size ? least_sum_member(tokens_, member, count, true) : nearest;
   }
 
   const ClusterArgs& a;

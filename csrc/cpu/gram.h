@@ -74,17 +74,13 @@ class GramPath {
     }
   }
 
-  // Can a Gram matrix tell these distances apart? Its entries are as wrong as the norms are large, so not where tokens
-  // are very much nearer to their centers than to what was taken off all of them.
+  // Can a Gram matrix tell these distances apart? Its entries are as wrong as the norms are large: not where a token is
+  // very much nearer to its center than to what was taken off all of them, unless it is that center.
   bool resolved() const {
-    constexpr C kRoom = 256 * std::numeric_limits<C>::epsilon();
-    double near = 0, far = 0;
+    constexpr C kRoom = 4096 * std::numeric_limits<C>::epsilon();
     for (int64_t i = 0; i < tokens_.n; ++i)
-      if (!tokens_.weight || tokens_.weight[i] > 0) {
-        near += double(assigned_.best[i]);
-        far += double(tokens_.norm[i]);
-      }
-    return !(near < double(kRoom) * far);  // a NaN is beyond any path
+      if (assigned_.best[i] < kRoom * tokens_.norm[i] && !is_center(i, assigned_.label[i])) return false;
+    return true;  // a NaN is beyond any path
   }
 
   void update() {
@@ -126,6 +122,15 @@ class GramPath {
   }
 
  private:
+  bool is_center(int64_t i, int64_t j) const {  // of the first assignment
+    if (!a.init_centers && centers_.medoid[j] == i) return true;
+    Buffer<C> token(a.features), center(a.features);
+    tokens_.centered(i, token);
+    if (!a.init_centers) tokens_.centered(centers_.medoid[j], center);
+    const C* const of = a.init_centers ? centers_.row + j * a.features : center;
+    return std::equal(token + 0, token + a.features, of);
+  }
+
   void pack_tokens() {
     packed_ = tokens_.arena.template take<C>(tokens_.padded * a.features);
     split(a.parallel_for, tokens_.worth(tokens_.n * a.features), tokens_.padded / P, [&](int64_t begin, int64_t end) {

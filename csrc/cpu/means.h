@@ -65,7 +65,7 @@ template <bool Centered, class In>
 inline void mean_of(const Tokens<In>& tokens, const Assignment<In>& assigned, int64_t j,
                     typename AccOf<In>::Type* out) {
   using C = typename AccOf<In>::Type;
-  constexpr int64_t kBlock = 256;
+  constexpr int64_t kBlock = 32;
   const int64_t D = tokens.a.features, last = assigned.start[j + 1];
   int64_t m = assigned.start[j];
   while (m + 1 < last && assigned.share[m] == C(0)) ++m;
@@ -87,6 +87,49 @@ inline void mean_of(const Tokens<In>& tokens, const Assignment<In>& assigned, in
     for (int64_t d = 0; d < D; ++d) total[d] += double(out[d]);
   }
   for (int64_t d = 0; d < D; ++d) out[d] = C(total[d] + double(origin(d)));
+}
+
+// Distances to a mean that differ by less than this times its squared length may be equal but for its rounding.
+template <class C>
+constexpr C kTie = 16 * std::numeric_limits<C>::epsilon();
+
+// The member nearest to the mean, in double and without a quotient: of the y, members minus one of them, that of the
+// least W ||y||^2 - 2 y . sum of w y; the first on a tie. Exact for small integers. Where no member weighs anything,
+// all weigh the same. weighty: only a member of positive weight.
+template <class In>
+inline int32_t least_sum_member(const Tokens<In>& tokens, const int32_t* member, int64_t count, bool weighty) {
+  const int64_t D = tokens.a.features;
+  const auto given = [&](int64_t m) { return tokens.weight ? double(tokens.weight[member[m]]) : 1.0; };
+  int64_t first = 0;
+  while (first < count && !(given(first) > 0)) ++first;
+  const bool equal = first == count;
+  if (equal) first = 0;
+  const In* const base = tokens.row(member[first]);
+  const auto y = [&](const In* x, int64_t d) {
+    return (double(to_float(x[d])) - double(to_float(base[d]))) * double(tokens.scale);
+  };
+  Buffer<double> sum(D);
+  for (int64_t d = 0; d < D; ++d) sum[d] = 0;
+  double total = 0, least = std::numeric_limits<double>::infinity();
+  for (int64_t m = first; m < count; ++m) {
+    const double weight = equal ? 1 : given(m);
+    if (!(weight > 0)) continue;
+    const In* const x = tokens.row(member[m]);
+    for (int64_t d = 0; d < D; ++d) sum[d] += weight * y(x, d);
+    total += weight;
+  }
+  int32_t nearest = member[first];
+  for (int64_t m = 0; m < count; ++m) {
+    if (weighty && !(given(m) > 0)) continue;
+    const In* const x = tokens.row(member[m]);
+    double cost = 0;
+    for (int64_t d = 0; d < D; ++d) cost += y(x, d) * (total * y(x, d) - 2 * sum[d]);
+    if (cost < least) {
+      least = cost;
+      nearest = member[m];
+    }
+  }
+  return nearest;
 }
 
 }  // namespace TP_ISA

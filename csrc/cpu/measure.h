@@ -161,6 +161,7 @@ class Measure {
         }
         if (least * 64 < typical) {
           for (int64_t d = 0; d < a.features; ++d) tokens_.mean[d] = C(to_float(x[best][d])) * tokens_.scale;
+          keep_digits(x, samples);
           return;
         }
       }
@@ -170,6 +171,18 @@ class Measure {
     for (int64_t d = 0; d < a.features; ++d) {
       const C rounded = (tokens_.mean[d] + magic) - magic;  // to a multiple of unit
       tokens_.mean[d] = std::fabs(tokens_.mean[d]) < limit ? rounded : tokens_.mean[d];
+    }
+    keep_digits(x, samples);
+  }
+
+  // Nothing is taken off a feature in which one of the sample is much nearer to 0: it would lose its digits, and others
+  // gain none.
+  void keep_digits(const In* const* x, int samples) {
+    for (int64_t d = 0; d < a.features; ++d) {
+      if (tokens_.mean[d] == C(0)) continue;
+      C nearest = std::numeric_limits<C>::max();
+      for (int s = 0; s < samples; ++s) nearest = std::min(nearest, std::fabs(C(to_float(x[s][d]))));
+      if (nearest * tokens_.scale * 64 < std::fabs(tokens_.mean[d])) tokens_.mean[d] = 0;
     }
   }
 

@@ -59,7 +59,8 @@ inline void write_rows(const PoolArgs& a, const int64_t* label, void* out, int64
 template <class In, class C>
 inline void add_tokens_of(const PoolArgs& a, const In* x, const int32_t* member, int64_t count, const C* share,
                           const C* base, C scale, C* row_buffer, C* sum) {
-  const int64_t D = a.features, kBlock = base ? 256 : 64;
+  constexpr int64_t kBlock = 32;
+  const int64_t D = a.features;
   Buffer<double> total(count > kBlock ? D : 0);
   for (int64_t d = 0; d < (count > kBlock ? D : 0); ++d) total[d] = 0;
   for (int64_t d = 0; d < D; ++d) sum[d] = 0;

@@ -79,7 +79,7 @@ class Result {
     }
     double error = 0;
     int32_t nearest = int32_t(first);
-    C least = std::numeric_limits<C>::infinity(), most = 0;
+    C least = std::numeric_limits<C>::infinity(), second = least, most = 0;
     for (int64_t m = assigned_.start[j]; m < assigned_.start[j + 1]; ++m) {
       const int32_t i = assigned_.member[m];
       const C weight = tokens_.weight ? tokens_.weight[i] : C(1);
@@ -87,13 +87,16 @@ class Result {
       const C distance = settled ? assigned_.best[i] : tokens_.squared_difference(tokens_.row(i), mean);
       if (weight != C(0)) error += double(weight) * double(distance);
       nearest = distance < least ? i : nearest;
+      second = distance < least ? least : std::min(second, distance);
       least = distance < least ? distance : least;
       most = distance > most ? distance : most;
     }
     if (a.medoids) return error;
     if (assigned_.size(j) == 2 && most > 0) {
-      const int32_t second = assigned_.member[assigned_.start[j] + 1];
-      nearest = tokens_.weight && tokens_.weight[second] > tokens_.weight[first] ? second : int32_t(first);
+      const int32_t other = assigned_.member[assigned_.start[j] + 1];
+      nearest = tokens_.weight && tokens_.weight[other] > tokens_.weight[first] ? other : int32_t(first);
+    } else if (most > 0 && second - least <= kTie<C> * (least + squared_norm(mean, D))) {
+      nearest = least_sum_member(tokens_, assigned_.member + assigned_.start[j], assigned_.size(j), false);
     }
     centers_.medoid[j] = nearest;
     return error;
