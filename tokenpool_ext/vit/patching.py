@@ -130,14 +130,9 @@ def patch(
     """
     asked = SimpleNamespace(**locals())
     found, setup, parts, modules = prepare(asked)  # everything is checked before anything is changed
-    put_back = pooled.patch_of(model)
-    unpatch(model)
     if budget is not None:
-        try:
-            modules = within(asked, found, setup, parts, modules)
-        except Exception:
-            put_back()
-            raise
+        modules = within(asked, found, setup, parts, modules)
+    unpatch(model)
     install(found, setup, parts, modules)
     return model
 
@@ -157,12 +152,15 @@ def within(
     parts: Mapping[int, Any],
     modules: Mapping[int, nn.Module],
 ) -> dict[int, nn.Module]:
-    """``modules`` at the largest ratio kept, in steps of 1/128, at which a forward takes the budget's MACs at most."""
+    """``modules`` at the largest ratio kept, in steps of 1/128, at which a forward takes the budget's MACs at most.
+
+    The model is left as it was.
+    """
     from ..cost import cost
 
     make = pooling_factory(asked.pooling, asked.pooling_options)
-    args, kwargs = probing.inputs_for(found, asked.example)
-    whole = cost(asked.model, *args, **kwargs).total
+    put_back = pooled.patch_of(asked.model)
+    unpatch(asked.model)
 
     def keeping(steps: int) -> dict[int, nn.Module]:
         return {i: make_pooling(make, steps / 128, setup, found.blocks[i]) for i in modules}
@@ -174,12 +172,17 @@ def within(
         finally:
             unpatch(asked.model)
 
-    steps = bisect.bisect_right(range(1, 129), asked.budget, key=share)
-    if not steps:
-        raise ValueError(
-            f"patch: budget must be at least {share(1):.3f} for this model where these blocks pool, got"
-            f" {asked.budget:g}; pool in earlier blocks with layers=..."
-        )
+    try:
+        args, kwargs = probing.inputs_for(found, asked.example)
+        whole = cost(asked.model, *args, **kwargs).total
+        steps = bisect.bisect_right(range(1, 129), asked.budget, key=share)
+        if not steps:
+            raise ValueError(
+                f"patch: budget must be at least {share(1):.3f} for this model where these blocks pool, got"
+                f" {asked.budget:g}; pool in earlier blocks with layers=..."
+            )
+    finally:
+        put_back()
     return keeping(steps)
 
 

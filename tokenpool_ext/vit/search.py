@@ -89,8 +89,8 @@ def search_schedule(
     check_choice(NAME, "target", target, ("macs", "latency"))
     given = calibration(NAME, model, batches, layers, options)
     check_batches(NAME, given)
+    whole = features_of(NAME, model, given, feature or feature_of)
     try:
-        whole = features_of(NAME, model, given, feature or feature_of)
         patch(model, keep_ratio=1.0, layers=given.places, **{"example": given.batches[0], **options})
         with trial.quiet(model):
             search = _Search(model, given, whole, feature or feature_of, options.get("init"))

@@ -210,43 +210,34 @@ def run_in_turn(blocks: finding.BlockList, lists: Sequence[nn.Module], example: 
     """Whether what the last block of each list hands out is seen to enter the first of the next."""
     turns = [list(group.children()) for group in lists]
     for owner, call in trials(blocks, example):
-        came: list[bool] = []
-
-        def spoil(module: nn.Module, args: tuple, out: Any) -> Any:
-            return tree_map(spoilt, out)
-
-        def look(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            at, x = inputs.find_tokens(args, kwargs)
-            came.append(bool(x.isnan().any()))
-            if len(came) == len(turns) - 1:
-                raise Stop
-            return inputs.put(args, kwargs, at, torch.zeros_like(x))
-
-        with quiet(owner), eager(owner), contextlib.ExitStack() as hooks:
-            for before, after in pairwise(turns):
-                hooks.enter_context(before[-1].register_forward_hook(spoil))
-                hooks.enter_context(after[0].register_forward_pre_hook(look, with_kwargs=True))
-            with contextlib.suppress(Exception):
-                owner(*call[0], **call[1])
-        if len(came) == len(turns) - 1:
-            return all(came)
+        came = [entering_after(before[-1], after[0], owner, call, torch.nan) for before, after in pairwise(turns)]
+        if all(came):
+            return all(bool(after.isnan().any()) for _, after in came)
     return False
-
-
-def spoilt(value: Any, by: float = torch.nan) -> Any:
-    is_number = isinstance(value, Tensor) and value.is_floating_point()
-    return torch.full_like(value, by) if is_number else value
 
 
 def sums_outside(blocks: finding.BlockList, example: Any) -> bool:
     """Whether the second block is seen to get what the first got where that gives zeros: ``x + block(x)``."""
     two = blocks.blocks[:2]
     for owner, call in trials(blocks, example) if len({*two}) == 2 else ():
-        seen, _ = entering(two, owner, call, lambda module, args, out: tree_map(partial(spoilt, by=0.0), out))
-        if len(seen) == 2:
-            (_, before), (_, after) = (inputs.find_tokens(*seen[block]) for block in two)
+        came = entering_after(two[0], two[1], owner, call, 0.0)
+        if came:
+            before, after = came
             return before.shape == after.shape and torch.allclose(before, after)
     return False
+
+
+def entering_after(first: nn.Module, second: nn.Module, owner: nn.Module, call: Any, gives: float) -> tuple:
+    """The tokens that enter two blocks in a forward in which the first gives nothing but ``gives``; () if not seen."""
+
+    def filled(value: Any) -> Any:
+        is_number = isinstance(value, Tensor) and value.is_floating_point()
+        return torch.full_like(value, gives) if is_number else value
+
+    seen, _ = entering([first, second], owner, call, lambda module, args, out: tree_map(filled, out))
+    with contextlib.suppress(TypeError, KeyError):
+        return tuple(inputs.find_tokens(*seen[block])[1] for block in (first, second))
+    return ()
 
 
 def protected_tokens(blocks: finding.BlockList, example: Any) -> tuple[int, int, tuple[int, ...], int]:
